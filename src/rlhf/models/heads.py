@@ -1,0 +1,36 @@
+"""Scalar heads: what turns a hidden state into a reward or a value."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.data.batching import seeded_generator
+
+
+class ScalarHead(nn.Module):
+    """One number per hidden state: weight · state + offset, in fp32 whatever the base's dtype.
+
+    Lives outside peft, so switching adapters can neither freeze nor duplicate it. It has no
+    trained bias: pairwise preferences cannot determine one. `offset` is a constant that carries a
+    reward model's normalisation into a critic.
+
+    Args:
+        hidden_size: D.
+        init_std: Standard deviation of the initial weights; None for 1/√(D + 1) (Stiennon et al.
+            2020), 0 for a head that starts by answering 0 everywhere.
+        seed: Seed of the initial weights.
+    """
+
+    offset: Tensor
+
+    def __init__(self, hidden_size: int, init_std: float | None = None, seed: int = 0) -> None:
+        super().__init__()
+        std = 1 / math.sqrt(hidden_size + 1) if init_std is None else init_std
+        weight = torch.randn(hidden_size, generator=seeded_generator(seed)) * std
+        self.weight = nn.Parameter(weight)
+        self.register_buffer("offset", torch.zeros(()))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Maps (..., D) post-norm unscaled states of any dtype to (...) fp32."""
+        return states.float() @ self.weight + self.offset
