@@ -1,0 +1,109 @@
+"""Ragged token rows in one tensor, and the order in which rows are visited.
+
+Shape letters, the same in the whole package: B batch, P prompt tokens, R response tokens,
+L any length, V vocabulary, D hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows of tokens of different lengths; what lies past a row's length means nothing.
+
+    Attributes:
+        ids: (B, L) int64, right-padded with an arbitrary filler.
+        lengths: (B,) int64, tokens of each row that count.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def from_lists(
+        cls, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+    ) -> "TokenBatch":
+        """Right-pads lists of ids into one batch."""
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
+        for target, row in zip(ids, rows, strict=True):
+            target[: len(row)] = torch.tensor(row, dtype=torch.long)
+        return cls(ids.to(device), lengths.to(device))
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, L) bool, true on real tokens. From lengths: PAD can be a legal, sampled id."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+    def select(self, rows: Tensor | Sequence[int]) -> "TokenBatch":
+        """The given rows in the given order, trimmed to the longest of them."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.ids.device)
+        lengths = self.lengths[index]
+        longest = int(lengths.max()) if len(lengths) else 0
+        return TokenBatch(self.ids[index, :longest], lengths)
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        """The same batch on another device."""
+        return TokenBatch(self.ids.to(device), self.lengths.to(device))
+
+    def tolists(self) -> list[list[int]]:
+        """The rows as lists without padding."""
+        lengths = self.lengths.tolist()
+        return [row[:length] for row, length in zip(self.ids.tolist(), lengths, strict=True)]
+
+    @staticmethod
+    def concat(batches: "Sequence[TokenBatch]") -> "TokenBatch":
+        """Rows of several batches below each other, padded to the longest."""
+        longest = max(batch.ids.shape[1] for batch in batches)
+        ids = [torch.nn.functional.pad(b.ids, (0, longest - b.ids.shape[1])) for b in batches]
+        return TokenBatch(torch.cat(ids), torch.cat([b.lengths for b in batches]))
+
+
+def permutation(size: int, *seed: int) -> list[int]:
+    """A permutation of range(size) that depends on the seeds alone."""
+    return torch.randperm(size, generator=seeded_generator(*seed)).tolist()
+
+
+def seeded_generator(*seed: int) -> torch.Generator:
+    """A CPU generator for a tuple of integers; near tuples give unrelated streams."""
+    state = 0
+    for value in seed:  # splitmix64: consecutive seeds must not give correlated streams
+        state = (state ^ (value & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state & 0x7FFFFFFFFFFFFFFF)
+
+
+def rows_for_step(num_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """The rows that training step `step` (from 0) visits.
+
+    The stream is the concatenation of one permutation per epoch, so it needs no state: a resumed
+    run asks for step n and gets what an uninterrupted one would have got.
+
+    Args:
+        num_rows: Rows of the data set, at least 1.
+        batch_size: Rows per step; may exceed `num_rows` (rows then repeat).
+        step: Training step, from 0.
+        seed: The run's seed.
+    """
+    rows: list[int] = []
+    position, end = step * batch_size, (step + 1) * batch_size
+    while position < end:
+        epoch, offset = divmod(position, num_rows)
+        rows += permutation(num_rows, seed, epoch)[offset : offset + end - position]
+        position = step * batch_size + len(rows)
+    return rows
+
+
+def chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Consecutive pieces of at most `size` rows."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

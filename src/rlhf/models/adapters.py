@@ -1,0 +1,112 @@
+"""LoRA adapters on one base, through peft: added, switched and told apart by name.
+
+peft's own `set_adapter` and `disable_adapter` flip `requires_grad` of every adapter, so a switch
+between a forward and its backward loses gradients without a word. Here each adapter's flag is
+fixed when it is added, and every switch puts the flags back.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class AdapterSet:
+    """The adapters of one base model, of which one or none is active.
+
+    Args:
+        module: The base model; LoRA layers are put into it in place.
+        task_type: peft's task type, recorded in adapter_config.json.
+    """
+
+    def __init__(self, module: PreTrainedModel, task_type: str) -> None:
+        self._module = module
+        self._task_type = task_type
+        self._trainable: dict[str, bool] = {}
+        self._parameters: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        self._active: str | None = None
+        self._layers: list[LoraLayer] = []
+        self.peft_model: PeftModel | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that exist."""
+        return list(self._trainable)
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that acts now, None for the base alone."""
+        return self._active
+
+    def add(self, name: str, config: LoraConfig, *, trainable: bool, seed: int = 0) -> None:
+        """Adds an adapter (B zero, A random from `seed`); none becomes active by that.
+
+        Args:
+            name: Role name, such as "policy".
+            config: peft's configuration of it.
+            trainable: Whether its tensors get gradients, in whatever role is active.
+            seed: Makes A reproducible.
+        """
+        if name in self._trainable:
+            raise ValueError(f"adapter {name!r} exists already")
+        config.task_type = self._task_type
+        device = self._module.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            if self.peft_model is None:
+                self.peft_model = get_peft_model(self._module, config, adapter_name=name)
+            else:
+                self.peft_model.add_adapter(name, config)
+        self._layers = [part for part in self._module.modules() if isinstance(part, LoraLayer)]
+        self._parameters[name] = [
+            (n, p) for n, p in self._module.named_parameters() if f".{name}." in n
+        ]
+        self._trainable[name] = trainable
+        self._switch(self._active)
+
+    def duplicate(self, source: str, target: str, *, trainable: bool) -> None:
+        """Adds `target` with the configuration and the values of `source`."""
+        assert self.peft_model is not None
+        config: Any = copy.deepcopy(self.peft_model.peft_config[source])
+        self.add(target, config, trainable=trainable)
+        with torch.no_grad():
+            pairs = zip(self.named_parameters(source), self.named_parameters(target), strict=True)
+            for (_, old), (_, new) in pairs:
+                new.copy_(old)
+
+    def named_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        """The adapter's tensors with their names, which contain the adapter's."""
+        self._check(name)
+        return self._parameters[name]
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Makes `name` active inside, and what was active before afterwards."""
+        if name is not None:
+            self._check(name)
+        before = self._active
+        self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, name: str | None) -> None:
+        for layer in self._layers:
+            layer.enable_adapters(name is not None)
+            if name is not None:
+                layer.set_adapter([name])
+        self._active = name
+        for adapter, trainable in self._trainable.items():
+            for _, parameter in self._parameters[adapter]:
+                parameter.requires_grad_(trainable)
+
+    def _check(self, name: str) -> None:
+        if name not in self._trainable:
+            raise KeyError(f"no adapter {name!r}; there are {self.names}")

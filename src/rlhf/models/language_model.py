@@ -1,0 +1,461 @@
+"""The one place that knows T5 (encoder-decoder) from LLaMA (decoder-only).
+
+Everything else sees prompts and responses as `TokenBatch`es and gets states and logits. Both
+families pad on the right, always: a causal model never attends to what follows, so padding cannot
+reach a real token, no query is ever fully masked, and the fast causal kernels apply. Masks come
+from lengths; whether an id equals PAD says nothing.
+
+Shape letters: B batch, P prompt tokens, R response tokens, V vocabulary, D hidden.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.config import LoRAConfig
+from rlhf.data.batching import TokenBatch
+from rlhf.errors import InputError
+from rlhf.models.adapters import AdapterSet
+
+# Logits of one chunk: 2^25 fp32 numbers are 128 MiB, so (B, R, V) never exists for large V.
+LOGITS_PER_CHUNK = 2**25
+# Finite, so that 0 * log 0 stays 0 in the entropy.
+FORBIDDEN_LOGIT = -1e30
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """What surrounds text when it becomes ids.
+
+    Attributes:
+        prefix_ids: Put before a prompt (BOS, where the tokenizer has one, for decoder-only).
+        suffix_ids: Put after a prompt, also after a truncated one (EOS for T5's encoder).
+        response_continues_text: True if the response goes on in the prompt's text, so that its
+            first token must not get the dummy space of a text's beginning.
+        eos_id: Appended to responses.
+        eos_ids: All ids that end a response (tokenizer and generation config).
+    """
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    response_continues_text: bool
+    eos_id: int
+    eos_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """What the policy says of each response token.
+
+    Attributes:
+        logprobs: (B, R) fp32, log-probability of the token; 0 past the response's end.
+        entropy: (B, R) fp32, entropy of the distribution in nats; 0 past the end.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+@dataclass
+class DecodeState:
+    """A batch in the middle of decoding; changed in place by `LanguageModel.decode`.
+
+    Attributes:
+        cache: Keys and values of what has been read.
+        prompt_lengths: (B,) tokens of each prompt.
+        prompt_mask: (B, P) bool.
+        encoder_states: (B, P, D), T5 only.
+        steps: Response tokens read so far.
+    """
+
+    cache: Any
+    prompt_lengths: Tensor
+    prompt_mask: Tensor
+    encoder_states: Tensor | None = None
+    steps: int = 0
+
+
+class LanguageModel(ABC):
+    """A language model with LoRA adapters, the same for T5 and LLaMA.
+
+    Args:
+        module: The Hugging Face model; its dropout is switched off (every p set to 0) and it is
+            put in training mode, because Hugging Face's gradient checkpointing needs that mode.
+        tokenizer: Its tokenizer.
+        trainable: True for full fine-tuning; else the base is frozen.
+        dtype: Compute type; a trainable model keeps fp32 weights and computes under autocast.
+        base_name: Where the base came from (recorded with adapters).
+        revision: Hub revision, or None.
+    """
+
+    task_type: str
+    adapter_modules: tuple[str, ...]
+
+    def __init__(
+        self,
+        module: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        trainable: bool = False,
+        dtype: torch.dtype = torch.float32,
+        base_name: str = "",
+        revision: str | None = None,
+    ) -> None:
+        self.module: Any = module
+        self.tokenizer = tokenizer
+        self.trainable = trainable
+        self.dtype = dtype
+        self.base_name = base_name
+        self.revision = revision
+        self.config = module.config
+        self.fingerprint = fingerprint(module)
+        self.layout = self.make_layout()
+        self.adapters = AdapterSet(module, self.task_type)
+        _switch_off_dropout(module)
+        # An Embedding drops the gradient of its padding_idx, but PAD may be a real token here.
+        embedding: Any = module.get_input_embeddings()
+        embedding.padding_idx = None
+        module.requires_grad_(trainable)
+        module.train()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.module.device
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, as many logits as the LM head has (may exceed the tokenizer's size)."""
+        head: Any = self.module.get_output_embeddings()
+        return int(head.weight.shape[0])
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of prompt and response together, None where there is no such limit."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @abstractmethod
+    def make_layout(self) -> PromptLayout:
+        """What surrounds prompts and responses of this family."""
+
+    @abstractmethod
+    def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        """Hidden states at and after every response token.
+
+        Args:
+            prompts: B prompts, each with at least one token.
+            responses: B responses, possibly empty, up to R tokens.
+
+        Returns:
+            (B, R+1, D) post-norm, unscaled. States 0…R−1 predict response tokens 0…R−1 (and carry
+            their values); the state at index `length` has read the whole response (the reward's).
+            States past that index mean nothing.
+        """
+
+    @abstractmethod
+    def prefill(self, prompts: TokenBatch) -> tuple[DecodeState, Tensor]:
+        """Reads the prompts. Returns the state and (B, D) that predicts the first token."""
+
+    @abstractmethod
+    def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
+        """Reads one more token (B,) of each row. Returns (B, D) that predicts the next."""
+
+    @abstractmethod
+    def targets(self, suffixes: list[str], where: str) -> list[str] | str:
+        """peft's target_modules: layers of these names in the part that `where` names."""
+
+    def scale_for_head(self, states: Tensor) -> Tensor:
+        """What happens to states between the final norm and the LM head: nothing, mostly."""
+        return states
+
+    def logits(self, states: Tensor) -> Tensor:
+        """LM head. (..., D) states to (..., V) fp32 logits."""
+        head: Any = self.module.get_output_embeddings()
+        with self.autocast():
+            return head(self.scale_for_head(states).to(head.weight.dtype)).float()
+
+    def policy_logits(
+        self, states: Tensor, positions: Tensor, temperature: float, min_response_length: int
+    ) -> Tensor:
+        """Logits of the distribution that is sampled, scored and trained: one and the same.
+
+        Args:
+            states: (N, D).
+            positions: (N,) index of the response token that each state predicts.
+            temperature: Divides all logits.
+            min_response_length: EOS is impossible before this many tokens.
+
+        Returns:
+            (N, V) fp32.
+        """
+        logits = self.logits(states) / temperature
+        if min_response_length > 0:
+            eos = torch.tensor(sorted(self.layout.eos_ids), device=logits.device)
+            too_early = positions < min_response_length
+            logits[:, eos] = torch.where(too_early[:, None], FORBIDDEN_LOGIT, logits[:, eos])
+        return logits
+
+    def token_logprobs(
+        self,
+        states: Tensor,
+        responses: TokenBatch,
+        temperature: float = 1.0,
+        min_response_length: int = 0,
+    ) -> TokenStats:
+        """Log-probabilities and entropies of response tokens, computed for real tokens only.
+
+        Args:
+            states: (B, R+1, D) from `response_states`.
+            responses: The responses those states belong to.
+            temperature: Sampling temperature.
+            min_response_length: The constraint that sampling had.
+        """
+        mask = responses.mask
+        tokens = responses.ids[mask]
+        positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]
+        flat = states[:, :-1][mask]
+        size = max(1, LOGITS_PER_CHUNK // self.vocab_size)
+
+        def chunk(states: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.policy_logits(states, positions, temperature, min_response_length)
+            logprobs = logits.log_softmax(-1)
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
+
+        # Recomputing a chunk's logits in backward keeps only one chunk of them alive.
+        several = len(tokens) > size and torch.is_grad_enabled()
+        pieces = [
+            checkpoint(chunk, *piece, use_reentrant=False) if several else chunk(*piece)
+            for piece in zip(
+                flat.split(size), tokens.split(size), positions.split(size), strict=True
+            )
+        ]
+        zeros = torch.zeros(mask.shape, device=mask.device)
+        logprobs, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        return TokenStats(
+            zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+        )
+
+    def add_adapter(
+        self, name: str, lora: LoRAConfig, *, trainable: bool = True, seed: int = 0
+    ) -> None:
+        """Adds a LoRA adapter (B zero, so that it changes nothing yet).
+
+        Args:
+            name: Role: "policy", "value", "reward" or "sft".
+            lora: Rank and so on.
+            trainable: Whether its tensors get gradients.
+            seed: Of A's initialisation.
+
+        Raises:
+            InputError: `lora.target_modules` or `lora.where` do not fit the model.
+        """
+        suffixes = lora.target_modules or list(self.adapter_modules)
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.effective_alpha,
+            lora_dropout=lora.dropout,
+            target_modules=self.targets(suffixes, lora.where),
+            use_rslora=lora.use_rslora,
+        )
+        try:
+            self.adapters.add(name, config, trainable=trainable, seed=seed)
+        except ValueError as error:
+            raise InputError(f"lora.target_modules: {error}") from error
+
+    @contextmanager
+    def using(self, adapter: str | None) -> Iterator[None]:
+        """Makes one adapter active (None: the base alone), and restores the one before.
+
+        Backward and checkpointed recomputation must happen inside, where the same adapter acts.
+        """
+        with self.adapters.using(adapter):
+            yield
+
+    def named_trainable(self, adapter: str | None) -> list[tuple[str, nn.Parameter]]:
+        """Names and tensors that training this role changes: an adapter's, or all (adapter None)."""
+        if adapter is not None:
+            return self.adapters.named_parameters(adapter)
+        return list(self.module.named_parameters()) if self.trainable else []
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Compute type of full fine-tuning, whose weights stay fp32."""
+        enabled = self.trainable and self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+            yield
+
+    def _required_id(self, value: int | None, what: str) -> int:
+        if value is None:
+            raise InputError(f"base_model: {self.base_name} has no {what}; set it in its config")
+        return value
+
+    def _eos_ids(self) -> tuple[int, frozenset[int]]:
+        eos = self._required_id(self.tokenizer.eos_token_id, "EOS token in its tokenizer")
+        extra = getattr(self.module.generation_config, "eos_token_id", None)
+        extra = extra if isinstance(extra, list) else [] if extra is None else [extra]
+        return eos, frozenset([eos, *extra])
+
+
+class DecoderOnlyModel(LanguageModel):
+    """LLaMA: the response continues the prompt in one causal sequence."""
+
+    task_type = "CAUSAL_LM"
+    adapter_modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    def make_layout(self) -> PromptLayout:
+        eos, eos_ids = self._eos_ids()
+        bos = self.tokenizer.bos_token_id
+        return PromptLayout(() if bos is None else (bos,), (), True, eos, eos_ids)
+
+    def targets(self, suffixes: list[str], where: str) -> list[str] | str:
+        if where == "encoder":
+            raise InputError(f"lora.where: {self.base_name} has no encoder; use all or decoder")
+        return suffixes
+
+    def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        ids = join(prompts, responses)
+        with self.autocast():
+            states = self.module.model(input_ids=ids, use_cache=False).last_hidden_state
+        # The prompt's last token predicts response token 0.
+        offsets = torch.arange(responses.ids.shape[1] + 1, device=ids.device)
+        index = (prompts.lengths[:, None] - 1 + offsets).clamp(max=ids.shape[1] - 1)
+        return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+
+    def prefill(self, prompts: TokenBatch) -> tuple[DecodeState, Tensor]:
+        cache = DynamicCache(config=self.config)
+        with self.autocast():
+            states = self.module.model(
+                input_ids=prompts.ids, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+        last = states[torch.arange(len(prompts), device=states.device), prompts.lengths - 1]
+        return DecodeState(cache, prompts.lengths, prompts.mask), last
+
+    def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
+        # Cache columns: the prompt padded to P, then every response token of all rows alike.
+        # Padding columns are masked, and positions go on from each row's own prompt length.
+        state.steps += 1
+        read = torch.nn.functional.pad(state.prompt_mask, (0, state.steps), value=True)
+        bias = torch.zeros(read.shape, dtype=self.module.dtype, device=read.device)
+        bias.masked_fill_(~read, torch.finfo(bias.dtype).min)
+        with self.autocast():
+            states = self.module.model(
+                input_ids=tokens[:, None],
+                attention_mask=bias[:, None, None, :],
+                position_ids=(state.prompt_lengths + state.steps - 1)[:, None],
+                past_key_values=state.cache,
+                use_cache=True,
+            ).last_hidden_state
+        return states[:, -1]
+
+
+class EncoderDecoderModel(LanguageModel):
+    """T5: the prompt goes to the encoder, the response to the decoder."""
+
+    task_type = "SEQ_2_SEQ_LM"
+    adapter_modules = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+
+    def make_layout(self) -> PromptLayout:
+        eos, eos_ids = self._eos_ids()
+        start = getattr(self.config, "decoder_start_token_id", None)
+        start = self.config.pad_token_id if start is None else start
+        self.start_id = self._required_id(start, "decoder_start_token_id")
+        return PromptLayout((), (eos,), False, eos, eos_ids)
+
+    @property
+    def max_length(self) -> int | None:
+        """None: relative positions have no limit."""
+        return None
+
+    def targets(self, suffixes: list[str], where: str) -> list[str] | str:
+        return suffixes if where == "all" else rf"{where}\..*\.({'|'.join(suffixes)})"
+
+    def scale_for_head(self, states: Tensor) -> Tensor:
+        # T5 v1.0 scales before its tied head; v1.1 and Flan do not. transformers 5 keeps that in
+        # scale_decoder_outputs, because it forces tie_word_embeddings to True.
+        return states * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else states
+
+    def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        start = responses.ids.new_full((len(responses), 1), self.start_id)
+        with self.autocast():
+            return self.module.decoder(
+                input_ids=torch.cat([start, responses.ids], dim=1),
+                encoder_hidden_states=self._encode(prompts),
+                encoder_attention_mask=prompts.mask,
+                use_cache=False,
+            ).last_hidden_state
+
+    def prefill(self, prompts: TokenBatch) -> tuple[DecodeState, Tensor]:
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        with self.autocast():
+            encoded = self._encode(prompts)
+        state = DecodeState(cache, prompts.lengths, prompts.mask, encoded)
+        return state, self._read(state, prompts.ids.new_full((len(prompts),), self.start_id))
+
+    def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
+        state.steps += 1
+        return self._read(state, tokens)
+
+    def _encode(self, prompts: TokenBatch) -> Tensor:
+        return self.module.encoder(
+            input_ids=prompts.ids, attention_mask=prompts.mask
+        ).last_hidden_state
+
+    def _read(self, state: DecodeState, tokens: Tensor) -> Tensor:
+        with self.autocast():
+            return self.module.decoder(
+                input_ids=tokens[:, None],
+                encoder_hidden_states=state.encoder_states,
+                encoder_attention_mask=state.prompt_mask,
+                past_key_values=state.cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+
+
+FAMILIES: dict[str, type[LanguageModel]] = {"llama": DecoderOnlyModel, "t5": EncoderDecoderModel}
+
+
+def join(prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+    """Writes each response right after its prompt. Returns (B, L) ids, right-padded."""
+    lengths = prompts.lengths + responses.lengths
+    ids = prompts.ids.new_zeros(len(prompts), int(lengths.max()))
+    column = torch.arange(ids.shape[1], device=ids.device)
+    ids[column < prompts.lengths[:, None]] = prompts.ids[prompts.mask]
+    is_response = (column >= prompts.lengths[:, None]) & (column < lengths[:, None])
+    ids[is_response] = responses.ids[responses.mask]
+    return ids
+
+
+def fingerprint(module: PreTrainedModel) -> str:
+    """A short hash of the weights, the same in fp32 and bf16: tells one base from another."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _switch_off_dropout(module: nn.Module) -> None:
+    """Sets every dropout probability to 0; eval() would also disable checkpointing."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)

@@ -1,0 +1,238 @@
+"""From a Hub id or a folder (local, /gcs/, gs://) to a `LanguageModel`, with clear refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.config import StageConfig
+from rlhf.errors import InputError
+from rlhf.models.language_model import FAMILIES, EncoderDecoderModel, LanguageModel
+from rlhf.models.remote import local_folder
+
+SUPPORTED = "rlhf trains T5 (also v1.1 and Flan) and LLaMA models"
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is cuda where there is one, else cpu.
+
+    Raises:
+        InputError: The device is not one that torch has here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device: {device!r} cannot be used here ({reason}); try auto") from error
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that has it natively, else float32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def read_model_config(base_model: str, revision: str | None = None) -> PretrainedConfig:
+    """The checkpoint's config.json, without its weights.
+
+    Raises:
+        InputError: No such checkpoint, or neither T5 nor LLaMA.
+    """
+    source = _existing(base_model)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, HFValidationError, json.JSONDecodeError, KeyError) as error:
+        raise InputError(f"base_model: {base_model}: {_reason(error)}") from error
+    if config.model_type not in FAMILIES:
+        raise InputError(
+            f"base_model: {base_model} is a {config.model_type!r} model; {SUPPORTED}"
+        )
+    return config
+
+
+def load_tokenizer(base_model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The checkpoint's fast tokenizer.
+
+    Raises:
+        InputError: There is none, or it has no EOS token.
+    """
+    source = _existing(base_model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
+        raise InputError(f"base_model: {base_model}: tokenizer: {_reason(error)}") from error
+    _check_tokenizer(tokenizer, base_model)
+    return tokenizer
+
+
+def load_language_model(
+    config: StageConfig,
+    *,
+    trainable: bool,
+    model: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base_model: str | None = None,
+    revision: str | None = None,
+) -> LanguageModel:
+    """Loads the base of a stage.
+
+    Args:
+        config: Device, dtype, attention, checkpointing, limits, and the base where `base_model`
+            is not given.
+        trainable: Full fine-tuning: weights in fp32, all of them trained.
+        model: A transformers model to use instead of loading one (it is changed in place).
+        tokenizer: Its tokenizer; required with `model`.
+        base_model: Another base than the config's.
+        revision: Its revision.
+
+    Raises:
+        InputError: Anything wrong with the checkpoint.
+    """
+    name = base_model or config.base_model or getattr(model, "name_or_path", "")
+    revision = revision if base_model else config.revision
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    if model is None:
+        storage = torch.float32 if trainable else dtype
+        model = _load_weights(name, revision, storage, config.attn_implementation)
+        tokenizer = tokenizer or load_tokenizer(name, revision)
+    if tokenizer is None:
+        raise InputError("tokenizer: a model given as an object needs its tokenizer too")
+    if model.config.model_type not in FAMILIES:
+        raise InputError(f"model: {model.config.model_type!r} is not supported; {SUPPORTED}")
+    _check_tokenizer(tokenizer, name)
+    _check_vocabulary(model, tokenizer, name)
+    lm = FAMILIES[model.config.model_type](
+        model.to(device),
+        tokenizer,
+        trainable=trainable,
+        dtype=dtype,
+        base_name=name,
+        revision=revision,
+    )
+    if getattr(config, "gradient_checkpointing", False):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return lm
+
+
+def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: int) -> list[str]:
+    """What is wrong with the sequence limits for this model; nothing where it has no limit."""
+    if issubclass(FAMILIES[config.model_type], EncoderDecoderModel):
+        return []
+    limit = config.max_position_embeddings
+    if prompt_limit + response_limit <= limit:
+        return []
+    return [
+        f"prompt_sequence_length {prompt_limit} + target_sequence_length {response_limit} exceed "
+        f"the {limit} positions of the model; lower one of them"
+    ]
+
+
+def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention: str) -> Any:
+    config = read_model_config(name, revision)
+    seq2seq = issubclass(FAMILIES[config.model_type], EncoderDecoderModel)
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    try:
+        with _quiet():
+            model, info = auto.from_pretrained(
+                _existing(name),
+                revision=revision,
+                dtype=dtype,
+                attn_implementation=None if attention == "auto" else attention,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # safetensors, torch and transformers each raise their own
+        raise InputError(f"base_model: {name}: {_reason(error)}{_hint(name)}") from error
+    missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if missing:
+        raise InputError(
+            f"base_model: {name} is incomplete: {len(missing)} tensors are missing or of another "
+            f"shape than its config.json says, such as {missing[0]}"
+        )
+    for tensor_name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"base_model: {name}: tensor {tensor_name} holds NaN or infinite numbers; "
+                "the checkpoint is broken, get it again"
+            )
+    return model
+
+
+def _hint(name: str) -> str:
+    folder = Path(name)
+    if not folder.is_dir() or list(folder.glob("*.safetensors")):
+        return ""
+    return (
+        "; the folder has no *.safetensors file, and other formats are not loaded because they "
+        "can run code: save the model again with save_pretrained"
+    )
+
+
+def _existing(name: str) -> str:
+    if name.startswith("gs://"):
+        return str(local_folder(name))
+    path = Path(name)
+    looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    if looks_local and not path.exists():
+        raise InputError(f"base_model: there is no folder {name}")
+    if path.is_file():
+        raise InputError(f"base_model: {name} is a file; give the folder that has config.json")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"base_model: {name} is no checkpoint: it has no config.json")
+    return name
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if not tokenizer.is_fast:
+        raise InputError(f"base_model: {name} has no fast tokenizer (tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"base_model: the tokenizer of {name} has no EOS token, so no response could end; "
+            "set eos_token in its tokenizer_config.json"
+        )
+
+
+def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise InputError(
+            f"base_model: the tokenizer of {name} has ids up to {largest}, the model only {rows} "
+            "embeddings: they do not belong together"
+        )
+
+
+class _quiet:
+    """Silences transformers' advice while loading; our own errors say what matters."""
+
+    def __enter__(self) -> None:
+        self._level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+
+    def __exit__(self, *_: object) -> None:
+        transformers.logging.set_verbosity(self._level)
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,194 @@
+"""Adapters and merged models on disk, in the formats that plain peft and transformers load."""
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.data.batching import TokenBatch
+from rlhf.errors import InputError
+from rlhf.models.language_model import LanguageModel
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ORIGIN = "rlhf.json"
+
+
+def save_adapter(lm: LanguageModel, adapter: str, folder: Path) -> None:
+    """Writes one adapter, flat, as plain peft reads it, with a note of the base it belongs to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    assert lm.adapters.peft_model is not None
+    config: Any = copy.deepcopy(lm.adapters.peft_model.peft_config[adapter])
+    config.base_model_name_or_path = lm.base_name
+    config.revision = lm.revision
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    state = get_peft_model_state_dict(
+        lm.adapters.peft_model, adapter_name=adapter, save_embedding_layers=False
+    )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    _write_origin(lm, folder)
+
+
+def load_adapter(
+    lm: LanguageModel, folder: Path, name: str, *, trainable: bool = False
+) -> LoraConfig:
+    """Puts a saved adapter onto a base under a role's name.
+
+    Args:
+        lm: The base it was trained on.
+        folder: Written by `save_adapter` (or by peft; then the base cannot be checked).
+        name: Role, such as "reward".
+        trainable: Whether it is trained further.
+
+    Raises:
+        InputError: It is no adapter, or it belongs to another base.
+    """
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise InputError(f"{folder} is no adapter: it has no {ADAPTER_WEIGHTS}")
+    origin = read_origin(folder)
+    if origin and origin["fingerprint"] != lm.fingerprint:
+        raise InputError(
+            f"{folder} was trained on {origin['base_model']} (weights {origin['fingerprint']}), "
+            f"but base_model is {lm.base_name} (weights {lm.fingerprint}); use the same base"
+        )
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        state = load_file(folder / ADAPTER_WEIGHTS)
+    except (SafetensorError, ValueError, OSError, TypeError) as error:
+        raise InputError(f"{folder}: the adapter cannot be read: {error}") from error
+    lm.adapters.add(name, config, trainable=trainable)
+    result = set_peft_model_state_dict(lm.adapters.peft_model, state, adapter_name=name)
+    missing = [key for key in result.missing_keys if f".{name}." in key]
+    if missing or result.unexpected_keys:
+        raise InputError(
+            f"{folder}: the adapter does not fit {lm.base_name}: "
+            f"{len(missing)} tensors missing, {len(result.unexpected_keys)} too many"
+        )
+    return config
+
+
+def read_origin(folder: Path) -> dict[str, Any] | None:
+    """The note of base, revision and fingerprint beside saved weights, if there is one."""
+    path = folder / ORIGIN
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def save_merged(
+    lm: LanguageModel,
+    adapter: str | None,
+    folder: Path,
+    probe: tuple[TokenBatch, TokenBatch] | None = None,
+) -> float | None:
+    """Writes the whole model, adapter folded in, as plain transformers (so vLLM, TGI) load it.
+
+    The sum is made in fp32 and cast once to the model's dtype.
+
+    Args:
+        lm: The model.
+        adapter: Adapter to fold in; None for a fully fine-tuned model.
+        folder: Where to.
+        probe: Prompts and responses on which to measure what the cast cost.
+
+    Returns:
+        Mean per-token KL(merged‖adapter) in nats over the probe, None without a probe.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    merged = _merged_weights(lm, adapter) if adapter else {}
+    kl = _kl_of_merging(lm, adapter, merged, probe) if adapter and probe else None
+    with _weights(merged):
+        state = {
+            name.replace(".base_layer.", "."): tensor.detach().to(lm.dtype)
+            for name, tensor in lm.module.state_dict().items()
+            if ".lora_" not in name
+        }
+    with torch.device("meta"):
+        plain: Any = type(lm.module)(copy.deepcopy(lm.module.config))
+    plain.load_state_dict(state, strict=True, assign=True)
+    _tie_what_is_equal(plain, state)
+    plain.generation_config = lm.module.generation_config
+    plain.save_pretrained(folder)
+    _keep_head_scaling(plain, folder)
+    lm.tokenizer.save_pretrained(folder)
+    _write_origin(lm, folder)
+    return kl
+
+
+def _write_origin(lm: LanguageModel, folder: Path) -> None:
+    origin = {"base_model": lm.base_name, "revision": lm.revision, "fingerprint": lm.fingerprint}
+    (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+
+
+@torch.no_grad()
+def _merged_weights(lm: LanguageModel, adapter: str) -> dict[LoraLayer, Tensor]:
+    merged = {}
+    for part in lm.module.modules():
+        if isinstance(part, LoraLayer) and adapter in part.lora_A:
+            weight = part.get_base_layer().weight
+            delta = part.get_delta_weight(adapter).float()
+            merged[part] = (weight.float() + delta).to(lm.dtype)
+    return merged
+
+
+@contextmanager
+def _weights(replaced: dict[LoraLayer, Tensor]) -> Iterator[None]:
+    """Swaps base weights in, and the very same tensors back afterwards."""
+    originals = {layer: layer.get_base_layer().weight.data for layer in replaced}
+    for layer, weight in replaced.items():
+        layer.get_base_layer().weight.data = weight
+    try:
+        yield
+    finally:
+        for layer, weight in originals.items():
+            layer.get_base_layer().weight.data = weight
+
+
+@torch.no_grad()
+def _kl_of_merging(
+    lm: LanguageModel,
+    adapter: str,
+    merged: dict[LoraLayer, Tensor],
+    probe: tuple[TokenBatch, TokenBatch],
+) -> float:
+    prompts, responses = probe
+    mask = responses.mask
+
+    def distribution() -> Tensor:
+        return lm.logits(lm.response_states(prompts, responses)[:, :-1][mask]).log_softmax(-1)
+
+    with lm.using(adapter):
+        with_adapter = distribution()
+    with _weights(merged), lm.using(None):
+        with_merged = distribution()
+    return float((with_merged.exp() * (with_merged - with_adapter)).sum(-1).mean())
+
+
+def _tie_what_is_equal(plain: Any, state: dict[str, Tensor]) -> None:
+    """Shares the tensors that the source shared, so that save_pretrained writes them once."""
+    by_storage: dict[int, str] = {}
+    for name, tensor in state.items():
+        first = by_storage.setdefault(tensor.data_ptr(), name)
+        if first != name:
+            parent, _, leaf = name.rpartition(".")
+            setattr(plain.get_submodule(parent), leaf, plain.get_parameter(first))
+
+
+def _keep_head_scaling(plain: Any, folder: Path) -> None:
+    # T5Config derives scale_decoder_outputs from tie_word_embeddings when it is read, but
+    # transformers 5 always writes tie_word_embeddings=true: a v1.1 or Flan model saved so would
+    # come back with scaled outputs.
+    if getattr(plain.config, "scale_decoder_outputs", True):
+        return
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

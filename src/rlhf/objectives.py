@@ -1,0 +1,211 @@
+"""The formulas of RLHF as pure tensor functions; nothing here knows a model.
+
+Shape letters: B batch, R response tokens. A mask is (B, R) bool, true on response tokens that
+count. Losses are *sums* with the count left to the caller, who divides by the count of the whole
+minibatch: then neither micro-batching, padding nor the number of processes changes a result.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pairwise_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, centering: float = 0.0
+) -> Tensor:
+    """Bradley–Terry loss of each pair, −log σ(r_c − r_r − margin) + c·(r_c + r_r)².
+
+    Ouyang et al. 2022, eq. 1; margin after Touvron et al. 2023, eq. 2; the centring term after
+    Eisenstein et al. 2023, since the first term leaves the scores' common level free.
+
+    Args:
+        chosen: (B,) scores of the preferred responses.
+        rejected: (B,) scores of the others.
+        margin: (B,) by how much the chosen one should win at least.
+        centering: Weight c of the centring term.
+
+    Returns:
+        (B,) losses.
+    """
+    difference = chosen - rejected if margin is None else chosen - rejected - margin
+    return -F.logsigmoid(difference) + centering * (chosen + rejected) ** 2
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Per-token estimate of KL(π‖π_ref) on π's own samples: log π − log π_ref.
+
+    Unbiased, may be negative on a token (Schulman 2020, "Approximating KL divergence", k1).
+    """
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Per-token estimate of KL(π‖π_ref), never negative: π_ref/π − 1 − log(π_ref/π).
+
+    Unbiased with less variance than k1 (Schulman 2020, k3).
+    """
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coeff: float) -> Tensor:
+    """Reward of each token: −kl_coeff·KL everywhere, plus the score on the last token.
+
+    Ziegler et al. 2019, eq. 2, spread over tokens.
+
+    Args:
+        scores: (B,) score of each response.
+        kl: (B, R) per-token KL estimate, 0 past the end.
+        lengths: (B,) response lengths, each at least 1.
+        kl_coeff: Weight of the KL penalty, in score units per nat.
+
+    Returns:
+        (B, R), 0 past the end.
+    """
+    rewards = -kl_coeff * kl
+    return rewards.scatter_add(1, lengths[:, None] - 1, scores[:, None].to(rewards.dtype))
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), every response terminal.
+
+    δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γλ A_{t+1}, with V = A = 0 past the end.
+
+    Args:
+        rewards: (B, R).
+        values: (B, R), V_t of the state before token t.
+        mask: (B, R) bool; true tokens are a prefix of each row.
+        gamma: Discount γ.
+        gae_lambda: λ, 0 one-step, 1 Monte Carlo.
+
+    Returns:
+        Advantages and returns (advantage + value), each (B, R), 0 past the end.
+    """
+    values, rewards = values * mask, rewards * mask
+    advantages = torch.zeros_like(values)
+    following_value = following_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * following_value - values[:, t]
+        following_advantage = (delta + gamma * gae_lambda * following_advantage) * mask[:, t]
+        advantages[:, t] = following_advantage
+        following_value = values[:, t]
+    return advantages, advantages + values
+
+
+def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """Scales masked values to variance 1 and, if asked, shifts them to mean 0.
+
+    Advantages are shifted; rewards are only scaled, for their mean is what is to be learned. The
+    variance is the unbiased one; fewer than two values are only shifted.
+
+    Args:
+        values: (B, R).
+        mask: (B, R) bool.
+        shift_mean: Whether the result has mean 0 (else it keeps its mean, scaled).
+
+    Returns:
+        (B, R), 0 where masked.
+    """
+    count = mask.sum()
+    mean = (values * mask).sum() / count.clamp(min=1)
+    variance = ((values - mean) ** 2 * mask).sum() / (count - 1).clamp(min=1)
+    scale = torch.where(count > 1, torch.rsqrt(variance + 1e-8), 1.0)
+    return (values - mean if shift_mean else values) * scale * mask
+
+
+@dataclass(frozen=True)
+class ClippedLoss:
+    """A clipped loss over a micro-batch.
+
+    Attributes:
+        total: Scalar, summed over tokens.
+        clipped: Scalar, number of tokens where the clip took the gradient away.
+    """
+
+    total: Tensor
+    clipped: Tensor
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
+) -> ClippedLoss:
+    """PPO's clipped surrogate, negated: −min(ρA, clip(ρ, 1−ε, 1+ε)A).
+
+    Schulman et al. 2017, eq. 7, with ρ = π/π_old.
+
+    Args:
+        logprobs: (B, R) of the policy being trained.
+        old_logprobs: (B, R) of the policy that sampled.
+        advantages: (B, R).
+        mask: (B, R) bool.
+        clip_range: ε.
+    """
+    ratio = torch.exp((logprobs - old_logprobs) * mask)
+    plain = -ratio * advantages
+    clipped = -ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    return ClippedLoss(
+        total=(torch.maximum(plain, clipped) * mask).sum(),
+        clipped=((clipped > plain) & mask).sum(),
+    )
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float
+) -> ClippedLoss:
+    """Clipped squared error, ½·max((V−R)², (clip(V, V_old−ε, V_old+ε)−R)²).
+
+    As in Ziegler et al. 2019 and Stiennon et al. 2020.
+
+    Args:
+        values: (B, R) of the critic being trained.
+        old_values: (B, R) at rollout time.
+        returns: (B, R) targets.
+        mask: (B, R) bool.
+        clip_range: ε, in score units.
+    """
+    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    return ClippedLoss(
+        total=0.5 * (torch.maximum(plain, clipped) * mask).sum(),
+        clipped=((clipped > plain) & mask).sum(),
+    )
+
+
+def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> float:
+    """1 − Var(target − prediction)/Var(target) over masked tokens; 0 for constant targets."""
+    targets, errors = targets[mask], (targets - predictions)[mask]
+    if len(targets) < 2 or targets.var() == 0:
+        return 0.0
+    return float(1 - errors.var() / targets.var())
+
+
+class AdaptiveKL:
+    """Proportional controller of the KL coefficient (Ziegler et al. 2019, §2.2).
+
+    e = clip(KL/target − 1, ±0.2), then β ← β·(1 + e·n/horizon) after n episodes.
+
+    Args:
+        value: First coefficient β.
+        target: Per-sequence KL in nats to hold, or None to keep the coefficient fixed.
+        horizon: Episodes over which an error acts in full.
+    """
+
+    def __init__(self, value: float, target: float | None, horizon: int) -> None:
+        self.value = value
+        self._target = target
+        self._horizon = horizon
+
+    def update(self, kl: float, episodes: int) -> None:
+        """Moves the coefficient after a rollout.
+
+        Args:
+            kl: Mean per-sequence KL of the rollout, in nats.
+            episodes: Responses in it.
+        """
+        if self._target is not None:
+            error = min(max(kl / self._target - 1, -0.2), 0.2)
+            self.value *= 1 + error * episodes / self._horizon

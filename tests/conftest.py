@@ -1,0 +1,67 @@
+"""Tiny random models and tokenizers that every test may use. T5 and LLaMA run the same tests."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import make_tokenizer
+from tiny import tiny_model as make_model
+
+from rlhf.models.language_model import FAMILIES, LanguageModel
+
+ARCHS = ["t5", "llama"]
+
+
+@pytest.fixture(params=ARCHS)
+def arch(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokenizer(arch: str) -> PreTrainedTokenizerBase:
+    return make_tokenizer(arch)
+
+
+@pytest.fixture
+def tiny_model(arch: str) -> PreTrainedModel:
+    return make_model(arch)
+
+
+@pytest.fixture
+def tiny_lm(arch: str) -> LanguageModel:
+    return FAMILIES[arch](make_model(arch), make_tokenizer(arch), base_name=f"tiny-{arch}")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {}
+    for name in ARCHS:
+        folder = tmp_path_factory.mktemp("checkpoints") / name
+        make_model(name).save_pretrained(folder)
+        make_tokenizer(name).save_pretrained(folder)
+        folders[name] = folder
+    return folders
+
+
+@pytest.fixture
+def tiny_checkpoint(arch: str, checkpoints: dict[str, Path]) -> Path:
+    """A folder that plain transformers can load; do not write into it."""
+    return checkpoints[arch]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data and a real checkpoint, where they are at hand."""
+    root = Path(__file__).parents[1]
+    folder = Path(os.environ.get("RLHF_SHARED", root.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip("no shared data here; set RLHF_SHARED")
+    return folder
