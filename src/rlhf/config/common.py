@@ -1,0 +1,311 @@
+"""The fields that stages have in common, and how a field is declared."""
+
+import re
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from rlhf.config.describe import nearest, type_name
+
+# Learning rates at `learning_rate_multiplier` 1.0, by what is trained and whether it is LoRA
+# (`lora.rank` > 0) or all weights. The only place where they are set.
+BASE_LEARNING_RATES: dict[str, dict[Literal["lora", "full"], float]] = {
+    "sft": {"lora": 3e-4, "full": 3e-5},
+    "reward_model": {"lora": 3e-4, "full": 1e-5},
+    "ppo": {"lora": 1e-4, "full": 3e-6},
+    "critic": {"lora": 1e-4, "full": 1e-5},
+}
+# Names that accelerate knows.
+TRACKERS = (
+    "tensorboard",
+    "wandb",
+    "comet_ml",
+    "aim",
+    "mlflow",
+    "clearml",
+    "dvclive",
+    "swanlab",
+    "trackio",
+)
+
+
+def _known_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+        raise ValueError(f"expected auto, cpu, cuda, cuda:N or mps, got {value!r}")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_known_device)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Paths = NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
+
+
+def option(default: Any, description: str, *, affects_result: bool = True, **bounds: Any) -> Any:
+    """Declare a field; `...` as default makes it required."""
+    extra: dict[str, Any] = {"affects_result": affects_result}
+    return Field(default, description=description, json_schema_extra=extra, **bounds)
+
+
+class Schema(BaseModel):
+    """Base of all configurations: no unknown fields, no NaN, checked on assignment too."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, allow_inf_nan=False, protected_namespaces=()
+    )
+    needed_on_load: ClassVar[tuple[str, ...]] = ()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes true for 1, so YAML's `batch_size: yes` would pass.
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError(f"expected {type_name(field)}, got {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        problems = self.cross_problems()
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def cross_problems(self) -> list[str]:
+        """Say what is wrong between fields that are each valid, one line each."""
+        return []
+
+    def resolved(self) -> dict[str, Any]:
+        """Return plain data with the defaults that depend on other fields filled in."""
+        return self.model_dump(mode="json")
+
+
+class LoRAConfig(Schema):
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = option(8, "Rank of the adapters; 0 trains all weights instead.", ge=0, le=4096)
+    alpha: float | None = option(
+        None, "Scale: updates are multiplied by alpha / rank. Default: 2 * rank.", gt=0
+    )
+    dropout: float = option(
+        0.0, "Dropout before the adapters, in SFT and reward model only.", ge=0, lt=1
+    )
+    target_modules: list[NonEmpty] | None = option(
+        None,
+        "Names of the linear modules that get an adapter, such as q_proj. "
+        "Default: all of attention and feed-forward.",
+        min_length=1,
+    )
+    where: Literal["all", "encoder", "decoder"] = option(
+        "all", "Which stack gets adapters; encoder and decoder are for T5 only."
+    )
+    use_rslora: bool = option(
+        False, "Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)."
+    )
+
+    @property
+    def effective_alpha(self) -> float:
+        """`alpha`, or its default."""
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
+
+    def resolved(self) -> dict[str, Any]:
+        """Return plain data with alpha filled in."""
+        return super().resolved() | ({"alpha": self.effective_alpha} if self.rank else {})
+
+
+class StageConfig(Schema):
+    """What every stage takes."""
+
+    base_model: NonEmpty | None = option(
+        None, "Hugging Face id or folder (local, /gcs/..., gs://...) of a T5 or LLaMA checkpoint."
+    )
+    revision: str | None = option(None, "Branch, tag or commit of base_model on the Hub.")
+    output_dir: NonEmpty = option(
+        ..., "Folder of this stage's artifacts; made if missing.", affects_result=False
+    )
+    seed: int = option(0, "Seed of everything random.", ge=0, lt=2**31)
+    device: Device = option(
+        "auto", "auto (cuda, else cpu), cpu, cuda, cuda:N or mps.", affects_result=False
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto",
+        "Type of the frozen weights and of computation; what is trained is float32. "
+        "auto: bfloat16 where the hardware has it natively.",
+    )
+    batch_size: int = option(
+        64, "Rows of a training step: demonstrations, pairs or episodes; or rows at once.", ge=1
+    )
+    attn_implementation: Literal["auto", "eager", "sdpa"] = option(
+        "auto", "Attention kernel of transformers; auto lets it choose.", affects_result=False
+    )
+    prompt_sequence_length: int = option(512, "Longest prompt, tokens.", ge=1)
+    target_sequence_length: int = option(64, "Longest response, tokens.", ge=1)
+    truncation_side: Literal["left", "right"] = option(
+        "left", "Which end a too long input text loses; instruction and chat template stay whole."
+    )
+    instruction: str = option("", "Text put before every input; see docs for how.")
+    on_bad_rows: Literal["error", "skip"] = option(
+        "error", "What to do with rows that cannot be read."
+    )
+    resume: Literal["auto", "never"] = option(
+        "auto",
+        "auto continues an unfinished run in output_dir and leaves a finished one alone; "
+        "never starts over.",
+        affects_result=False,
+    )
+    dry_run: bool = option(
+        False,
+        "Check data, configuration and limits, print steps and memory; load no weights.",
+        affects_result=False,
+    )
+
+
+class TrainingConfig(StageConfig):
+    """What every stage that trains takes."""
+
+    base_rate: ClassVar[str | None] = None
+    default_train_steps: ClassVar[int | None] = None
+    needed_on_load: ClassVar[tuple[str, ...]] = ("base_model",)
+
+    micro_batch_size: int | None = option(
+        None,
+        "Rows of a forward and backward pass; smaller saves memory and changes no result. "
+        "Default: batch_size, at most 16.",
+        affects_result=False,
+        ge=1,
+    )
+    train_steps: int | None = option(
+        None, "Training steps of batch_size rows; data repeats, reshuffled. Or num_epochs.", ge=1
+    )
+    num_epochs: float | None = option(
+        None,
+        "Passes over the training rows, fractions allowed. "
+        "Default without train_steps: 1, for ppo 200 steps.",
+        gt=0,
+    )
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate. Default: the stage's base rate times learning_rate_multiplier.",
+        gt=0,
+        le=1,
+    )
+    learning_rate_multiplier: float = option(
+        1.0, "Multiplies the stage's base learning rate.", gt=0
+    )
+    lr_scheduler: Literal["linear", "cosine", "constant"] = option(
+        "linear", "How the learning rate falls after the warm-up: to 0 at the end, or not."
+    )
+    warmup_steps: int = option(0, "Training steps in which the learning rate rises from 0.", ge=0)
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay.", ge=0)
+    max_grad_norm: float = option(
+        1.0, "Gradients of each group of weights are clipped to this norm.", gt=0
+    )
+    lora: LoRAConfig = Field(default_factory=LoRAConfig, description="Low-rank adapters.")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass to save memory.", affects_result=False
+    )
+    log_every: int = option(1, "Training steps between logged lines.", ge=1, affects_result=False)
+    log_with: list[str] = option(
+        ["tensorboard"],
+        f"Trackers: {', '.join(TRACKERS)}; `none` for none.",
+        affects_result=False,
+    )
+    eval_every: int | None = option(
+        None, "Training steps between evaluations. Default: a tenth of the run.", ge=1
+    )
+    save_every: int | None = option(
+        None,
+        "Training steps between checkpoints. Default: a tenth of the run.",
+        ge=1,
+        affects_result=False,
+    )
+    save_total_limit: int = option(
+        2, "Checkpoints kept besides the best one.", ge=1, affects_result=False
+    )
+
+    @field_validator("log_with", mode="before")
+    @classmethod
+    def _known_trackers(cls, value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        if names in (["none"], None):
+            return []
+        for name in names if isinstance(names, list) else []:
+            if name not in TRACKERS:
+                raise ValueError(f"unknown tracker {name!r}{nearest(str(name), TRACKERS)}")
+        return names
+
+    def cross_problems(self) -> list[str]:
+        """Say what is wrong between fields that are each valid, one line each."""
+        problems = super().cross_problems()
+        if self.train_steps is not None and self.num_epochs is not None:
+            problems.append("train_steps, num_epochs: give one of them, not both")
+        if self.learning_rate is not None and self.learning_rate_multiplier != 1:
+            problems.append(
+                "learning_rate, learning_rate_multiplier: the multiplier is for the base rate; "
+                "give one of them, not both"
+            )
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            problems.append(
+                f"micro_batch_size: {self.micro_batch_size} is more than "
+                f"batch_size {self.batch_size}"
+            )
+        if self.train_steps is not None and self.warmup_steps >= self.train_steps:
+            problems.append(
+                f"warmup_steps: {self.warmup_steps} leaves nothing of {self.train_steps} "
+                "train_steps; expected fewer"
+            )
+        return problems
+
+    @property
+    def effective_micro_batch_size(self) -> int:
+        """`micro_batch_size`, or its default; rows."""
+        return self.micro_batch_size or min(self.batch_size, 16)
+
+    @property
+    def effective_learning_rate(self) -> float:
+        """Peak learning rate of the stage's adapter or weights."""
+        return self._rate(self.learning_rate, self.base_rate)
+
+    def _rate(self, given: float | None, base: str | None) -> float:
+        if given is not None:
+            return given
+        if base is None:
+            raise ValueError(f"{type(self).__name__} has no base learning rate of its own")
+        kind: Literal["lora", "full"] = "lora" if self.lora.rank else "full"
+        return BASE_LEARNING_RATES[base][kind] * self.learning_rate_multiplier
+
+    def total_steps(self, rows: int) -> int:
+        """Return how many training steps the run has.
+
+        Args:
+            rows: Number of training rows after validation.
+        """
+        if self.train_steps is not None:
+            return self.train_steps
+        if self.num_epochs is None and self.default_train_steps is not None:
+            return self.default_train_steps
+        return max(1, -int(-(self.num_epochs or 1.0) * rows // self.batch_size))
+
+    def eval_interval(self, total_steps: int) -> int:
+        """Return the training steps between evaluations in a run of `total_steps`."""
+        return self.eval_every or max(1, total_steps // 10)
+
+    def save_interval(self, total_steps: int) -> int:
+        """Return the training steps between checkpoints in a run of `total_steps`."""
+        return self.save_every or max(1, total_steps // 10)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return plain data in which learning rate and alpha are numbers, not defaults."""
+        data = super().resolved() | {"lora": self.lora.resolved()}
+        if self.base_rate is not None:
+            data["learning_rate"] = self.effective_learning_rate
+            data["learning_rate_multiplier"] = 1.0
+        return data

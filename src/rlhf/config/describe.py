@@ -1,0 +1,71 @@
+"""What a schema says about itself: its fields, their types in words, the name most like another."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+_WORDS = {str: "text", int: "integer", float: "number", bool: "true | false"}
+
+
+def model_inside(annotation: Any) -> type[BaseModel] | None:
+    """Return the pydantic model that a field's annotation holds, if any."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            if (model := model_inside(argument)) is not None:
+                return model
+    return None
+
+
+def leaf_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield (dotted name, field) for every field of a schema, nested models opened."""
+    for name, field in cls.model_fields.items():
+        inner = model_inside(field.annotation)
+        if inner is None:
+            yield prefix + name, field
+        else:
+            yield from leaf_fields(inner, f"{prefix}{name}.")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Return a hint that names the valid name most like `name`, or an empty string."""
+    by_plain = {candidate.replace("-", "_"): candidate for candidate in valid}
+    close = difflib.get_close_matches(name.replace("-", "_"), list(by_plain), n=1, cutoff=0.5)
+    return f"; did you mean `{by_plain[close[0]]}`?" if close else ""
+
+
+def type_name(field: FieldInfo) -> str:
+    """Return a field's type in words a user knows, such as `integer` or `auto | float32`."""
+    return _type_words(field.annotation)
+
+
+def may_be_none(field: FieldInfo) -> bool:
+    """Whether None is a value of the field."""
+    return type(None) in typing.get_args(field.annotation)
+
+
+def takes_list(field: FieldInfo) -> bool:
+    """Whether a list is a value of the field."""
+    return "list" in _type_words(field.annotation)
+
+
+def _type_words(annotation: Any) -> str:
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type_words(arguments[0])
+    if origin is typing.Literal:
+        return " | ".join(map(str, arguments))
+    if origin is list:
+        return f"list of {_type_words(arguments[0])}"
+    if origin in (typing.Union, types.UnionType):
+        members = [_type_words(part) for part in arguments if part is not type(None)]
+        return " or ".join(members)
+    return str(getattr(annotation, "__name__", annotation))

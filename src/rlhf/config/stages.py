@@ -1,0 +1,192 @@
+"""The fields of each stage."""
+
+from typing import Any, ClassVar, Literal
+
+from rlhf.config.common import Device, NonEmpty, Paths, Schema, StageConfig, TrainingConfig, option
+
+_PATHS = "JSON Lines: a path, a glob, a gs:// address, or a list of these"
+
+
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning on demonstrations."""
+
+    base_rate: ClassVar[str | None] = "sft"
+
+    dataset: Paths = option(..., f"Rows with a prompt and output_text. {_PATHS}.")
+    eval_dataset: Paths | None = option(
+        None, "Demonstrations for the loss during training. Default: none."
+    )
+
+
+class RewardModelConfig(TrainingConfig):
+    """A reward model from preference pairs."""
+
+    base_rate: ClassVar[str | None] = "reward_model"
+
+    preference_dataset: Paths = option(..., f"Preference rows. {_PATHS}.")
+    eval_dataset: Paths | None = option(
+        None,
+        "Preference rows for evaluation. Default: 5 % of the training rows, "
+        "at most 1000, held out by prompt.",
+    )
+    centering_coeff: float = option(
+        0.0,
+        "Weight of the penalty (r_chosen + r_rejected)^2, which keeps scores near 0 "
+        "(Eisenstein et al. 2023, arXiv 2312.09244).",
+        ge=0,
+    )
+    normalization: Literal["mean", "mean_std", "none"] = option(
+        "mean",
+        "What is made 0 (mean) and 1 (std) on reference responses after training.",
+    )
+
+
+class PPOConfig(TrainingConfig):
+    """Proximal policy optimisation against a reward model (Schulman et al. 2017)."""
+
+    base_rate: ClassVar[str | None] = "ppo"
+    default_train_steps: ClassVar[int | None] = 200
+
+    prompt_dataset: Paths = option(..., f"Rows with prompts. {_PATHS}.")
+    eval_dataset: Paths | None = option(
+        None, "Rows with prompts for the evaluation during training. Default: none."
+    )
+    reward_model_path: NonEmpty | None = option(
+        None,
+        "Folder of `rlhf reward-model`, or any Hugging Face sequence classifier with one label; "
+        "not needed with reward_fn.",
+    )
+    kl_coeff: float = option(
+        0.1, "Weight of the KL penalty to the untuned policy, reward per nat.", ge=0
+    )
+    kl_target: float | None = option(
+        None,
+        "Nats per response that kl_coeff is adapted to (Ziegler et al. 2019). Default: fixed.",
+        gt=0,
+    )
+    kl_horizon: int = option(
+        10_000, "Episodes over which the adaptive kl_coeff reacts; used with kl_target.", ge=1
+    )
+    target_kl: float | None = option(
+        None,
+        "Mean KL per token to the rollout policy, nats; the epochs of a step end early "
+        "at 1.5 times this. Default: never.",
+        gt=0,
+    )
+    ppo_epochs: int = option(4, "Passes over each rollout.", ge=1)
+    num_minibatches: int = option(1, "Optimiser steps per pass; divides batch_size.", ge=1)
+    rollout_batch_size: int | None = option(
+        None,
+        "Responses generated at once; smaller saves memory and changes no sample. "
+        "Default: batch_size.",
+        affects_result=False,
+        ge=1,
+    )
+    temperature: float = option(
+        1.0, "Divides the logits in rollout, policy, reference and update alike.", gt=0
+    )
+    gamma: float = option(1.0, "Discount per token.", gt=0, le=1)
+    gae_lambda: float = option(
+        0.95, "Lambda of generalised advantage estimation (Schulman et al. 2015).", ge=0, le=1
+    )
+    clip_range: float = option(0.2, "Clip of the probability ratio.", gt=0)
+    value_clip_range: float = option(0.2, "Clip of the change of a value.", gt=0)
+    vf_coef: float = option(0.1, "Weight of the value loss.", ge=0)
+    entropy_coef: float = option(0.0, "Weight of the entropy bonus.", ge=0)
+    critic: Literal["adapter", "head"] = option(
+        "adapter",
+        "adapter: the values have an adapter of their own (under full fine-tuning a model), "
+        "started from the reward model; head: a head on the policy's trunk.",
+    )
+    critic_learning_rate: float | None = option(
+        None,
+        "Peak learning rate of the critic. Default: its base rate times learning_rate_multiplier.",
+        gt=0,
+        le=1,
+    )
+    whiten_rewards: bool = option(False, "Scale token rewards to unit variance, without shift.")
+    missing_eos_penalty: float | None = option(
+        None, "Subtracted from the score of a response without EOS. Default: none.", ge=0
+    )
+    missing_eos_score: float | None = option(
+        None, "Replaces the score of a response without EOS. Default: none."
+    )
+    min_response_length: int = option(
+        0, "Tokens before which EOS cannot be sampled, in rollout and update alike.", ge=0
+    )
+
+    @property
+    def effective_rollout_batch_size(self) -> int:
+        """`rollout_batch_size`, or its default; responses."""
+        return self.rollout_batch_size or self.batch_size
+
+    @property
+    def effective_critic_learning_rate(self) -> float:
+        """Peak learning rate of the critic."""
+        return self._rate(self.critic_learning_rate, "critic")
+
+    def cross_problems(self) -> list[str]:
+        """Say what is wrong between fields that are each valid, one line each."""
+        problems = super().cross_problems()
+        if self.batch_size % self.num_minibatches:
+            problems.append(
+                f"num_minibatches: {self.num_minibatches} does not divide "
+                f"batch_size {self.batch_size}"
+            )
+        if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
+            problems.append("missing_eos_penalty, missing_eos_score: give one of them, not both")
+        if self.min_response_length > self.target_sequence_length:
+            problems.append(
+                f"min_response_length: {self.min_response_length} is more than "
+                f"target_sequence_length {self.target_sequence_length}"
+            )
+        return problems
+
+    def resolved(self) -> dict[str, Any]:
+        """Return plain data in which rates and alpha are numbers, not defaults."""
+        return super().resolved() | {"critic_learning_rate": self.effective_critic_learning_rate}
+
+
+class InferenceConfig(StageConfig):
+    """Generation with the tuned and the untuned model, and its evaluation."""
+
+    base_model: NonEmpty | None = option(
+        None, "The untuned model. Default: the one that the policy's adapter records."
+    )
+    policy_path: NonEmpty = option(..., "Folder of `rlhf ppo` or `rlhf sft`, adapter/ or merged/.")
+    eval_dataset: Paths = option(..., f"Rows with prompts, with or without references. {_PATHS}.")
+    reward_model_path: NonEmpty | None = option(
+        None, "Reward model that scores both models' responses. Default: no scores."
+    )
+    sampling_strategy: Literal["greedy", "temperature_sampling"] = option(
+        "greedy", "How responses are generated."
+    )
+    temperature: float = option(1.0, "Divides the logits under temperature_sampling.", gt=0)
+    extra_metrics: list[NonEmpty] = option(
+        [], "Folders of locally installed `evaluate` modules to compute as well."
+    )
+
+
+class ScoreConfig(Schema):
+    """Reward scores for the rows of a file."""
+
+    reward_model_path: NonEmpty = option(
+        ..., "Folder of `rlhf reward-model`, or a Hugging Face sequence classifier with one label."
+    )
+    dataset: Paths = option(
+        ..., f"Rows with a prompt, and a prediction, output_text or candidates. {_PATHS}."
+    )
+    output: NonEmpty = option(
+        ..., "JSON Lines file to write: the rows with their scores.", affects_result=False
+    )
+    instruction: str = option("", "Text put before every input, as the reward model had it.")
+    batch_size: int = option(32, "Responses scored at once.", ge=1, affects_result=False)
+    device: Device = option(
+        "auto", "auto (cuda, else cpu), cpu, cuda, cuda:N or mps.", affects_result=False
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "Type of weights and computation; auto: bfloat16 where it is native."
+    )
+    on_bad_rows: Literal["error", "skip"] = option(
+        "error", "What to do with rows that cannot be read."
+    )
