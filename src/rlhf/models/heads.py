@@ -27,10 +27,10 @@ class ScalarHead(nn.Module):
     def __init__(self, hidden_size: int, init_std: float | None = None, seed: int = 0) -> None:
         super().__init__()
         std = 1 / math.sqrt(hidden_size + 1) if init_std is None else init_std
-        weight = torch.randn(hidden_size, generator=seeded_generator(seed)) * std
+        weight = torch.randn(1, hidden_size, generator=seeded_generator(seed)) * std
         self.weight = nn.Parameter(weight)
         self.register_buffer("offset", torch.zeros(()))
 
     def forward(self, states: Tensor) -> Tensor:
         """Maps (..., D) post-norm unscaled states of any dtype to (...) fp32."""
-        return states.float() @ self.weight + self.offset
+        return nn.functional.linear(states.float(), self.weight)[..., 0] + self.offset
