@@ -66,6 +66,8 @@ def load_adapter(
         state = load_file(folder / ADAPTER_WEIGHTS)
     except (SafetensorError, ValueError, OSError, TypeError) as error:
         raise InputError(f"{folder}: the adapter cannot be read: {error}") from error
+    if not trainable:
+        config.lora_dropout = 0.0  # it belongs to the training that is over
     lm.adapters.add(name, config, trainable=trainable)
     result = set_peft_model_state_dict(lm.adapters.peft_model, state, adapter_name=name)
     missing = [key for key in result.missing_keys if f".{name}." in key]
@@ -105,12 +107,7 @@ def save_merged(
     folder.mkdir(parents=True, exist_ok=True)
     merged = _merged_weights(lm, adapter) if adapter else {}
     kl = _kl_of_merging(lm, adapter, merged, probe) if adapter and probe else None
-    with _weights(merged):
-        state = {
-            name.replace(".base_layer.", "."): tensor.detach().to(lm.dtype)
-            for name, tensor in lm.module.state_dict().items()
-            if ".lora_" not in name
-        }
+    state = _plain_weights(lm, merged)
     with torch.device("meta"):
         plain: Any = type(lm.module)(copy.deepcopy(lm.module.config))
     plain.load_state_dict(state, strict=True, assign=True)
@@ -126,6 +123,20 @@ def save_merged(
 def _write_origin(lm: LanguageModel, folder: Path) -> None:
     origin = {"base_model": lm.base_name, "revision": lm.revision, "fingerprint": lm.fingerprint}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+
+
+def merged_weights(lm: LanguageModel, adapter: str | None) -> dict[str, Tensor]:
+    """All weights of the model in its dtype, by their plain names, an adapter folded in."""
+    return _plain_weights(lm, _merged_weights(lm, adapter) if adapter else {})
+
+
+def _plain_weights(lm: LanguageModel, merged: dict[LoraLayer, Tensor]) -> dict[str, Tensor]:
+    with _weights(merged):
+        return {
+            name.replace(".base_layer.", "."): tensor.detach().to(lm.dtype)
+            for name, tensor in lm.module.state_dict().items()
+            if ".lora_" not in name
+        }
 
 
 @torch.no_grad()

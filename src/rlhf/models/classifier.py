@@ -1,0 +1,60 @@
+"""A reward model as a sequence classifier that plain transformers (or a server) loads."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from rlhf.models.heads import ScalarHead
+from rlhf.models.language_model import DecoderOnlyModel, LanguageModel
+from rlhf.models.saving import merged_weights
+
+
+def save_sequence_classifier(
+    lm: LanguageModel, adapter: str | None, head: ScalarHead, folder: Path
+) -> bool:
+    """Writes weights, adapter folded in, and head as one `…ForSequenceClassification` checkpoint.
+
+    It reads the last token that is not PAD, which is the EOS that ends prompt and response. The
+    format has no bias, so it gives the raw score without the normalisation. T5's class of that
+    name feeds one text to encoder and decoder alike, which is not how ours reads a prompt and a
+    response: there is nothing to write for it.
+
+    Args:
+        lm: The language model.
+        adapter: Its reward adapter; None where all weights were trained.
+        head: The reward head.
+        folder: Where to.
+
+    Returns:
+        Whether the family has such a class and the folder was written.
+    """
+    if not isinstance(lm, DecoderOnlyModel):
+        return False
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.pad_token = _pad_token(tokenizer)
+    config = copy.deepcopy(lm.config)
+    config.num_labels = 1
+    config.pad_token_id = tokenizer.pad_token_id
+    state = merged_weights(lm, adapter)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("lm_head.")}
+    state["score.weight"] = head.weight.detach().to(lm.device, lm.dtype)
+    with torch.device("meta"):
+        model: Any = AutoModelForSequenceClassification.from_config(config)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return True
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A PAD that ends no response: the class would read the token before it."""
+    taken = {tokenizer.eos_token, tokenizer.unk_token, None}
+    for token in (tokenizer.pad_token, tokenizer.bos_token):
+        if token not in taken:
+            return str(token)
+    return (
+        str(tokenizer.unk_token) if tokenizer.unk_token not in (None, tokenizer.eos_token) else None
+    )

@@ -1,0 +1,323 @@
+"""The reward model: an adapter on a base, a head, and the normalisation of its scores."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import StageConfig
+from rlhf.data.batching import TokenBatch, chunks
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.schema import PromptText
+from rlhf.data.tokenising import Tokeniser
+from rlhf.errors import InputError
+from rlhf.models.heads import ScalarHead
+from rlhf.models.judges import Scorer, SequenceClassifier
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.loading import load_language_model, pick_device, pick_dtype
+from rlhf.models.remote import local_folder
+from rlhf.models.saving import load_adapter, save_adapter, save_merged
+
+RECORD_FILE = "reward_model.json"
+HEAD_FILE = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class RewardRecord:
+    """What `reward_model.json` says, so that the model is read as it was trained.
+
+    Attributes:
+        base_model: The base that was trained on, as it was named then.
+        revision: Hub revision of it.
+        fingerprint: Of that base's weights.
+        tokenizer: Fingerprint of the vocabulary.
+        dtype: Storage type of the base in training.
+        prompt_sequence_length: Tokens of a prompt at most.
+        target_sequence_length: Tokens of a response at most.
+        truncation_side: Where a prompt that is too long loses text.
+        instruction: Text that was put before every input.
+        prompting: Identity of instruction and chat template.
+        pooling: Which state the head reads.
+        shift: Subtracted from the raw score.
+        scale: What the difference is then divided by.
+        version: Of this library.
+    """
+
+    base_model: str
+    revision: str | None
+    fingerprint: str
+    tokenizer: str
+    dtype: str
+    prompt_sequence_length: int
+    target_sequence_length: int
+    truncation_side: str
+    instruction: str
+    prompting: str
+    pooling: str = "last_token"
+    shift: float = 0.0
+    scale: float = 1.0
+    version: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> "RewardRecord":
+        """Reads `reward_model.json`.
+
+        Raises:
+            InputError: It cannot be read or lacks fields.
+        """
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            known = {field.name for field in fields(cls)}
+            record = cls(**{name: value for name, value in values.items() if name in known})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not the record of a reward model: {error}") from error
+        if record.pooling != "last_token":
+            raise InputError(
+                f"{path}: pooling {record.pooling!r} is unknown here; expected 'last_token'"
+            )
+        return record
+
+
+class RewardModel:
+    """Scores responses with an adapter (or all weights) of a language model and a linear head.
+
+    Args:
+        lm: The language model.
+        adapter: Its adapter's name; None where the whole model was trained.
+        head: Reads the state that has seen the whole response.
+        record: What it was trained with and how scores are normalised.
+        shares_base: True on the policy's own base.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        adapter: str | None,
+        head: ScalarHead,
+        record: RewardRecord,
+        shares_base: bool = False,
+    ) -> None:
+        self.lm = lm
+        self.adapter = adapter
+        self.head = head
+        self.record = record
+        self.shares_base = shares_base
+        self.tokeniser = Tokeniser(
+            lm.tokenizer,
+            lm.layout,
+            record.prompt_sequence_length,
+            record.target_sequence_length,
+            truncation_side=record.truncation_side,
+        )
+
+    @property
+    def prompting(self) -> str | None:
+        """Identity of the instruction and template it was trained with."""
+        return self.record.prompting
+
+    def normalise(self, shift: float, scale: float) -> None:
+        """Sets the constants of the normalised score, (raw − shift) / scale."""
+        self.record = replace(self.record, shift=shift, scale=scale)
+
+    def raw_scores(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        """Scores before normalisation, with gradients: (B,) fp32.
+
+        A backward belongs inside `lm.using(adapter)`, so training opens that around both.
+        """
+        with self.lm.using(self.adapter):
+            states = self.lm.response_states(prompts, responses)
+        rows = torch.arange(len(states), device=states.device)
+        return self.head(states[rows, responses.lengths])
+
+    @torch.no_grad()
+    def scores(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        """Normalised scores of one batch: (B,) fp32, on the batch's device."""
+        with dropout_off(self.lm.module):
+            raw = self.raw_scores(prompts, responses)
+        return (raw - self.record.shift) / self.record.scale
+
+    def score_tokens(
+        self, prompts: TokenBatch, responses: TokenBatch, batch_size: int = 32
+    ) -> Tensor:
+        """Scores ids as they are, in batches of similar length.
+
+        Args:
+            prompts: N prompts in this model's ids.
+            responses: N responses, EOS included where they ended.
+            batch_size: Rows at once; changes no score.
+
+        Returns:
+            (N,) fp32 on the CPU, in the order given.
+        """
+        order = (prompts.lengths + responses.lengths).argsort().tolist()
+        scores = torch.empty(len(order))
+        for rows in chunks(order, batch_size):
+            batch = [side.select(rows).to(self.lm.device) for side in (prompts, responses)]
+            scores[list(rows)] = self.scores(*batch).cpu()
+        return scores
+
+    def score(
+        self, prompts: Sequence[PromptText], responses: Sequence[str], batch_size: int = 32
+    ) -> Tensor:
+        """Tokenises and scores texts: (N,) fp32 on the CPU, in the order given."""
+        return self.score_tokens(
+            self.tokeniser.prompts(list(prompts)),
+            self.tokeniser.responses(list(responses)),
+            batch_size,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes adapter/ (merged/ where all weights were trained), head, tokenizer and record."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.adapter is None:
+            save_merged(self.lm, None, folder / "merged")
+        else:
+            save_adapter(self.lm, self.adapter, folder / "adapter")
+        self.lm.tokenizer.save_pretrained(folder)
+        save_file({"weight": self.head.weight.detach().cpu()}, folder / HEAD_FILE)
+        record = json.dumps(asdict(self.record), indent=2, ensure_ascii=False)
+        (folder / RECORD_FILE).write_text(record + "\n", encoding="utf-8")
+
+
+def load_reward_model(
+    path: str,
+    *,
+    device: torch.device | str = "auto",
+    dtype: str = "auto",
+    policy_lm: LanguageModel | None = None,
+    base_model: str | None = None,
+    name: str = "reward",
+) -> Scorer:
+    """Loads what scores: a folder of `rlhf reward-model`, or a one-label sequence classifier.
+
+    Args:
+        path: Folder (local or remote) or Hub id.
+        device: Where a model of its own runs.
+        dtype: Storage type of a model of its own: auto, float32 or bfloat16.
+        policy_lm: A language model whose base stays frozen. The reward adapter is put on it, if
+            weights and vocabulary are those that it was trained with, instead of on a second
+            model.
+        base_model: Where the reward model's base is now, if it was moved.
+        name: Name of the adapter on the base.
+
+    Raises:
+        InputError: If it cannot be loaded, or belongs to another base.
+    """
+    folder = local_folder(path) if "://" in path else Path(path)
+    device = pick_device(str(device))
+    if not (folder / RECORD_FILE).is_file():
+        source = str(folder) if "://" in path else path
+        return SequenceClassifier(source, device, pick_dtype(dtype, device))
+    record = RewardRecord.read(folder / RECORD_FILE)
+    full = not (folder / "adapter").is_dir()
+    shares = not full and policy_lm is not None and _same_base(policy_lm, record)
+    if shares and policy_lm is not None:
+        lm = policy_lm
+    else:
+        base = str(folder / "merged") if full else base_model or record.base_model
+        config = StageConfig(output_dir=str(folder), device=str(device), dtype=dtype)
+        revision = None if full or base_model else record.revision
+        lm = load_language_model(config, trainable=False, base_model=base, revision=revision)
+        _check_tokenizer(lm, record, path)
+    if not full:
+        load_adapter(lm, folder / "adapter", name, trainable=False)
+    head = _load_head(folder / HEAD_FILE, lm.hidden_size).to(lm.device)
+    return RewardModel(lm, None if full else name, head, record, shares_base=shares)
+
+
+def value_from_reward(reward: RewardModel, name: str = "value") -> ScalarHead:
+    """Starts a critic as a copy of the reward model, its normalisation folded into the head.
+
+    Args:
+        reward: Its adapter is copied, as adapter `name` of the same base; where all its weights
+            were trained, the head alone is copied and the caller copies the model.
+        name: Name of the new, trainable adapter.
+
+    Returns:
+        A trainable head whose value of the last state is the normalised score.
+    """
+    if reward.adapter is not None:
+        reward.lm.adapters.duplicate(reward.adapter, name, trainable=True)
+    shift, scale = reward.record.shift, reward.record.scale
+    head = ScalarHead(reward.lm.hidden_size, init_std=0.0).to(reward.head.weight.device)
+    with torch.no_grad():
+        head.weight.copy_(reward.head.weight / scale)
+        head.offset.copy_((reward.head.offset - shift) / scale)
+    return head
+
+
+def check_same_prompting(scorer: Scorer, renderer: PromptRenderer) -> None:
+    """Refuses a reward model that was trained on prompts written in another way.
+
+    Raises:
+        InputError: If its instruction or template differ from the policy's.
+    """
+    if scorer.prompting is None or scorer.prompting == renderer.identity:
+        return
+    trained = scorer.record.instruction if isinstance(scorer, RewardModel) else ""
+    if trained != renderer.instruction:
+        difference = f"instruction: {renderer.instruction!r} here, {trained!r} in training"
+    else:
+        difference = "chat template: another one than in training"
+    raise InputError(
+        f"reward_model_path: the reward model was trained on other prompts ({difference}); use "
+        "the same, or train a reward model with these"
+    )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short hash of the vocabulary: two tokenizers with one hash give ids one meaning."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def dropout_off(module: nn.Module) -> Iterator[None]:
+    """Switches every dropout off inside, without `eval()`, which would end checkpointing."""
+    active = [part for part in module.modules() if isinstance(part, nn.Dropout) and part.training]
+    for part in active:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in active:
+            part.training = True
+
+
+def _same_base(lm: LanguageModel, record: RewardRecord) -> bool:
+    return (
+        not lm.trainable
+        and lm.fingerprint == record.fingerprint
+        and tokenizer_fingerprint(lm.tokenizer) == record.tokenizer
+    )
+
+
+def _check_tokenizer(lm: LanguageModel, record: RewardRecord, path: str) -> None:
+    if tokenizer_fingerprint(lm.tokenizer) != record.tokenizer:
+        raise InputError(
+            f"reward_model_path: {path} was trained with another tokenizer than the one in "
+            f"{lm.base_name} now"
+        )
+
+
+def _load_head(path: Path, hidden_size: int) -> ScalarHead:
+    head = ScalarHead(hidden_size, init_std=0.0)
+    try:
+        weight = load_file(path)["weight"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise InputError(f"{path}: not a reward head: {error}") from error
+    if weight.shape != head.weight.shape:
+        raise InputError(f"{path}: has shape {tuple(weight.shape)}, expected (1, {hidden_size})")
+    head.weight.data.copy_(weight)
+    if not torch.isfinite(weight).all():
+        raise InputError(f"{path}: holds NaN or infinite weights")
+    return head.requires_grad_(False)
