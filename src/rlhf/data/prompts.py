@@ -1,0 +1,289 @@
+"""From the fields of a row to the text that the model reads.
+
+`input_text` is never wrapped in a chat template. The prompt is the instruction, the context and the
+input, those that there are, with an empty line between them. Special tokens written in it are
+plain text.
+
+`messages` are rendered with the tokenizer's chat template, generation prompt included; instruction,
+context and the conversation's own system turn (in this order, an empty line between them) are its
+system turn, or stand before the first user turn where the template knows no system turn. A
+tokenizer without a template gets the plain one:
+
+    <system>
+
+    User: <text>
+
+    Assistant: <text>
+
+    User: <text>
+
+    Assistant:
+"""
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from rlhf.data.schema import Message, PromptFields, PromptText, Span
+
+if TYPE_CHECKING:
+    import jinja2
+    from transformers import PreTrainedTokenizerBase
+
+SEPARATOR = "\n\n"
+_PLAIN_TEMPLATE = "plain 1"
+_PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
+# Some templates print today's date; prompts must not change from one day to the next.
+_TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
+
+
+class PromptRenderer:
+    """Renders rows; needs no model, and a tokenizer only for its chat template.
+
+    Args:
+        instruction: Text put before every input, or None.
+        chat_template: Jinja text of a Hugging Face chat template; None for the plain one.
+        special_tokens: Names and texts that the template may use, such as `bos_token`.
+    """
+
+    def __init__(
+        self,
+        instruction: str | None = None,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        self.instruction = instruction or ""
+        self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
+        # The literal text around the turns depends on who speaks when, and on nothing else.
+        self._scaffolding = lru_cache(maxsize=256)(self._find_scaffolding)
+
+    @classmethod
+    def for_tokenizer(
+        cls, tokenizer: "PreTrainedTokenizerBase | None", instruction: str | None = None
+    ) -> "PromptRenderer":
+        """The renderer for a tokenizer's own chat template, or the plain one if it has none."""
+        template = getattr(tokenizer, "chat_template", None)
+        if not template:
+            return cls(instruction)
+        if isinstance(template, dict):  # several by name; one is the default
+            template = template.get("default") or next(iter(template.values()))
+        names = getattr(tokenizer, "special_tokens_map", {})
+        tokens = {name: str(text) for name, text in names.items() if isinstance(text, str)}
+        return cls(instruction, template, tokens)
+
+    @property
+    def identity(self) -> str:
+        """Equal for two renderers exactly if they render every row alike; 16 characters."""
+        parts = [self.instruction, self.chat_template or _PLAIN_TEMPLATE]
+        if self.chat_template:
+            parts += [f"{name}={text}" for name, text in sorted(self.special_tokens.items())]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def render(self, fields: PromptFields) -> PromptText:
+        """The prompt of one row.
+
+        Raises:
+            ValueError: If the chat template refuses the conversation; the message says why.
+        """
+        if fields.messages:
+            return self._render_messages(fields)
+        parts = [(self.instruction, "fixed"), (fields.context or "", "span")]
+        turn = _join([*parts, (fields.input_text or "", "span")])
+        return PromptText(turn.text, turn.marked("span"))
+
+    def raw_input(self, fields: PromptFields) -> str:
+        """The row's own input, as predictions repeat it."""
+        if not fields.messages:
+            return fields.input_text or ""
+        turns = [{"author": turn.author, "content": turn.content} for turn in fields.messages]
+        return json.dumps(turns, ensure_ascii=False)
+
+    def _render_messages(self, fields: PromptFields) -> PromptText:
+        own = fields.messages[0] if fields.messages[0].author == "system" else None
+        conversation = fields.messages[1:] if own else fields.messages
+        parts = [(self.instruction, "fixed"), (fields.context or "", "span")]
+        system = _join([*parts, (own.content if own else "", "reserve")])
+        turns = [("system", system)] if system.text else []
+        turns += [(turn.author, _join([(turn.content, "span")])) for turn in conversation]
+        if system.text and not self._knows_system(tuple(author for author, _ in turns)):
+            first = _join([*system.parts, (conversation[0].content, "span")])
+            turns = [("user", first), *turns[2:]]
+        return self._fill(turns)
+
+    def _knows_system(self, authors: tuple[str, ...]) -> bool:
+        try:
+            return self._scaffolding(authors) is not None
+        except ValueError:
+            # Only blame the system turn if the template is content without it.
+            self._scaffolding(authors[1:])
+            return False
+
+    def _fill(self, turns: "Sequence[tuple[str, _Turn]]") -> PromptText:
+        """Renders the turns and finds their characters in the result."""
+        text = self._apply([Message(author, turn.text) for author, turn in turns])
+        pieces = self._scaffolding(tuple(author for author, _ in turns))
+        contents = [turn for _, turn in turns]
+        places = _locate(text, [turn.text for turn in contents], pieces)
+        start = 0
+        bos = self.special_tokens.get("bos_token", "")
+        if bos and text.startswith(bos):
+            start = len(bos)  # the tokeniser puts it there, exactly once
+        marks: dict[str, list[Span]] = {"span": [], "reserve": []}
+        for turn, place in zip(contents, places, strict=True):
+            for kind, spans in marks.items():
+                for first, last in turn.marked(kind) if place else ():
+                    # The template may have trimmed the content's ends.
+                    low = max(place[0], place[2] + first)
+                    high = min(place[1], place[2] + last)
+                    if low < high:
+                        spans.append((low - start, high - start))
+        return PromptText(text[start:], tuple(marks["span"]), tuple(marks["reserve"]))
+
+    def _find_scaffolding(self, authors: tuple[str, ...]) -> tuple[str, ...] | None:
+        """The literal text before, between and after the turns; None if a turn is not shown."""
+        marks = [f"\ue000{number}\ue001" for number in range(len(authors))]
+        turns = zip(authors, marks, strict=True)
+        rest = self._apply([Message(author, mark) for author, mark in turns])
+        pieces = []
+        for mark in marks:
+            if rest.count(mark) != 1:
+                return None
+            piece, rest = rest.split(mark)
+            pieces.append(piece)
+        return (*pieces, rest)
+
+    def _apply(self, messages: Sequence[Message]) -> str:
+        if self.chat_template is None:
+            turns = [_PLAIN_NAMES[turn.author] + turn.content for turn in messages]
+            return SEPARATOR.join([*turns, "Assistant:"])
+        return _apply_jinja(self.chat_template, messages, self.special_tokens)
+
+
+class _Turn:
+    """A text made of parts, of which each has a kind."""
+
+    def __init__(self, parts: Sequence[tuple[str, str]]) -> None:
+        self.parts = list(parts)
+        self.text = SEPARATOR.join(text for text, _ in parts)
+
+    def marked(self, kind: str) -> tuple[Span, ...]:
+        """Where the parts of one kind stand."""
+        spans, start = [], 0
+        for text, own in self.parts:
+            if own == kind:
+                spans.append((start, start + len(text)))
+            start += len(text) + len(SEPARATOR)
+        return tuple(spans)
+
+
+def _join(parts: Sequence[tuple[str, str]]) -> _Turn:
+    """Joins the parts that are not empty."""
+    return _Turn([(text, kind) for text, kind in parts if text])
+
+
+def _apply_jinja(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
+    import jinja2
+
+    conversation = [{"role": turn.author, "content": turn.content} for turn in messages]
+    try:
+        return _compile(template).render(
+            messages=conversation,
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            date_string=_template_date("%d %b %Y"),
+            **tokens,
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template refuses it: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> "jinja2.Template":
+    """Compiles as transformers does, but with a fixed date, which it does not let callers set."""
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class GenerationBlock(jinja2.ext.Extension):
+        """`{% generation %}` marks what the assistant says; here it is only let through."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _template_date
+    return environment.from_string(template)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    # Jinja's own filter escapes HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise_exception(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)
+
+
+def _template_date(format_: str) -> str:
+    return _TEMPLATE_DATE.strftime(format_)
+
+
+def _locate(
+    text: str, contents: Sequence[str], pieces: Sequence[str] | None
+) -> list[tuple[int, int, int] | None]:
+    """Where each content stands in the rendered text.
+
+    Returns:
+        Per content (start, end, origin), where origin is where its first character would stand had
+        the template not trimmed it; None for a content that the template changed otherwise.
+    """
+    if pieces is not None and (exact := _locate_exactly(text, contents, pieces)) is not None:
+        return exact
+    # The template looks into the contents (hides earlier reasoning, say): find what is left.
+    places: list[tuple[int, int, int] | None] = []
+    position = 0
+    for content in contents:
+        trimmed = content.strip()
+        start = text.find(trimmed, position)
+        if start < 0 or not trimmed:
+            places.append(None)
+            continue
+        position = start + len(trimmed)
+        places.append((start, position, start - content.index(trimmed)))
+    return places
+
+
+def _locate_exactly(
+    text: str, contents: Sequence[str], pieces: Sequence[str]
+) -> list[tuple[int, int, int] | None] | None:
+    if not text.startswith(pieces[0]):
+        return None
+    places: list[tuple[int, int, int] | None] = []
+    position = len(pieces[0])
+    for content, piece in zip(contents, pieces[1:], strict=True):
+        lead = len(content) - len(content.lstrip())
+        variants = ((content, 0), (content.strip(), lead), (content.lstrip(), lead),
+                    (content.rstrip(), 0))
+        for variant, trimmed in variants:
+            end = position + len(variant)
+            if text.startswith(variant, position) and text.startswith(piece, end):
+                break
+        else:
+            return None
+        places.append((position, end, position - trimmed))
+        position = end + len(piece)
+    return places if position == len(text) else None

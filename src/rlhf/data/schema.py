@@ -1,0 +1,294 @@
+"""The rows of the library: what a JSON object must hold, and what the stages get from it.
+
+Preference rows have `input_text` or `messages` (or `prompt`), and `candidate_0`, `candidate_1`,
+`choice` (or `chosen`, `rejected`). Prompt rows have `input_text` or `messages` (or `prompt`). Both
+may have `context` and `output_text`. Other fields are ignored, and an optional field that is null
+counts as missing.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Span = tuple[int, int]
+
+AUTHORS = ("user", "assistant", "system")
+CANDIDATE_FIELDS = ("candidate_0", "candidate_1", "choice", "chosen", "rejected")
+_EXCERPT = 40
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """A rendered prompt and which parts of it truncation may shorten.
+
+    Characters outside `spans` and `reserve` (instruction, chat scaffolding) are kept whole, and
+    only there a special token's text means that token; inside, it is plain text.
+
+    Attributes:
+        text: The prompt as the model reads it, without a beginning-of-sequence token.
+        spans: Character ranges [start, end) of `text`, in text order, not overlapping.
+        reserve: Like `spans`, but only shortened when nothing is left of those: the conversation's
+            own system turn.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    reserve: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `author` is one of `AUTHORS`."""
+
+    author: str
+    content: str
+
+
+@dataclass(frozen=True)
+class PromptFields:
+    """What a row says about its prompt: either `input_text` or `messages`."""
+
+    input_text: str | None
+    messages: tuple[Message, ...]
+    context: str | None
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt with the human references for it.
+
+    Attributes:
+        prompt: Rendered prompt.
+        input_text: Raw input for predictions; of `messages`, the conversation as JSON.
+        references: The texts of `output_text`, possibly none.
+        source: `FILE:LINE`.
+        row: Number of the row in its data set, from 0.
+    """
+
+    prompt: PromptText
+    input_text: str
+    references: list[str]
+    source: str
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """A prompt with two answers of which one was preferred.
+
+    Attributes:
+        prompt: Rendered prompt.
+        candidate_0: One answer.
+        candidate_1: The other answer.
+        choice: 0 or 1, the preferred one.
+        margin: By how much it was preferred, where the row says so.
+        source: `FILE:LINE`.
+        row: Number of the row in its data set, from 0.
+    """
+
+    prompt: PromptText
+    candidate_0: str
+    candidate_1: str
+    choice: int
+    margin: float | None
+    source: str
+    row: int = 0
+
+    @property
+    def chosen(self) -> str:
+        """The preferred answer."""
+        return self.candidate_1 if self.choice else self.candidate_0
+
+    @property
+    def rejected(self) -> str:
+        """The other answer."""
+        return self.candidate_0 if self.choice else self.candidate_1
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a row says about its two answers; see `PreferenceRow`."""
+
+    candidate_0: str
+    candidate_1: str
+    choice: int
+    margin: float | None
+
+
+class RowChecker:
+    """Reads one JSON object field by field and notes everything that is wrong with it.
+
+    Attributes:
+        problems: `field: what is wrong, what is expected`, in the order in which they were found.
+    """
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        self.row = row
+        self.problems: list[str] = []
+
+    def prompt(self) -> PromptFields:
+        """Reads `input_text`, `messages` or `prompt`, and `context`."""
+        present = [name for name in ("input_text", "messages", "prompt") if self._has(name)]
+        context = self._optional_text("context")
+        if "input_text" in present and "messages" in present:
+            self._wrong("messages", "stands beside input_text", "one of the two")
+            return PromptFields(None, (), context)
+        if "messages" in present:
+            return PromptFields(None, self._messages(), context)
+        name = "prompt" if present == ["prompt"] else "input_text"
+        text = self._text(name, or_else="input_text or messages")
+        if text is not None and not text.strip():
+            self._wrong(name, "is blank", "text")
+        return PromptFields(text or "", (), context)
+
+    def references(self, required: bool = False) -> list[str]:
+        """Reads `output_text`: a text, several in a list, or nothing unless `required`."""
+        if not self._has("output_text"):
+            if required:
+                self._missing("output_text", "text (the answer to learn)")
+            return []
+        value = self.row["output_text"]
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            self._wrong("output_text", f"is {_describe(value)}", "text or a list of texts")
+            return []
+        if required and not texts:
+            self._wrong("output_text", "is an empty list", "text (the answer to learn)")
+        return texts
+
+    def candidates(self) -> Candidates:
+        """Reads `candidate_0`, `candidate_1` and `choice`, or `chosen` and `rejected`."""
+        margin = self._margin()
+        own = any(self._has(name) for name in ("candidate_0", "candidate_1"))
+        if not own and (self._has("chosen") or self._has("rejected")):
+            chosen, rejected = self._text("chosen"), self._text("rejected")
+            return Candidates(chosen or "", rejected or "", 0, margin)
+        first, second = self._text("candidate_0"), self._text("candidate_1")
+        return Candidates(first or "", second or "", self._choice(), margin)
+
+    def has_candidates(self) -> bool:
+        """Whether the row says anything about two answers."""
+        return any(self._has(name) for name in CANDIDATE_FIELDS)
+
+    def _has(self, name: str) -> bool:
+        return self.row.get(name) is not None
+
+    def _text(self, name: str, or_else: str = "") -> str | None:
+        if not self._has(name) and name not in self.row:
+            self._missing(name, or_else or "text")
+            return None
+        value = self.row[name]
+        if isinstance(value, str):
+            return value
+        self._wrong(name, f"is {_describe(value)}", "text")
+        return None
+
+    def _optional_text(self, name: str) -> str | None:
+        return self._text(name) if self._has(name) else None
+
+    def _choice(self) -> int:
+        if "choice" not in self.row:
+            self._missing("choice", "0 or 1")
+            return 0
+        value = self.row["choice"]
+        if type(value) in (int, str) and value in (0, 1, "0", "1"):
+            return int(value)
+        self._wrong("choice", f"is {_describe(value)}", "0 or 1, the preferred candidate")
+        return 0
+
+    def _margin(self) -> float | None:
+        if not self._has("margin"):
+            return None
+        value = self.row["margin"]
+        try:
+            if type(value) in (int, float) and math.isfinite(float(value)):
+                return float(value)
+        except OverflowError:  # an integer of hundreds of digits
+            pass
+        self._wrong("margin", f"is {_describe(value)}", "a finite number")
+        return None
+
+    def _messages(self) -> tuple[Message, ...]:
+        value = self.row["messages"]
+        if not isinstance(value, list) or not value:
+            self._wrong("messages", f"is {_describe(value)}", "a list of turns")
+            return ()
+        before = len(self.problems)
+        turns = [self._message(number, turn) for number, turn in enumerate(value)]
+        messages = tuple(turn for turn in turns if turn is not None)
+        if len(self.problems) == before:
+            self._check_order([message.author for message in messages])
+        return messages
+
+    def _message(self, number: int, turn: Any) -> Message | None:
+        place = f"messages[{number}]"
+        if not isinstance(turn, dict):
+            self._wrong(place, f"is {_describe(turn)}", "an object with author and content")
+            return None
+        author = turn.get("author", turn.get("role"))
+        content = turn.get("content")
+        if author not in AUTHORS:
+            what = "is missing" if author is None else f"is {_describe(author)}"
+            self._wrong(f"{place}.author", what, "user, assistant or system")
+        if not isinstance(content, str):
+            what = f"is {_describe(content)}" if "content" in turn else "is missing"
+            self._wrong(f"{place}.content", what, "text")
+        elif author == "user" and not content.strip():
+            self._wrong(f"{place}.content", "is blank", "text")
+        elif author in AUTHORS:
+            return Message(author, content)
+        return None
+
+    def _check_order(self, authors: list[str]) -> None:
+        turns = authors[1:] if authors[0] == "system" else authors
+        first = len(authors) - len(turns)
+        for number, author in enumerate(turns, start=first):
+            if author == "system":
+                self._wrong(f"messages[{number}].author", "is system", "system only as first turn")
+                return
+        if not turns or turns[0] != "user":
+            found = f"is {turns[0]}" if turns else "is missing"
+            self._wrong(f"messages[{first}].author", found, "a conversation that the user begins")
+        elif turns[-1] != "user":
+            place = f"messages[{len(authors) - 1}].author"
+            self._wrong(place, f"is {turns[-1]}", "user as the last author, who gets the answer")
+
+    def _missing(self, name: str, expected: str) -> None:
+        near = difflib.get_close_matches(name, [key for key in self.row if key != name], n=1)
+        if near:
+            hint = f" (did you mean {name} by {near[0]}?)"
+        elif self.row:
+            hint = f" (the row has {', '.join(_shorten(key) for key in list(self.row)[:8])})"
+        else:
+            hint = " (the row is empty)"
+        self._wrong(name, f"is missing{hint}", expected)
+
+    def _wrong(self, place: str, what: str, expected: str) -> None:
+        self.problems.append(f"{place}: {what}, expected {expected}")
+
+
+def _shorten(text: str) -> str:
+    shown = text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…"
+    # Bad rows are quoted to terminals and logs: no control characters, no broken surrogates.
+    return "".join(char if char.isprintable() else "\ufffd" for char in shown)
+
+
+def _describe(value: Any) -> str:
+    """A JSON value in words that a person recognises in the file."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "infinite"
+    if isinstance(value, int) and value.bit_length() > 1000:
+        return "a number of hundreds of digits"  # str() of a huge int may refuse
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    if isinstance(value, str):
+        return f'the text "{_shorten(value)}"'
+    if isinstance(value, list):
+        return "an empty list" if not value else "a list"
+    return "an object"
