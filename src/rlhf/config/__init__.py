@@ -49,7 +49,10 @@ ConfigT = TypeVar("ConfigT", bound=Schema)
 
 
 def load_config(
-    cls: type[ConfigT], path: str | None = None, overrides: Mapping[str, Any] | None = None
+    cls: type[ConfigT],
+    path: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    required: tuple[str, ...] = (),
 ) -> ConfigT:
     """Read a configuration from a YAML file and lay overrides over it.
 
@@ -57,11 +60,12 @@ def load_config(
         cls: A configuration class, such as `PPOConfig`.
         path: A YAML file, or None for the overrides alone.
         overrides: Dotted field name (`lora.rank`) to value.
+        required: Optional fields that the caller cannot do without, such as `reward_model_path`.
 
     Raises:
         InputError: All problems at once; unknown names come with the nearest valid one.
     """
-    return load(cls, path, overrides or {}, required=cls.needed_on_load)
+    return load(cls, path, overrides or {}, required=(*cls.needed_on_load, *required))
 
 
 def config_to_yaml(config: Schema) -> str:

@@ -72,10 +72,28 @@ def _yaml_problem(path: str, error: yaml.YAMLError) -> str:
     return f"{where}: is not valid YAML: {problem}"
 
 
+# Fields of which a configuration may hold one: what is laid over replaces the other below.
+_INSTEAD_OF = {
+    "train_steps": "num_epochs",
+    "num_epochs": "train_steps",
+    "learning_rate": "learning_rate_multiplier",
+    "learning_rate_multiplier": "learning_rate",
+    "missing_eos_penalty": "missing_eos_score",
+    "missing_eos_score": "missing_eos_penalty",
+}
+
+
 def merged(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay `update` over `base`; mappings inside are merged, everything else is replaced."""
+    """Lay `update` over `base`; mappings inside are merged, everything else is replaced.
+
+    Of two fields that exclude each other the one in `update` wins: `--train_steps` over a file
+    with `num_epochs`.
+    """
     result = dict(base)
     for name, value in update.items():
+        other = _INSTEAD_OF.get(name)
+        if other is not None and value is not None and other not in update:
+            result.pop(other, None)
         below = result.get(name)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
             value = merged(below, value)
@@ -150,7 +168,8 @@ def _message(cls: type[BaseModel], detail: Any) -> str:
         return str(detail["ctx"]["error"])
     if field is not None and kind.endswith(("_type", "_parsing", "_from_float", "literal_error")):
         return f"expected {type_name(field)}, got {detail['input']!r:.200}"
-    message = detail["msg"].replace("Input should be", "expected")
+    number = f"expected {type_name(field)}" if field is not None else "expected a value"
+    message = detail["msg"].replace("Input should be", number)
     return f"{message}, got {detail['input']!r:.200}"
 
 

@@ -106,7 +106,7 @@ class PipelineConfig(TrainingConfig):
             if name in cls.model_fields
         }
         data = merged(merged(common, self._handed_over(stage)), fields)
-        data = merged(data, _one_of(data, getattr(self, stage)))
+        data = merged(data, getattr(self, stage))
         return cls.model_validate(data | {"output_dir": self.stage_dir(stage)})
 
     def _handed_over(self, stage: str) -> dict[str, Any]:
@@ -137,22 +137,6 @@ class PipelineConfig(TrainingConfig):
     def resolved(self) -> dict[str, Any]:
         """Return plain data; defaults that depend on a stage stand in the stage's own folder."""
         return self.model_dump(mode="json")
-
-
-def _one_of(below: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
-    """Let one of two exclusive fields in a section take the place of the other on top."""
-    pairs = (
-        ("train_steps", "num_epochs", None),
-        ("num_epochs", "train_steps", None),
-        ("learning_rate", "learning_rate_multiplier", 1.0),
-        ("learning_rate_multiplier", "learning_rate", None),
-    )
-    displaced = {
-        other: unset
-        for one, other, unset in pairs
-        if section.get(one) is not None and other in below and other not in section
-    }
-    return dict(section) | displaced
 
 
 def section_problems(stage: str, section: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,95 @@
+"""Reinforcement learning from human feedback for T5 and LLaMA models.
+
+`import rlhf` is cheap: every name is imported when it is first used, so that command-line help
+and configuration work without loading torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf.config import (
+        InferenceConfig,
+        LoRAConfig,
+        PipelineConfig,
+        PPOConfig,
+        RewardModelConfig,
+        ScoreConfig,
+        SFTConfig,
+        load_config,
+    )
+    from rlhf.errors import InputError, StoppedBySignal
+    from rlhf.inference import run_inference
+    from rlhf.pipeline import run_pipeline
+    from rlhf.ppo_trainer import PPOTrainer, train_ppo
+    from rlhf.reward_model import RewardModelTrainer, train_reward_model
+    from rlhf.score import run_score
+    from rlhf.sft import SFTTrainer, train_sft
+
+_HOMES = {
+    "InferenceConfig": "rlhf.config",
+    "InputError": "rlhf.errors",
+    "LoRAConfig": "rlhf.config",
+    "PPOConfig": "rlhf.config",
+    "PPOTrainer": "rlhf.ppo_trainer",
+    "PipelineConfig": "rlhf.config",
+    "RewardModelConfig": "rlhf.config",
+    "RewardModelTrainer": "rlhf.reward_model",
+    "SFTConfig": "rlhf.config",
+    "SFTTrainer": "rlhf.sft",
+    "ScoreConfig": "rlhf.config",
+    "StoppedBySignal": "rlhf.errors",
+    "load_config": "rlhf.config",
+    "run_inference": "rlhf.inference",
+    "run_pipeline": "rlhf.pipeline",
+    "run_score": "rlhf.score",
+    "train_ppo": "rlhf.ppo_trainer",
+    "train_reward_model": "rlhf.reward_model",
+    "train_sft": "rlhf.sft",
+}
+
+__all__ = [
+    "InferenceConfig",
+    "InputError",
+    "LoRAConfig",
+    "PPOConfig",
+    "PPOTrainer",
+    "PipelineConfig",
+    "RewardModelConfig",
+    "RewardModelTrainer",
+    "SFTConfig",
+    "SFTTrainer",
+    "ScoreConfig",
+    "StoppedBySignal",
+    "load_config",
+    "run_inference",
+    "run_pipeline",
+    "run_score",
+    "train_ppo",
+    "train_reward_model",
+    "train_sft",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _installed_version()
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def _installed_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("rlhf-ppo")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "0+unknown"
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
