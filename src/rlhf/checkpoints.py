@@ -1,0 +1,183 @@
+"""Checkpoints of a run: what training changes, in full precision, as safetensors and JSON.
+
+`checkpoints/step-000120/` holds `model.safetensors` (trainable tensors), `optimizer.safetensors`
+(Adam's moments and counters), `state.json`, and `manifest.json` with the size and SHA-256 of each
+file. A folder is written under a hidden name and renamed; on stores without atomic renames the
+manifest goes last. So a folder without a valid manifest is no checkpoint, and the one before it is
+used. `best/trainable.safetensors` holds the trainable tensors of the best evaluation.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.outputs import plain, read_json, to_json, write_text
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+BEST = "best/trainable.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on as if it had never stopped.
+
+    Attributes:
+        step: Training steps that are done.
+        model: Trainable tensors by name.
+        optimizer: Adam's state, `<tensor name>.exp_avg`, `.exp_avg_sq` and `.step`.
+        state: JSON-able rest.
+    """
+
+    step: int
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best evaluation so far.
+
+    Attributes:
+        step: Training steps that were done.
+        metric: Name of the metric.
+        value: Its value.
+        evaluation: All metrics of that evaluation.
+    """
+
+    step: int
+    metric: str
+    value: float
+    evaluation: Mapping[str, float]
+
+
+def save_checkpoint(output_path: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Writes a checkpoint and removes all but the newest `keep`.
+
+    Args:
+        output_path: The stage's folder.
+        checkpoint: What to write.
+        keep: How many checkpoints to keep, at least 1.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    root = output_path / FOLDER
+    name = f"step-{checkpoint.step:06d}"
+    temporary, target = root / f".{name}", root / name
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(_on_cpu(checkpoint.model), temporary / "model.safetensors")
+    save_file(_on_cpu(checkpoint.optimizer), temporary / "optimizer.safetensors")
+    write_text(temporary / "state.json", to_json({"step": checkpoint.step, **checkpoint.state}))
+    files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
+    write_text(temporary / "manifest.json", to_json({"step": checkpoint.step, "files": files}))
+    shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
+    temporary.replace(target)
+    # Later ones are damaged, or this run would have continued from them.
+    later = [folder for folder in _folders(output_path) if _step_of(folder) > checkpoint.step]
+    earlier = [folder for folder in _folders(output_path) if _step_of(folder) < checkpoint.step]
+    for folder in [*later, *earlier[max(keep, 1) - 1 :]]:
+        shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def load_checkpoint(output_path: Path) -> Checkpoint | None:
+    """Reads the newest checkpoint that is whole; None if there is none.
+
+    Damaged ones are passed over with a warning that says what is wrong with them.
+    """
+    for folder in _folders(output_path):
+        problem = find_damage(folder)
+        if problem is None:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return Checkpoint(
+                step=state.pop("step"),
+                model=load_file(folder / "model.safetensors"),
+                optimizer=load_file(folder / "optimizer.safetensors"),
+                state=state,
+            )
+        logger.warning("%s is passed over: %s", folder, problem)
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """What makes a checkpoint folder unusable, None if nothing does."""
+    manifest = read_json(folder / "manifest.json")
+    files = (manifest or {}).get("files")
+    if not isinstance(files, dict):
+        return "it has no valid manifest.json"
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        if name not in files:
+            return f"its manifest lacks {name}"
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _describe(folder / name) != expected:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def remove_checkpoints(output_path: Path) -> None:
+    """Removes all resumable checkpoints, which a finished run needs no longer."""
+    shutil.rmtree(output_path / FOLDER, ignore_errors=True)
+
+
+def remove_best(output_path: Path) -> None:
+    """Removes the best tensors."""
+    (output_path / BEST).unlink(missing_ok=True)
+
+
+def save_best(output_path: Path, tensors: Mapping[str, Tensor], best: Best) -> None:
+    """Replaces the best trainable tensors: one file, so the change is atomic."""
+    target = output_path / BEST
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(".trainable.tmp")
+    save_file(_on_cpu(tensors), temporary, metadata={"best": json.dumps(plain(asdict(best)))})
+    os.replace(temporary, target)
+
+
+def read_best(output_path: Path) -> Best | None:
+    """Which evaluation the saved best tensors belong to; None if there are none."""
+    try:
+        with safe_open(output_path / BEST, framework="pt") as file:
+            return Best(**json.loads(file.metadata()["best"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def load_best(output_path: Path) -> dict[str, Tensor]:
+    """The best trainable tensors by name."""
+    return load_file(output_path / BEST)
+
+
+def _folders(output_path: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted((output_path / FOLDER).glob("step-*"), key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    suffix = folder.name.removeprefix("step-")
+    return int(suffix) if suffix.isdigit() else -1
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"size": path.stat().st_size, "sha256": digest}

@@ -1,0 +1,436 @@
+"""The shared loop: resuming, skipping, clipping, schedules and folders, seen from outside."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf.config import SFTConfig
+from rlhf.data.batching import rows_for_step, seeded_generator
+from rlhf.errors import InputError, StoppedBySignal
+from rlhf.optimization import GroupedAdamW, ParameterGroup, learning_rate_factor
+from rlhf.outputs import prepare_output
+from rlhf.training import Trainer, TrainingDiverged
+
+ROWS = 24
+
+
+class ToyTrainer(Trainer):
+    """Two linear layers with different clip norms, dropout, and state of its own."""
+
+    stage = "toy"
+    best_metric = ("eval/loss", "min")
+    shown_metrics = ("toy/loss",)
+
+    def __init__(self, config: SFTConfig, **options: Any) -> None:
+        super().__init__(config, num_rows=ROWS, **options)
+        generator = seeded_generator(7)
+        self.inputs = torch.randn(ROWS, 5, generator=generator)
+        self.targets = torch.randn(ROWS, 1, generator=generator)
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 1)
+        with torch.no_grad():
+            for parameter in [*self.first.parameters(), *self.second.parameters()]:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        self.seen = 0
+        self.broken_steps: set[int] = set()
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        return [
+            ParameterGroup("first", list(self.first.named_parameters("first")), 0.05, 1.0),
+            ParameterGroup("second", list(self.second.named_parameters("second")), 0.02, 0.1),
+        ]
+
+    def loss(self, rows: Sequence[int], dropout: float) -> torch.Tensor:
+        hidden = nn.functional.dropout(self.first(self.inputs[rows]).tanh(), dropout)
+        return (self.second(hidden) - self.targets[rows]).square().mean()
+
+    def step(self) -> dict[str, float]:
+        rows = rows_for_step(ROWS, self.config.batch_size, self.step_index, self.config.seed)
+        with self.phase("forward"):
+            loss = self.loss(rows, 0.3)
+        if self.step_index in self.broken_steps:
+            loss = loss * float("nan")
+        loss.backward()
+        self.seen += len(rows)
+        self.count_tokens(len(rows))
+        self.log_samples([{"row": rows[0]}])
+        return {"toy/loss": loss.item(), "toy/seen": float(self.seen), **self.apply_gradients()}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        return {"eval/loss": float(self.loss(range(ROWS), 0.0))}
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        self.seen = state["seen"]
+
+    def export(self) -> dict[str, float]:
+        torch.save({k: v.detach() for k, v in self.parameters.items()}, self.output_path / "w.pt")
+        return {"toy/exported": 1.0}
+
+
+class LastTrainer(ToyTrainer):
+    """Exports the last weights rather than the best."""
+
+    export_best: ClassVar[bool] = False
+
+
+def toy_config(folder: Path | str, **fields: Any) -> SFTConfig:
+    defaults: dict[str, Any] = {
+        "dataset": "unused.jsonl",
+        "output_dir": str(folder),
+        "batch_size": 5,
+        "train_steps": 8,
+        "eval_every": 3,
+        "save_every": 3,
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        "log_with": [],
+    }
+    return SFTConfig(**{**defaults, **fields})
+
+
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def without_timing(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in metrics.items()
+        if not name.startswith(("time/", "perf/")) and name != "seconds"
+    }
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert [*map(without_timing, lines(one))] == [*map(without_timing, lines(other))]
+    assert lines(one, "samples.jsonl") == lines(other, "samples.jsonl")
+    finals = [without_timing(json.loads((f / "metrics.json").read_text())) for f in (one, other)]
+    assert finals[0] == finals[1]
+    weights = [torch.load(folder / "w.pt") for folder in (one, other)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def stop_at(step: int, number: int = signal.SIGTERM) -> Any:
+    def callback(_: Trainer, now: int, __: Any, ___: Any) -> None:
+        if now == step:
+            os.kill(os.getpid(), number)
+
+    return callback
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    LastTrainer(toy_config(tmp_path / "whole")).train()
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_stopped_by_a_signal_and_resumed_equals_never_stopped(
+    tmp_path: Path, whole: Path, step: int
+) -> None:
+    config = toy_config(tmp_path / "stopped")
+    with pytest.raises(StoppedBySignal) as stopped:
+        LastTrainer(config, callbacks=[stop_at(step)]).train()
+    assert stopped.value.step == step
+    LastTrainer(config).train()
+    assert_same_run(whole, tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("step", [2, 3, 5, 8])
+def test_killed_between_saves_and_resumed_equals_never_stopped(
+    tmp_path: Path, whole: Path, step: int
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(_: Trainer, now: int, __: Any, ___: Any) -> None:
+        if now == step:
+            raise Killed
+
+    config = toy_config(tmp_path / "killed")
+    with pytest.raises(Killed):
+        LastTrainer(config, callbacks=[kill]).train()
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "torn')
+    LastTrainer(config).train()
+    assert_same_run(whole, tmp_path / "killed")
+
+
+def test_many_stops_in_one_run(tmp_path: Path, whole: Path) -> None:
+    config = toy_config(tmp_path / "stopped")
+    for step in range(1, 9):
+        with pytest.raises(StoppedBySignal):
+            LastTrainer(config, callbacks=[stop_at(step)]).train()
+    LastTrainer(config).train()
+    assert_same_run(whole, tmp_path / "stopped")
+
+
+def test_sigint_saves_too_and_handlers_are_restored(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    config = toy_config(tmp_path / "run")
+    with pytest.raises(StoppedBySignal):
+        ToyTrainer(config, callbacks=[stop_at(4, signal.SIGINT)]).train()
+    assert (tmp_path / "run" / "checkpoints" / "step-000004" / "manifest.json").exists()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_stopped_while_exporting_exports_on_resume(tmp_path: Path, whole: Path) -> None:
+    class Stopped(LastTrainer):
+        def export(self) -> dict[str, float]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().export()
+
+    config = toy_config(tmp_path / "stopped")
+    with pytest.raises(StoppedBySignal):
+        Stopped(config).train()
+    assert not (tmp_path / "stopped" / "metrics.json").exists()
+    LastTrainer(config).train()
+    assert_same_run(whole, tmp_path / "stopped")
+
+
+def test_finished_run_returns_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = toy_config(tmp_path / "run")
+    result = ToyTrainer(config).train()
+    assert result["finished"] is True
+    assert result["steps"] == 8
+
+    class MustNotStep(ToyTrainer):
+        def step(self) -> dict[str, float]:
+            raise AssertionError
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = MustNotStep(toy_config(tmp_path / "run", log_every=4, save_every=2)).train()
+    assert again == result
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert "already finished" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_changed_config_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(StoppedBySignal):
+        ToyTrainer(toy_config(folder), callbacks=[stop_at(4)]).train()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    changed = toy_config(folder, batch_size=6, lora={"rank": 2})
+    with pytest.raises(InputError) as refused:
+        ToyTrainer(changed).train()
+    text = "\n".join(refused.value.problems)
+    assert "batch_size: changed from 5 to 6" in text
+    assert "lora.rank: changed from 8 to 2" in text
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    with pytest.raises(InputError, match="dataset"):
+        prepare_output(toy_config(folder), {"dataset": "another"}, stage="toy")
+    with pytest.raises(InputError, match="run of toy, not of sft"):
+        prepare_output(toy_config(folder), {}, stage="sft")
+    with pytest.raises(InputError, match="resume is never"):
+        prepare_output(toy_config(folder, resume="never"), {}, stage="toy")
+
+
+def test_a_run_that_failed_before_saving_does_not_block_the_corrected_one(tmp_path: Path) -> None:
+    class Fails(ToyTrainer):
+        def save(self) -> None:
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        Fails(toy_config(tmp_path / "run", learning_rate=1.0)).train()
+    assert (tmp_path / "run" / "best").exists()
+    ToyTrainer(toy_config(tmp_path / "run")).train()
+    ToyTrainer(toy_config(tmp_path / "clean")).train()
+    assert_same_run(tmp_path / "clean", tmp_path / "run")
+
+
+def test_foreign_files_are_refused_but_a_log_is_not(tmp_path: Path) -> None:
+    (tmp_path / "train.log").write_text("2> of the shell")
+    (tmp_path / ".hidden").write_text("")
+    prepare_output(toy_config(tmp_path), {}, stage="toy")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match=r"thesis\.tex"):
+        prepare_output(toy_config(tmp_path), {}, stage="toy")
+    with pytest.raises(InputError, match="is a file"):
+        prepare_output(toy_config(tmp_path / "thesis.tex"), {}, stage="toy")
+
+
+def test_non_finite_gradient_is_skipped_and_counted(tmp_path: Path) -> None:
+    trainer = ToyTrainer(toy_config(tmp_path / "run"))
+    trainer.broken_steps = {1, 3}
+    before: dict[str, torch.Tensor] = {}
+    for index in range(5):
+        before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+        metrics = trainer.advance()
+        same = [torch.equal(before[name], p) for name, p in trainer.parameters.items()]
+        assert all(same) if index in {1, 3} else not any(same)
+        assert ("train/grad_norm_first" in metrics) == (index not in {1, 3})
+        assert all(p.grad is None for p in trainer.parameters.values())
+    assert metrics["train/skipped_updates"] == 2
+
+
+def test_only_one_broken_group_stops_all(tmp_path: Path) -> None:
+    trainer = ToyTrainer(toy_config(tmp_path / "run"))
+    for parameter in trainer.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    trainer.second.weight.grad = torch.full_like(trainer.second.weight, float("inf"))
+    before = trainer.first.weight.detach().clone()
+    assert trainer.apply_gradients() == {}
+    assert torch.equal(trainer.first.weight, before)
+
+
+def test_five_skips_in_a_row_end_the_run_also_across_a_stop(tmp_path: Path) -> None:
+    config = toy_config(tmp_path / "run")
+
+    def broken(**options: Any) -> ToyTrainer:
+        trainer = ToyTrainer(config, **options)
+        trainer.broken_steps = {2, 3, 4, 5, 6}
+        return trainer
+
+    with pytest.raises(StoppedBySignal):
+        broken(callbacks=[stop_at(5)]).train()
+    with pytest.raises(TrainingDiverged, match=r"step 7 because the gradient of first and second"):
+        broken().train()
+
+
+def test_each_group_is_clipped_to_its_own_norm() -> None:
+    generator = seeded_generator(3)
+    weights = [nn.Parameter(torch.randn(3, 2, generator=generator)) for _ in range(3)]
+    grads = [torch.randn(3, 2, generator=generator) * 10 for _ in weights]
+    groups = [
+        ParameterGroup("a", [("a.0", weights[0]), ("a.1", weights[1])], 0.1, 1.0),
+        ParameterGroup("b", [("b.0", weights[2])], 0.1, 1e6),
+    ]
+    expected = []
+    norm_a = math.sqrt(sum(float(g.double().square().sum()) for g in grads[:2]))
+    for weight, grad, factor in zip(weights, grads, [1 / norm_a, 1 / norm_a, 1.0], strict=True):
+        # The first step of Adam, by hand: both moments start at 0 and are debiased; eps is large
+        # so that the size of the gradient shows.
+        g = grad.double() * factor
+        expected.append(weight.detach().double() - 0.1 * g / (g.abs() + 0.5))
+    optimizer = GroupedAdamW(groups, betas=(0.9, 0.99), eps=0.5, weight_decay=0.0)
+    for weight, grad in zip(weights, grads, strict=True):
+        weight.grad = grad.clone()
+    norms = optimizer.grad_norms()
+    assert float(norms["a"]) == pytest.approx(norm_a, rel=1e-6)
+    optimizer.update(norms)
+    for weight, value in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.detach().double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_spares_vectors() -> None:
+    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    group = ParameterGroup("all", [("matrix", matrix), ("vector", vector)], 0.1, 1.0)
+    optimizer = GroupedAdamW([group], betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5)
+    for parameter in (matrix, vector):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.update(optimizer.grad_norms())
+    assert torch.allclose(matrix, torch.full((2, 2), 1 - 0.1 * 0.5))
+    assert torch.equal(vector, torch.ones(2))
+
+
+def test_groups_must_not_share_tensors() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    groups = [ParameterGroup(name, [(name, weight)], 0.1, 1.0) for name in ("a", "b")]
+    with pytest.raises(ValueError, match="share"):
+        GroupedAdamW(groups, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "after"),
+    [
+        ("linear", [1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [1.0, 0.5 + math.sqrt(0.5) / 2, 0.5, 0.5 - math.sqrt(0.5) / 2]),
+        ("constant", [1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+@pytest.mark.parametrize(("warmup", "rise"), [(0, []), (2, [0.5, 1.0])])
+def test_learning_rate_schedules(
+    schedule: Any, after: list[float], warmup: int, rise: list[float]
+) -> None:
+    total = warmup + 4
+    factors = [learning_rate_factor(step, total, warmup, schedule) for step in range(total)]
+    assert factors == pytest.approx(rise + after)
+
+
+def test_learning_rate_is_the_schedule_times_each_groups_peak(tmp_path: Path) -> None:
+    ToyTrainer(toy_config(tmp_path / "run")).train()
+    rates = [line["train/lr"] for line in lines(tmp_path / "run")]
+    factors = [0.5, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert rates == pytest.approx([0.05 * factor for factor in factors])
+
+
+def test_best_weights_are_exported(tmp_path: Path) -> None:
+    values = iter([3.0, 1.0, 2.0])
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Scripted(ToyTrainer):
+        def evaluate(self) -> dict[str, float]:
+            return {"eval/loss": next(values), "eval/other": float(self.step_index)}
+
+    def remember(trainer: Trainer, step: int, _: Any, __: Any) -> None:
+        seen[step] = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+
+    result = Scripted(toy_config(tmp_path / "run"), callbacks=[remember]).train()
+    exported = torch.load(tmp_path / "run" / "w.pt")
+    assert all(torch.equal(exported[name], seen[6][name]) for name in exported)
+    assert (result["best_step"], result["best"], result["eval/other"]) == (6, 1.0, 6.0)
+
+
+def test_logs_callbacks_and_trackers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+    config = toy_config(tmp_path / "run", log_every=2, eval_every=5, log_with=["tensorboard"])
+    ToyTrainer(config, callbacks=[lambda *call: calls.append(call[1:])]).train()
+    assert [step for step, _, _ in calls] == list(range(1, 9))
+    assert all(len(samples) == 1 and "toy/loss" in metrics for _, metrics, samples in calls)
+    # Every second step, and those that were evaluated.
+    rows = lines(tmp_path / "run")
+    assert [row["step"] for row in rows] == [2, 4, 5, 6, 8]
+    assert [row["step"] for row in rows if "eval/loss" in row] == [5, 8]
+    for name in ("time/forward", "time/step", "perf/tokens_per_second", "perf/peak_memory_mb"):
+        assert rows[0][name] > 0
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+    told = capsys.readouterr().err
+    assert "8 steps of 5 rows = 1.67 epochs of 24 rows" in told
+    assert "toy 8/8" in told
+
+
+def test_tensorboard_shows_each_step_once_after_a_kill(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def kill(_: Trainer, now: int, __: Any, ___: Any) -> None:
+        if now == 5:
+            raise KeyboardInterrupt
+
+    config = toy_config(tmp_path / "run", log_with=["tensorboard"])
+    with pytest.raises(KeyboardInterrupt):
+        ToyTrainer(config, callbacks=[kill]).train()
+    ToyTrainer(config).train()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "rlhf"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("toy/loss")] == list(range(1, 9))
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="comet_ml"):
+        ToyTrainer(toy_config(tmp_path / "run", log_with=["comet_ml"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_that_are_not_numbers_stay_valid_json(tmp_path: Path) -> None:
+    trainer = ToyTrainer(toy_config(tmp_path / "run"))
+    trainer.broken_steps = {1}
+    trainer.train()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    rows = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert rows[1]["toy/loss"] is None
