@@ -39,6 +39,11 @@ class RewardModelConfig(TrainingConfig):
         "mean",
         "What is made 0 (mean) and 1 (std) on reference responses after training.",
     )
+    normalization_dataset: Paths | None = option(
+        None,
+        "Demonstrations (rows with output_text) that are the reference responses. "
+        f"Default: the candidates of the training rows. {_PATHS}.",
+    )
 
 
 class PPOConfig(TrainingConfig):
