@@ -167,6 +167,9 @@ class InferenceConfig(StageConfig):
         "greedy", "How responses are generated."
     )
     temperature: float = option(1.0, "Divides the logits under temperature_sampling.", gt=0)
+    min_response_length: int = option(
+        0, "Tokens before which EOS cannot be generated, as in the policy's training.", ge=0
+    )
     extra_metrics: list[NonEmpty] = option(
         [], "Folders of locally installed `evaluate` modules to compute as well."
     )
