@@ -14,7 +14,7 @@ from typing import IO, Any
 from rlhf.errors import InputError
 
 MAX_LINE_BYTES = 16 * 2**20
-# Texts cut in the middle of an emoji by JavaScript or Java; neither Arrow nor a tokenizer takes them.
+# Half an emoji, where JavaScript or Java cut a text; neither Arrow nor a tokenizer takes it.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _UTF8_BOM = b"\xef\xbb\xbf"
@@ -75,7 +75,9 @@ def expand_paths(paths: str | Sequence[str], name: str) -> list[str]:
 
 def _local_matches(path: str) -> list[str]:
     if os.path.isdir(path):
-        raise InputError(f"{path} is a folder, expected a file (perhaps {path.rstrip('/')}/*.jsonl)")
+        raise InputError(
+            f"{path} is a folder, expected a file (perhaps {path.rstrip('/')}/*.jsonl)"
+        )
     if os.path.exists(path):
         return [path]
     if not glob.has_magic(path):
@@ -179,8 +181,9 @@ def _parse_stream(stream: IO[bytes], number: int) -> Iterator[JsonLine]:
         first = False
         yield _parse_line(raw, number, line)
     if first:
-        yield JsonLine(number, 0, problem="is empty, expected one JSON object per line",
-                       whole_file=True)
+        yield JsonLine(
+            number, 0, problem="is empty, expected one JSON object per line", whole_file=True
+        )
 
 
 def _not_lines(start: bytes) -> str:

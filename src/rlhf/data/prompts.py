@@ -134,8 +134,10 @@ class PromptRenderer:
             start = len(bos)  # the tokeniser puts it there, exactly once
         marks: dict[str, list[Span]] = {"span": [], "reserve": []}
         for turn, place in zip(contents, places, strict=True):
+            if place is None:
+                continue
             for kind, spans in marks.items():
-                for first, last in turn.marked(kind) if place else ():
+                for first, last in turn.marked(kind):
                     # The template may have trimmed the content's ends.
                     low = max(place[0], place[2] + first)
                     high = min(place[1], place[2] + last)
@@ -276,14 +278,20 @@ def _locate_exactly(
     position = len(pieces[0])
     for content, piece in zip(contents, pieces[1:], strict=True):
         lead = len(content) - len(content.lstrip())
-        variants = ((content, 0), (content.strip(), lead), (content.lstrip(), lead),
-                    (content.rstrip(), 0))
-        for variant, trimmed in variants:
-            end = position + len(variant)
-            if text.startswith(variant, position) and text.startswith(piece, end):
-                break
-        else:
+        variants = (
+            (content, 0),
+            (content.strip(), lead),
+            (content.lstrip(), lead),
+            (content.rstrip(), 0),
+        )
+        matches = (
+            (position + len(variant), trimmed)
+            for variant, trimmed in variants
+            if text.startswith(variant + piece, position)
+        )
+        if (match := next(matches, None)) is None:
             return None
+        end, trimmed = match
         places.append((position, end, position - trimmed))
         position = end + len(piece)
     return places if position == len(text) else None

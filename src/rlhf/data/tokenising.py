@@ -102,8 +102,9 @@ class Tokeniser:
         self.prompt_limit = prompt_limit
         self.response_limit = response_limit
         self.truncation_side = truncation_side
-        # UNK can come from plain text, so it is no sign of a special token.
-        self._special = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        # `all_special_ids` knows only those with a name; UNK can come from plain text.
+        added = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
         self._decode_anchor = self._find_decode_anchor() if layout.response_continues_text else []
 
     def prompt_ids(self, prompt: PromptText) -> list[int]:
@@ -245,7 +246,7 @@ class Tokeniser:
     def _encode_prompts(self, prompts: Sequence[PromptText]) -> list[_Piece]:
         pieces = self._encode([prompt.text for prompt in prompts])
         for number, (prompt, piece) in enumerate(zip(prompts, pieces, strict=True)):
-            taken = self._special_in(piece, [*prompt.spans, *prompt.reserve])
+            taken = self._special_in(piece, prompt.text, [*prompt.spans, *prompt.reserve])
             if taken:
                 pieces[number] = self._encode_hiding(prompt, taken)
         return pieces
@@ -259,7 +260,7 @@ class Tokeniser:
                 text = text[:start] + _FILLER * (end - start) + text[end:]
             piece = self._encode([text])[0]
             # Behind a hidden one another may come to light ("</</s>s>").
-            more = self._special_in(piece, spans)
+            more = self._special_in(piece, text, spans)
             if not more:
                 return self._spell_out(piece, prompt.text, taken)
             taken = taken + more
@@ -269,18 +270,16 @@ class Tokeniser:
         pieces = self._encode(texts, literal=True)
         for number, (text, piece) in enumerate(zip(texts, pieces, strict=True)):
             # Unigram has its special tokens among its pieces, so it finds them all the same.
-            taken = self._special_in(piece, [(0, len(text))])
+            taken = self._special_in(piece, text, [(0, len(text))])
             if taken:
                 pieces[number] = self._spell_out(piece, text, taken)
         return pieces
 
-    def _special_in(self, piece: _Piece, spans: Sequence[Span]) -> list[Span]:
-        return [
-            offset
-            for id_, offset in zip(piece.ids, piece.offsets, strict=True)
-            if id_ in self._special
-            and any(start < offset[1] and offset[0] < end for start, end in spans)
-        ]
+    def _special_in(self, piece: _Piece, text: str, spans: Sequence[Span]) -> list[Span]:
+        """Where special tokens were found in the spans of a text."""
+        found = [o for id_, o in zip(piece.ids, piece.offsets, strict=True) if id_ in self._special]
+        # Some tokens of the scaffolding swallow the space before or after them: not the user's.
+        return [o for o in found if any(_overlap(_trim(text, o), span) for span in spans)]
 
     def _spell_out(self, piece: _Piece, text: str, ranges: Sequence[Span]) -> _Piece:
         """Replaces the tokens over some ranges of the text by tokens of single characters."""
@@ -371,6 +370,12 @@ def _after(piece: _Piece, boundary: int) -> list[int] | None:
     if any(end > boundary for _, end in piece.offsets[:before]):
         return None
     return piece.ids[before:]
+
+
+def _trim(text: str, span: Span) -> Span:
+    word = text[span[0] : span[1]]
+    start = span[0] + len(word) - len(word.lstrip())
+    return start, start + len(word.strip())
 
 
 def _overlap(one: Span, other: Span) -> bool:
