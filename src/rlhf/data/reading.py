@@ -145,7 +145,8 @@ def split_holdout(
         if len(held) + len(groups[number]) <= wanted:
             held.update(groups[number])
     if not held and len(groups) > 1 and limit > 0:
-        held.update(min(groups, key=lambda rows: len(rows)))
+        smallest = min(groups, key=len)
+        held.update(smallest)
     train = [number for number in range(len(preferences)) if number not in held]
     return preferences.select(train), preferences.select(sorted(held))
 
@@ -166,7 +167,7 @@ def _load(
     try:
         with RowWriter(folder, schema) as writer:
             for line in read_json_lines(files):
-                columns = _check_line(line, normalise, report, problems, on_bad_rows)
+                columns = _check_line(line, normalise, report, problems)
                 if columns is not None:
                     digest.update(json.dumps(columns, sort_keys=True).encode())
                     writer.add(columns | {"file": line.file, "line": line.line})
@@ -185,7 +186,6 @@ def _check_line(
     normalise: Normaliser,
     report: ReadReport,
     problems: "_Problems",
-    on_bad_rows: OnBadRows,
 ) -> dict[str, Any] | None:
     """The columns of one line; None for a bad row or one that is left out."""
     if line.problem or not isinstance(line.value, dict):
