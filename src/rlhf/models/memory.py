@@ -1,0 +1,252 @@
+"""How much memory a stage will take, from config.json alone: what `--dry_run` reports.
+
+Weights, adapters and optimiser state are counted exactly, on a model without storage. Activations
+and caches are estimates to see whether a run can fit, good to a factor of about two: kernels,
+fragmentation and the length of real rows decide the rest.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from rlhf.config import (
+    InferenceConfig,
+    LoRAConfig,
+    PPOConfig,
+    RewardModelConfig,
+    StageConfig,
+    TrainingConfig,
+)
+from rlhf.models.language_model import FAMILIES, LOGITS_PER_CHUNK, EncoderDecoderModel
+from rlhf.models.loading import pick_device, pick_dtype, read_model_config
+
+# fp32 weight, gradient and AdamW's two moments.
+TRAINED_BYTES = 16
+# Numbers kept per token, layer and hidden unit for the backward pass: the 34 bytes of 16-bit
+# activations of Korthikanti et al. 2022 (arXiv 2205.05198, eq. 2), attention matrices apart.
+KEPT_PER_HIDDEN = 17
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sizes of a model, in numbers (not bytes).
+
+    Attributes:
+        base: Parameters, shared ones once.
+        adapter: Parameters of one LoRA adapter, 0 without.
+        head: Parameters of a reward or value head.
+    """
+
+    base: int
+    adapter: int
+    head: int
+
+
+def _without_storage(config: PretrainedConfig) -> PreTrainedModel:
+    seq2seq = issubclass(FAMILIES[config.model_type], EncoderDecoderModel)
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+def count_parameters(config: PretrainedConfig, lora: LoRAConfig | None = None) -> Counts:
+    """Count the parameters of a model and of an adapter on it, without making either.
+
+    Args:
+        config: The model's config.json.
+        lora: Shape of the adapter; None for none.
+    """
+    model = _without_storage(config)
+    base = sum(parameter.numel() for parameter in model.parameters())
+    adapter = 0
+    if lora is not None and lora.rank:
+        suffixes = lora.target_modules or FAMILIES[config.model_type].adapter_modules
+        stack = "" if lora.where == "all" or config.model_type == "llama" else rf"{lora.where}\."
+        targets = re.compile(rf"{stack}(.*\.)?({'|'.join(map(re.escape, suffixes))})")
+        adapter = sum(
+            lora.rank * sum(module.weight.shape)
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and targets.fullmatch(name)
+        )
+    return Counts(base, adapter, int(config.hidden_size))
+
+
+def memory_per_role(
+    model_config: PretrainedConfig,
+    config: StageConfig,
+    reward_config: PretrainedConfig | None = None,
+) -> dict[str, int]:
+    """Bytes that each role of a stage holds.
+
+    Args:
+        model_config: config.json of the base model.
+        config: The stage's configuration.
+        reward_config: That of the reward model's base where it is another one than the policy's.
+
+    Returns:
+        Role to bytes, in the order in which they are made; `activations` and `cache` are
+        estimates and not held at the same time.
+    """
+    lora = config.lora if isinstance(config, TrainingConfig) else LoRAConfig()
+    counts = count_parameters(model_config, lora)
+    width = pick_dtype(config.dtype, pick_device(config.device)).itemsize
+    roles = _weights(config, counts, width)
+    if reward_config is not None:
+        roles["reward model's base"] = count_parameters(reward_config).base * width
+    if isinstance(config, TrainingConfig):
+        roles["activations"] = _activations(model_config, config, width)
+    if isinstance(config, PPOConfig):
+        roles["cache"] = _cache(model_config, config, config.effective_rollout_batch_size, width)
+    if isinstance(config, InferenceConfig):
+        roles["cache"] = _cache(model_config, config, config.batch_size, width)
+    return roles
+
+
+def _weights(config: StageConfig, counts: Counts, width: int) -> dict[str, int]:
+    """Bytes of weights, gradients and optimiser state; `width` bytes a frozen number."""
+    frozen = {"frozen base": counts.base * width}
+    adapter, head = counts.adapter * TRAINED_BYTES, counts.head * TRAINED_BYTES
+    if not isinstance(config, TrainingConfig):
+        return frozen | {"policy adapter": counts.adapter * 4}
+    if config.lora.rank == 0:
+        trained = {"trained weights": counts.base * TRAINED_BYTES}
+        if isinstance(config, RewardModelConfig):
+            return trained | {"reward head": head}
+        if not isinstance(config, PPOConfig):
+            return trained
+        own = counts.base * TRAINED_BYTES if config.critic == "adapter" else 0
+        # The second, frozen copy serves as the reference and as a reward model's base.
+        needed = config.kl_coeff > 0 or config.reward_model_path is not None
+        return (frozen if needed else {}) | {
+            "policy": trained["trained weights"],
+            "critic": own + head,
+        }
+    if isinstance(config, PPOConfig):
+        own = adapter if config.critic == "adapter" else 0
+        judge = counts.adapter * 4 + counts.head * 4 if config.reward_model_path else 0
+        return frozen | {
+            "policy adapter": adapter,
+            "critic": own + head,
+            "reward adapter": judge,
+        }
+    if isinstance(config, RewardModelConfig):
+        return frozen | {"reward adapter": adapter, "reward head": head}
+    return frozen | {"adapter": adapter}
+
+
+def _layers(config: PretrainedConfig) -> tuple[int, int]:
+    """Layers of encoder (0 without) and decoder."""
+    layers = int(config.num_hidden_layers)
+    if config.is_encoder_decoder:
+        return layers, int(getattr(config, "num_decoder_layers", None) or layers)
+    return 0, layers
+
+
+def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) -> int:
+    """Bytes kept for the backward pass of one micro-batch of the longest rows."""
+    prompt, response = stage.prompt_sequence_length, stage.target_sequence_length
+    encoder, decoder = _layers(config)
+    read = response if encoder else prompt + response
+    rows = stage.effective_micro_batch_size
+    if isinstance(stage, RewardModelConfig):
+        rows *= 2  # both candidates of a pair
+    hidden = int(config.hidden_size)
+    full = KEPT_PER_HIDDEN * hidden
+    if stage.gradient_checkpointing:  # a layer's input each, and all of the one recomputed
+        kept = (encoder * prompt + decoder * read) * hidden + max(prompt, read) * full
+    else:
+        kept = (encoder * prompt + decoder * read) * full
+    logits = 0
+    if not isinstance(stage, RewardModelConfig):
+        wanted = rows * response * int(config.vocab_size)
+        logits = 3 * 4 * min(wanted, LOGITS_PER_CHUNK)  # logits, log-softmax and gradient
+    return rows * kept * width + logits
+
+
+def _cache(config: PretrainedConfig, stage: StageConfig, rows: int, width: int) -> int:
+    """Bytes of keys and values while `rows` responses are generated."""
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    size = int(size or config.hidden_size // config.num_attention_heads)
+    tokens = stage.prompt_sequence_length + stage.target_sequence_length
+    return 2 * _layers(config)[1] * heads * size * tokens * rows * width
+
+
+def total_memory(roles: dict[str, int]) -> int:
+    """Bytes held at the peak: all weights, and activations or cache, whichever is larger."""
+    passing = ("activations", "cache")
+    weights = sum(size for role, size in roles.items() if role not in passing)
+    return weights + max(roles.get(role, 0) for role in passing)
+
+
+def memory_table(roles: dict[str, int]) -> str:
+    """Format bytes per role as lines of a table, the peak last."""
+    rows = [*roles.items(), ("peak", total_memory(roles))]
+    width = max(len(role) for role, _ in rows)
+    return "\n".join(f"  {role:<{width}}  {_size(size):>10}" for role, size in rows)
+
+
+def _size(number: int) -> str:
+    if number < 2**30:
+        return f"{number / 2**20:.1f} MiB"
+    return f"{number / 2**30:.1f} GiB"
+
+
+def dry_run_report(
+    stage: str,
+    config: StageConfig,
+    rows: int,
+    data_lines: Sequence[str] = (),
+    *,
+    base_model: str | None = None,
+    reward_base: str | None = None,
+) -> str:
+    """Say what a stage would do: its data, its steps, its model and memory per role.
+
+    Args:
+        stage: Its name, for the heading.
+        config: Its configuration.
+        rows: Rows that it would work on.
+        data_lines: What was found in the data, line by line.
+        base_model: The base where it is not `config.base_model`; none at all leaves memory out.
+        reward_base: Base of the reward model where it is another one.
+
+    Raises:
+        InputError: A checkpoint's config.json cannot be read or is of another architecture.
+    """
+    lines = [f"{stage}: dry run; no weights are loaded and nothing is trained", *data_lines]
+    lines.append(_steps_line(config, rows))
+    name = base_model or config.base_model
+    if name is not None:
+        revision = None if base_model else config.revision
+        model_config = read_model_config(name, revision)
+        lora = config.lora if isinstance(config, TrainingConfig) else None
+        counts = count_parameters(model_config, lora)
+        trained = f", {counts.adapter:,} in an adapter" if counts.adapter else ""
+        lines.append(
+            f"model: {name} ({model_config.model_type}), {counts.base:,} parameters{trained}"
+        )
+        reward_config = read_model_config(reward_base) if reward_base else None
+        lines += [
+            "memory (estimate):",
+            memory_table(memory_per_role(model_config, config, reward_config)),
+        ]
+    return "\n".join(lines)
+
+
+def _steps_line(config: StageConfig, rows: int) -> str:
+    if not isinstance(config, TrainingConfig):
+        return f"rows: {rows}, {math.ceil(rows / config.batch_size)} batches of {config.batch_size}"
+    steps = config.total_steps(rows)
+    seen = steps * config.batch_size
+    epochs = f"{seen / rows:.2f} epochs of {rows} rows" if rows else "no rows"
+    return f"steps: {steps} of {config.batch_size}, {seen} in all, {epochs}"
