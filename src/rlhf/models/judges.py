@@ -20,12 +20,13 @@ class Scorer(Protocol):
     Attributes:
         shares_base: True when it runs on the policy's own base and tokenizer, so that sampled ids
             can be scored as they are (`score_tokens` of `rlhf.models.roles.RewardModel`).
-        prompting: Identity of the instruction and template it was trained with; None when it has
-            none to compare with.
     """
 
     shares_base: bool
-    prompting: str | None
+
+    @property
+    def prompting(self) -> str | None:
+        """Identity of the instruction and template it was trained with, None if it has none."""
 
     def score(
         self, prompts: Sequence[PromptText], responses: Sequence[str], batch_size: int = 32

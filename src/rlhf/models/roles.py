@@ -255,22 +255,31 @@ def value_from_reward(reward: RewardModel, name: str = "value") -> ScalarHead:
     return head
 
 
-def check_same_prompting(scorer: Scorer, renderer: PromptRenderer) -> None:
+def check_same_prompting(
+    scorer: Scorer, renderer: PromptRenderer, conversations: bool = True
+) -> None:
     """Refuses a reward model that was trained on prompts written in another way.
+
+    Args:
+        scorer: What will score; classifiers and callables say nothing of their prompts.
+        renderer: What writes the policy's prompts.
+        conversations: Whether the policy's rows have `messages`; without, no template is used.
 
     Raises:
         InputError: If its instruction or template differ from the policy's.
     """
-    if scorer.prompting is None or scorer.prompting == renderer.identity:
+    if not isinstance(scorer, RewardModel):
         return
-    trained = scorer.record.instruction if isinstance(scorer, RewardModel) else ""
+    trained = scorer.record.instruction
     if trained != renderer.instruction:
-        difference = f"instruction: {renderer.instruction!r} here, {trained!r} in training"
+        difference = f"with instruction {trained!r}, but instruction is {renderer.instruction!r}"
+    elif conversations and scorer.prompting != renderer.identity:
+        difference = "with another chat template than that of base_model"
     else:
-        difference = "chat template: another one than in training"
+        return
     raise InputError(
-        f"reward_model_path: the reward model was trained on other prompts ({difference}); use "
-        "the same, or train a reward model with these"
+        f"reward_model_path: the reward model was trained {difference}; its scores would mean "
+        "something else. Use the same, or train a reward model with these"
     )
 
 

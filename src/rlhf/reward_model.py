@@ -1,0 +1,389 @@
+"""A reward model from preference pairs (Stiennon et al. 2020; Ouyang et al. 2022, section 3.5)."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.checkpoints import read_best
+from rlhf.config import RewardModelConfig
+from rlhf.data.batching import TokenBatch, chunks, permutation, rows_for_step
+from rlhf.data.pairs import Pairs
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.reading import (
+    PreferenceData,
+    PromptData,
+    load_preferences,
+    load_prompts,
+    split_holdout,
+)
+from rlhf.data.schema import PreferenceRow
+from rlhf.errors import InputError
+from rlhf.evaluation import evaluate_preferences
+from rlhf.models.card import write_card
+from rlhf.models.classifier import save_sequence_classifier
+from rlhf.models.heads import ScalarHead
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.loading import (
+    check_limits,
+    load_language_model,
+    load_tokenizer,
+    read_model_config,
+)
+from rlhf.models.roles import RewardModel, RewardRecord, tokenizer_fingerprint
+from rlhf.objectives import pairwise_loss
+from rlhf.optimization import ParameterGroup
+from rlhf.outputs import Run, Status, prepare_output
+from rlhf.training import Callback, Trainer
+
+ADAPTER = "reward"
+# Pairs (or demonstrations) whose mean score becomes 0: its standard error is std/√512 or less.
+NORMALIZATION_ROWS = 512
+EVALUATION_BLOCK = 512
+SAMPLES_PER_EVALUATION = 4
+
+
+@dataclass(frozen=True)
+class RewardModelResult:
+    """What `train_reward_model` leaves behind.
+
+    Attributes:
+        output_dir: The stage's folder, which is what `reward_model_path` of PPO takes.
+        metrics: Final metrics, as in metrics.json.
+    """
+
+    output_dir: str
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Validated data of a run, read before any weights.
+
+    Attributes:
+        tokenizer: Of the base.
+        renderer: Makes prompts' texts.
+        train: Pairs to learn from.
+        held_out: Pairs to evaluate on; may be empty where there is a single prompt.
+        demonstrations: Reference responses for the normalisation, if given.
+        lines: What reading came upon, for people.
+        run: The output folder.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    train: PreferenceData
+    held_out: PreferenceData
+    demonstrations: PromptData | None
+    lines: list[str]
+    run: Run
+
+
+def train_reward_model(
+    config: RewardModelConfig,
+    *,
+    model: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> RewardModelResult:
+    """Trains a reward model and writes it to `config.output_dir`.
+
+    The folder gets adapter/ (merged/ where all weights are trained), head.safetensors, tokenizer
+    and reward_model.json; LLaMA also sequence_classifier/ for plain transformers, raw scores.
+
+    Args:
+        config: The stage's configuration.
+        model: A transformers model instead of `config.base_model`; it is changed in place.
+        tokenizer: Its tokenizer.
+        callbacks: Called after every step with trainer, step, metrics and samples.
+
+    Raises:
+        InputError: Bad data, configuration or checkpoint.
+        StoppedBySignal: After saving, when SIGTERM or SIGINT came.
+    """
+    inputs = read_inputs(config, model=model, tokenizer=tokenizer)
+    if config.dry_run:
+        from rlhf.models.memory import dry_run_report
+
+        print(dry_run_report("reward_model", config, len(inputs.train), inputs.lines))
+        return RewardModelResult(config.output_dir, {})
+    if inputs.run.status is Status.FINISHED:
+        print(f"reward_model: already finished in {config.output_dir}", file=sys.stderr)
+        return RewardModelResult(config.output_dir, inputs.run.metrics())
+    trainer = RewardModelTrainer(config, model=model, inputs=inputs, callbacks=callbacks)
+    return RewardModelResult(config.output_dir, trainer.train())
+
+
+def read_inputs(
+    config: RewardModelConfig,
+    *,
+    model: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Inputs:
+    """Reads and checks everything that can be checked without weights.
+
+    Raises:
+        InputError: All that is wrong, rows first, then limits.
+    """
+    base = config.base_model or ""
+    tokenizer = tokenizer or load_tokenizer(base, config.revision)
+    renderer = PromptRenderer.for_tokenizer(tokenizer, config.instruction)
+    pairs = load_preferences(
+        config.preference_dataset, renderer=renderer, on_bad_rows=config.on_bad_rows
+    )
+    lines, prints = pairs.report.lines(), {"preference_dataset": pairs.fingerprint}
+    train, held_out = pairs, None
+    if config.eval_dataset is not None:
+        held_out = load_preferences(
+            config.eval_dataset,
+            renderer=renderer,
+            on_bad_rows=config.on_bad_rows,
+            candidates_optional=True,
+            name="eval_dataset",
+        )
+        lines += held_out.report.lines()
+        prints["eval_dataset"] = held_out.fingerprint
+    if not held_out:
+        train, held_out = split_holdout(pairs, seed=config.seed)
+        lines.append(f"preference_dataset: {len(held_out)} rows held out by prompt for evaluation")
+    demonstrations = None
+    if config.normalization_dataset is not None:
+        demonstrations = load_prompts(
+            config.normalization_dataset,
+            renderer=renderer,
+            on_bad_rows=config.on_bad_rows,
+            require_output=True,
+            name="normalization_dataset",
+        )
+        lines += demonstrations.report.lines()
+        prints["normalization_dataset"] = demonstrations.fingerprint
+    facts = model.config if model is not None else read_model_config(base, config.revision)
+    limits = (config.prompt_sequence_length, config.target_sequence_length)
+    if problems := check_limits(facts, *limits):
+        raise InputError(problems)
+    run = prepare_output(config, prints, stage="reward_model")
+    return Inputs(tokenizer, renderer, train, held_out, demonstrations, lines, run)
+
+
+class RewardModelTrainer(Trainer):
+    """Learns to score the preferred response of a pair above the other one.
+
+    Args:
+        config: The stage's configuration.
+        model: A transformers model instead of `config.base_model`.
+        tokenizer: Its tokenizer.
+        inputs: What `read_inputs` returned; read anew if not given.
+        callbacks: Called after every step.
+
+    Attributes:
+        reward: The reward model; its scores are raw until `export` has normalised them.
+    """
+
+    stage: ClassVar[str] = "reward_model"
+    rows_name: ClassVar[str] = "pairs"
+    shown_metrics: ClassVar[tuple[str, ...]] = (
+        "reward_model/loss",
+        "reward_model/accuracy",
+        "eval/accuracy",
+    )
+    best_metric: ClassVar[tuple[str, Literal["max", "min"]] | None] = ("eval/log_loss", "min")
+
+    config: RewardModelConfig
+
+    def __init__(
+        self,
+        config: RewardModelConfig,
+        *,
+        model: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        inputs: Inputs | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.inputs = inputs or read_inputs(config, model=model, tokenizer=tokenizer)
+        super().__init__(
+            config, num_rows=len(self.inputs.train), run=self.inputs.run, callbacks=callbacks
+        )
+        lm = load_language_model(
+            config,
+            trainable=config.lora.rank == 0,
+            model=model,
+            tokenizer=self.inputs.tokenizer,
+        )
+        adapter = None
+        if config.lora.rank > 0:
+            adapter = ADAPTER
+            lm.add_adapter(adapter, config.lora, seed=config.seed)
+        head = ScalarHead(lm.hidden_size, seed=config.seed).to(lm.device)
+        record = make_record(config, lm, self.inputs.renderer)
+        self.reward = RewardModel(lm, adapter, head, record)
+        self.lengths = [
+            f"{data.report.name}: {self.reward.tokeniser.check_prompts(data).line()}"
+            for data in (self.inputs.train, self.inputs.held_out)
+        ]
+
+    def describe(self) -> list[str]:
+        """Steps, and what was read."""
+        return [*super().describe(), *self.inputs.lines, *self.lengths]
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Adapter (or all weights) and head, clipped together."""
+        lm, head = self.reward.lm, self.reward.head
+        named = [*lm.named_trainable(self.reward.adapter)]
+        named += [(f"head.{name}", parameter) for name, parameter in head.named_parameters()]
+        rate, norm = self.config.effective_learning_rate, self.config.max_grad_norm
+        return [ParameterGroup("reward_model", named, rate, norm)]
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step on `batch_size` pairs."""
+        size, seed = self.config.batch_size, self.config.seed
+        rows = rows_for_step(self.num_rows, size, self.step_index, seed)
+        pairs = Pairs.from_rows([self.inputs.train[row] for row in rows], self.reward.tokeniser)
+        with self.phase("update"):
+            metrics = self.accumulate_gradients(pairs)
+            metrics |= self.apply_gradients()
+        self.count_tokens(int(pairs.tokens.sum()))
+        return metrics
+
+    def accumulate_gradients(self, pairs: Pairs) -> dict[str, float]:
+        """Gradients of the mean loss over the pairs, micro-batch by micro-batch.
+
+        Returns:
+            Mean loss, accuracy, margin and score of the pairs.
+        """
+        totals = torch.zeros(4, device=self.reward.lm.device)
+        order = pairs.tokens.argsort(stable=True).tolist()
+        for rows in chunks(order, self.config.effective_micro_batch_size):
+            totals += self._backward(pairs.select(rows).to(totals.device), len(pairs))
+        names = ("loss", "accuracy", "margin", "score")
+        means = (totals / len(pairs)).tolist()
+        return {f"reward_model/{name}": mean for name, mean in zip(names, means, strict=True)}
+
+    def _backward(self, micro: Pairs, count: int) -> Tensor:
+        """Adds a micro-batch's part of the gradients; `count` is the pairs of the whole batch."""
+        twice = [*range(len(micro)), *range(len(micro))]
+        responses = TokenBatch.concat([micro.chosen, micro.rejected])
+        with self.reward.lm.using(self.reward.adapter):
+            scores = self.reward.raw_scores(micro.prompts.select(twice), responses)
+            chosen, rejected = scores.chunk(2)
+            losses = pairwise_loss(chosen, rejected, micro.margin, self.config.centering_coeff)
+            (losses.sum() / count).backward()
+        difference = (chosen - rejected).detach()
+        correct = (1 + difference.sign()) / 2
+        level = (chosen + rejected).detach() / 2
+        return torch.stack([losses.detach(), correct, difference, level]).sum(1)
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy, log loss and calibration of the raw scores on held-out pairs."""
+        held_out = self.inputs.held_out
+        if not held_out:
+            return {}
+        chosen, rejected, lengths = [], [], []
+        for block in chunks(range(len(held_out)), EVALUATION_BLOCK):
+            rows = [held_out[row] for row in block]
+            pairs = Pairs.from_rows(rows, self.reward.tokeniser)
+            first, second = (self._score(pairs.prompts, s) for s in (pairs.chosen, pairs.rejected))
+            if block[0] == 0:
+                self._log_pairs(rows, pairs, first, second)
+            chosen.append(first)
+            rejected.append(second)
+            lengths.append(torch.stack([pairs.chosen.lengths, pairs.rejected.lengths]))
+        chosen_lengths, rejected_lengths = torch.cat(lengths, dim=1).numpy()
+        result = evaluate_preferences(
+            torch.cat(chosen).numpy(),
+            torch.cat(rejected).numpy(),
+            chosen_lengths,
+            rejected_lengths,
+            seed=self.config.seed,
+        )
+        return result.metrics("eval/")
+
+    def normalise(self) -> None:
+        """Makes the mean score of reference responses 0 (and the standard deviation 1)."""
+        if self.config.normalization == "none":
+            return
+        scores = self._reference_scores().double()
+        spread = float(scores.std(correction=0))
+        scales = self.config.normalization == "mean_std" and spread > 0
+        self.reward.normalise(float(scores.mean()), spread if scales else 1.0)
+
+    def export(self) -> dict[str, float]:
+        """Normalises and writes the reward model; evaluates the weights that are written."""
+        best = read_best(self.output_path)
+        metrics = self.evaluate() if best is not None and best.step != self.step_index else {}
+        self.normalise()
+        reward, folder = self.reward, self.output_path
+        reward.save(folder)
+        save_sequence_classifier(
+            reward.lm, reward.adapter, reward.head, folder / "sequence_classifier"
+        )
+        metrics |= {
+            "reward_model/shift": reward.record.shift,
+            "reward_model/scale": reward.record.scale,
+        }
+        final = self._evaluation | metrics
+        write_card(folder, self.stage, self.config, final, [*self.inputs.lines, *self.lengths])
+        return metrics
+
+    def _score(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        return self.reward.score_tokens(
+            prompts, responses, 2 * self.config.effective_micro_batch_size
+        )
+
+    def _reference_scores(self) -> Tensor:
+        """(N,) raw scores of demonstrations, or of both candidates of training pairs."""
+        data: Sequence[Any] = self.inputs.demonstrations or self.inputs.train
+        chosen = sorted(permutation(len(data), self.config.seed)[:NORMALIZATION_ROWS])
+        rows = [data[row] for row in chosen]
+        if self.inputs.demonstrations:
+            texts = [(row.prompt, row.references[0]) for row in rows]
+        else:
+            texts = [(row.prompt, text) for row in rows for text in (row.chosen, row.rejected)]
+        prompts, responses = zip(*texts, strict=True)
+        return self.reward.score(prompts, responses, 2 * self.config.effective_micro_batch_size)
+
+    def _log_pairs(
+        self, rows: Sequence[PreferenceRow], pairs: Pairs, chosen: Tensor, rejected: Tensor
+    ) -> None:
+        self.log_samples(
+            [
+                {
+                    "prompt": row.prompt.text,
+                    "chosen": row.chosen,
+                    "rejected": row.rejected,
+                    "chosen_score": float(chosen[i]),
+                    "rejected_score": float(rejected[i]),
+                    "prompt_tokens": int(pairs.prompts.lengths[i]),
+                    "chosen_tokens": int(pairs.chosen.lengths[i]),
+                    "rejected_tokens": int(pairs.rejected.lengths[i]),
+                }
+                for i, row in enumerate(rows[:SAMPLES_PER_EVALUATION])
+            ]
+        )
+
+
+def make_record(
+    config: RewardModelConfig, lm: LanguageModel, renderer: PromptRenderer
+) -> RewardRecord:
+    """What `reward_model.json` says before the normalisation is known."""
+    try:
+        installed = version("rlhf-ppo")
+    except PackageNotFoundError:
+        installed = ""
+    return RewardRecord(
+        base_model=lm.base_name,
+        revision=lm.revision,
+        fingerprint=lm.fingerprint,
+        tokenizer=tokenizer_fingerprint(lm.tokenizer),
+        dtype=str(lm.dtype).removeprefix("torch."),
+        prompt_sequence_length=config.prompt_sequence_length,
+        target_sequence_length=config.target_sequence_length,
+        truncation_side=config.truncation_side,
+        instruction=config.instruction,
+        prompting=renderer.identity,
+        version=installed,
+    )
