@@ -83,20 +83,25 @@ _INSTEAD_OF = {
 }
 
 
-def merged(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+def merged(
+    base: Mapping[str, Any], update: Mapping[str, Any], *, exclusive: bool = True
+) -> dict[str, Any]:
     """Lay `update` over `base`; mappings inside are merged, everything else is replaced.
 
-    Of two fields that exclude each other the one in `update` wins: `--train_steps` over a file
-    with `num_epochs`.
+    Args:
+        base: What lies below.
+        update: What wins.
+        exclusive: Of two fields that exclude each other keep only the one in `update`:
+            `--train_steps` over a file with `num_epochs`.
     """
     result = dict(base)
     for name, value in update.items():
-        other = _INSTEAD_OF.get(name)
+        other = _INSTEAD_OF.get(name) if exclusive else None
         if other is not None and value is not None and other not in update:
             result.pop(other, None)
         below = result.get(name)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
-            value = merged(below, value)
+            value = merged(below, value, exclusive=exclusive)
         result[name] = value
     return result
 
@@ -107,7 +112,7 @@ def nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in overrides.items():
         for part in reversed(name.split(".")):
             value = {part: value}
-        result = merged(result, value)
+        result = merged(result, value, exclusive=False)
     return result
 
 

@@ -1,0 +1,40 @@
+# Targets build .venv here when it is missing or older than pyproject.toml or constraints.txt.
+# For the CPU build of torch on Linux, which is much smaller than the CUDA one, set
+# PIP_EXTRA_INDEX_URL as the README says.
+
+ARCH ?= t5
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.built
+# The first of these that is new enough and can make environments; `make PYTHON=...` overrides.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& { echo $$p; break; }; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint moved
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(STAMP) ## all stages on the embedded corpus: make quickstart ARCH=t5|llama [ARGS="--seed 1"]
+	$(BIN)/rlhf quickstart --arch $(ARCH) $(ARGS)
+
+# Two processes of one thread each: tiny models gain nothing from more.
+test: $(STAMP) ## all tests with coverage; make test ARGS="-m 'not slow'" for the fast ones
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "" -n 2 --cov --cov-report=term $(ARGS)
+
+lint: $(STAMP) ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src
+
+# An environment remembers absolute paths, so one whose checkout was moved is stale too.
+$(STAMP): pyproject.toml constraints.txt $(if $(filter $(CURDIR),$(shell cat $(STAMP) 2>/dev/null)),,moved)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module is needed and was \
+	not found (Debian, Ubuntu: apt install python3 python3-venv)" >&2; exit 1; }
+	@echo "building $(VENV) with $(PYTHON)"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo '$(CURDIR)' > $@
