@@ -65,12 +65,12 @@ def load_prompts(
     """
 
     def normalise(checker: RowChecker, report: ReadReport) -> dict[str, Any]:
-        columns = _prompt_columns(checker, renderer, report)
+        columns = prompt_columns(checker, renderer, report)
         columns["references"] = checker.references(require_output)
         report.blank_references += sum(not text.strip() for text in columns["references"])
         return columns
 
-    return PromptData(*_load(paths, name, on_bad_rows, normalise, prompt_schema()))
+    return PromptData(*read_rows(paths, name, on_bad_rows, normalise, prompt_schema()))
 
 
 def load_preferences(
@@ -100,7 +100,7 @@ def load_preferences(
             report.without_candidates += 1
             return None
         pair = checker.candidates()
-        columns = _prompt_columns(checker, renderer, report)
+        columns = prompt_columns(checker, renderer, report)
         if not checker.problems and pair.candidate_0 == pair.candidate_1:
             report.identical += 1
             return None
@@ -114,7 +114,7 @@ def load_preferences(
 
     schema = preference_schema()
     return PreferenceData(
-        *_load(paths, name, on_bad_rows, normalise, schema, may_be_empty=candidates_optional)
+        *read_rows(paths, name, on_bad_rows, normalise, schema, may_be_empty=candidates_optional)
     )
 
 
@@ -151,7 +151,7 @@ def split_holdout(
     return preferences.select(train), preferences.select(sorted(held))
 
 
-def _load(
+def read_rows(
     paths: Paths,
     name: str,
     on_bad_rows: OnBadRows,
@@ -159,6 +159,22 @@ def _load(
     schema: Any,
     may_be_empty: bool = False,
 ) -> tuple[RowFile, ReadReport, str]:
+    """Reads, checks and stores rows; what the `load_` functions have in common.
+
+    Args:
+        paths: Path, glob, fsspec address, or a list of these.
+        name: Name of the configuration field, for messages.
+        on_bad_rows: Whether a bad row is an error or is left out and counted.
+        normalise: Makes a row's columns.
+        schema: Arrow schema of the columns.
+        may_be_empty: Whether passing over all rows is no error.
+
+    Returns:
+        What a `RowData` is made of.
+
+    Raises:
+        InputError: For missing files, bad rows (all of them at once), or if no row is left.
+    """
     files = expand_paths(paths, name)
     report = ReadReport(name, len(files))
     problems = _Problems(files)
@@ -237,9 +253,10 @@ class _Problems:
             raise InputError([*self.first, *counts, f"{name}: no valid row is left"])
 
 
-def _prompt_columns(
+def prompt_columns(
     checker: RowChecker, renderer: PromptRenderer, report: ReadReport
 ) -> dict[str, Any]:
+    """The columns of a row's prompt; none of them if it has problems."""
     fields = checker.prompt()
     if checker.problems:
         return {}

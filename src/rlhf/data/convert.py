@@ -1,0 +1,302 @@
+r"""Files in other common layouts, rewritten as the library's rows.
+
+Layouts:
+
+* `rows`: the library's own rows, perhaps as a JSON array.
+* `chosen_rejected`: `prompt`, `chosen`, `rejected` as texts, or as lists of turns with `role` and
+  `content` (then `prompt` may be missing: it is what the two conversations have in common).
+* `tldr_comparisons`: the published comparisons of Stiennon et al. 2020: `info.post`,
+  `summaries[].text`, `choice`. With a subreddit or title the input is written as there
+  ("SUBREDDIT: …", "TITLE: …", "POST: …", "TL;DR:"), else it is the post alone.
+* `hh_rlhf`: Bai et al. 2022: `chosen` and `rejected` are dialogues "\n\nHuman: …\n\nAssistant: …"
+  that differ in the last answer.
+"""
+
+import contextlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rlhf.data.files import expand_paths, is_remote, open_file, read_json_lines
+from rlhf.data.schema import RowChecker, describe
+from rlhf.errors import InputError
+
+MAX_PROBLEMS = 20
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+_AUTHORS = {"Human": "user", "Assistant": "assistant"}
+_ANSWER = "\n\nAssistant:"
+
+Row = dict[str, Any]
+
+
+class _RowError(ValueError):
+    """A row is not of its layout; the message has the form of `RowChecker`'s problems."""
+
+
+class _NoPreferenceError(Exception):
+    """A row is of its layout, but no preference between two answers to one prompt."""
+
+
+@dataclass
+class ConvertReport:
+    """What a conversion did.
+
+    Attributes:
+        layout: The layout that was read.
+        output: The file that was written.
+        rows: Rows written.
+        left_out: Rows that are not two answers to one prompt that a user wrote.
+    """
+
+    layout: str
+    output: str
+    rows: int = 0
+    left_out: int = 0
+
+    def lines(self) -> list[str]:
+        """The report for people, one fact a line."""
+        said = [f"{self.output}: {self.rows} rows from layout {self.layout}"]
+        if self.left_out:
+            said.append(f"left out, not two answers to one user's prompt: {self.left_out}")
+        return said
+
+
+def convert(
+    source_path: str | Sequence[str], output_path: str, layout: str = "auto"
+) -> ConvertReport:
+    """Writes the library's rows from files in another layout, all of them or nothing.
+
+    Args:
+        source_path: JSON Lines or JSON arrays: path, glob, fsspec address, or a list of these.
+        output_path: Local path or fsspec address of the file to write; replaced if it exists.
+        layout: See the module's text; "auto" recognises it by the first row.
+
+    Raises:
+        InputError: For an unknown layout, missing files and all rows that are not of the layout.
+    """
+    if layout not in ("auto", *_LAYOUTS):
+        raise InputError(f"layout: is {layout!r}, expected one of {', '.join(('auto', *_LAYOUTS))}")
+    files = expand_paths(source_path, "source_path")
+    report = ConvertReport(layout, output_path)
+    problems: list[str] = []
+    count = 0
+    with _whole_file(output_path) as output:
+        for place, value, problem in _values(files):
+            try:
+                if problem or not isinstance(value, dict):
+                    raise _RowError(problem or f"is {describe(value)}, expected a JSON object")
+                if report.layout == "auto":
+                    report.layout = _recognise(value)
+                row = _LAYOUTS[report.layout](value)
+                _check(row)
+            except _NoPreferenceError:
+                report.left_out += 1
+                continue
+            except _RowError as error:
+                count += 1
+                if len(problems) < MAX_PROBLEMS:
+                    problems.append(f"{place}: {error}")
+                continue
+            output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            report.rows += 1
+        if count > len(problems):
+            problems.append(f"… and {count - len(problems)} more problems")
+        if not problems and not report.rows:
+            problems = [*report.lines()[1:], "source_path: no row can be converted"]
+        if problems:
+            raise InputError(problems)
+    return report
+
+
+def _values(files: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
+    """Every row of JSON Lines and JSON arrays as (place, value, problem)."""
+    for path in files:
+        array, problem = _array(path)
+        if problem:
+            yield path, None, problem
+        elif array is not None:
+            for number, value in enumerate(array):
+                yield f"{path}[{number}]", value, ""
+        else:
+            for line in read_json_lines([path]):
+                place = path if line.whole_file else f"{path}:{line.line}"
+                yield place, line.value, line.problem
+
+
+def _array(path: str) -> tuple[list[Any] | None, str]:
+    """The items of a file that is one JSON array, or what is wrong with it; else (None, "")."""
+    with open_file(path) as stream:
+        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+        if not start.startswith(b"["):
+            return None, ""
+    with open_file(path) as stream:
+        try:
+            items = json.loads(stream.read().decode("utf-8-sig"))
+        except RecursionError:
+            return None, "is nested too deeply, expected an array of flat objects"
+        except ValueError as error:  # of JSON, of UTF-8, or a number that is too long
+            return None, f"is not JSON ({error}), expected an array of objects"
+    return (items, "") if items else (None, "is an empty array, expected objects")
+
+
+@contextlib.contextmanager
+def _whole_file(path: str) -> Iterator[IO[bytes]]:
+    """A file to write that appears under its name only when it is complete."""
+    if is_remote(path):
+        import fsspec
+
+        with tempfile.TemporaryDirectory(prefix="rlhf-convert-") as folder:
+            partial = Path(folder) / "rows.jsonl"
+            with partial.open("wb") as file:
+                yield file
+            try:
+                filesystem, root = fsspec.core.url_to_fs(path)
+                filesystem.put_file(str(partial), root)
+            except Exception as error:  # every store raises its own
+                raise InputError(f"output_path: {path} cannot be written: {error}") from error
+        return
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        if target.is_dir():
+            raise InputError(f"output_path: {path} is a folder, expected a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"output_path: {path} cannot be written: {reason}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _recognise(row: Row) -> str:
+    """The layout of a row, by its fields."""
+    if "summaries" in row:
+        return "tldr_comparisons"
+    if "chosen" in row and "rejected" in row:
+        texts = isinstance(row["chosen"], str) and isinstance(row["rejected"], str)
+        own_prompt = any(name in row for name in ("prompt", "input_text", "messages"))
+        return "hh_rlhf" if texts and not own_prompt else "chosen_rejected"
+    if "input_text" in row or "messages" in row:
+        return "rows"
+    names = ", ".join(list(row)[:8]) or "none"
+    raise _RowError(
+        f"has the fields {names}, expected those of one of the layouts {', '.join(_LAYOUTS)}"
+    )
+
+
+def _check(row: Row) -> None:
+    """Makes sure that the stages will be able to read what is written."""
+    checker = RowChecker(row)
+    checker.prompt()
+    checker.references()
+    if checker.has_candidates():
+        checker.candidates()
+    if checker.problems:
+        raise _RowError("; ".join(checker.problems))
+
+
+def _from_rows(row: Row) -> Row:
+    return row
+
+
+def _from_chosen_rejected(row: Row) -> Row:
+    kept = {name: row[name] for name in ("margin", "context", "output_text") if name in row}
+    if isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
+        return _from_conversations(row) | kept
+    prompt = _field(row, "input_text" if "input_text" in row else "prompt")
+    return (
+        _preference({"input_text": prompt}, _field(row, "chosen"), _field(row, "rejected")) | kept
+    )
+
+
+def _from_conversations(row: Row) -> Row:
+    prompt = row.get("prompt")
+    chosen, rejected = row["chosen"], row["rejected"]
+    before = prompt if isinstance(prompt, list) else []
+    if not chosen or not rejected or chosen[:-1] != rejected[:-1]:
+        raise _NoPreferenceError
+    turns = [*before, *chosen[:-1]]
+    if not turns and isinstance(prompt, str):
+        turns = [{"role": "user", "content": prompt}]
+    answers = [conversation[-1] for conversation in (chosen, rejected)]
+    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+        if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
+            raise _RowError(
+                f"{name}[-1]: is {describe(answer)}, expected a turn with role and content"
+            )
+    if not turns:
+        raise _NoPreferenceError
+    return _preference({"messages": turns}, answers[0]["content"], answers[1]["content"])
+
+
+def _from_tldr(row: Row) -> Row:
+    info, summaries = row.get("info"), row.get("summaries")
+    if not isinstance(info, dict):
+        raise _RowError(f"info: is {describe(info)}, expected an object with post")
+    if not isinstance(summaries, list) or len(summaries) != 2:
+        raise _RowError(f"summaries: is {describe(summaries)}, expected a list of two")
+    texts = [summary.get("text") if isinstance(summary, dict) else None for summary in summaries]
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise _RowError(f"summaries[{number}].text: is {describe(text)}, expected text")
+    name = "post" if info.get("post") is not None else "article"  # the CNN/DM rows
+    if not isinstance(info.get(name), str):
+        raise _RowError(f"info.post: is {describe(info.get('post'))}, expected text")
+    heads = (("subreddit", "SUBREDDIT: r/"), ("title", "TITLE: "))
+    parts = [head + info[key] for key, head in heads if isinstance(info.get(key), str)]
+    text = "\n\n".join([*parts, f"POST: {info[name]}", "TL;DR:"]) if parts else info[name]
+    pair = {"input_text": text, "candidate_0": texts[0], "candidate_1": texts[1]}
+    return pair | ({"choice": row["choice"]} if "choice" in row else {})
+
+
+def _from_hh(row: Row) -> Row:
+    chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
+    end = chosen.rfind(_ANSWER)
+    if end < 0 or not chosen.lstrip().startswith("Human:"):
+        raise _RowError('chosen: is no dialogue, expected "\\n\\nHuman: …\\n\\nAssistant: …"')
+    prompt = chosen[: end + len(_ANSWER)]
+    if not rejected.startswith(prompt) or _SPEAKER.search(rejected, len(prompt)):
+        raise _NoPreferenceError
+    turns: list[dict[str, str]] = []
+    pieces = _SPEAKER.split("\n\n" + chosen[:end].lstrip())[1:]
+    for speaker, content in zip(pieces[::2], pieces[1::2], strict=True):
+        author = _AUTHORS[speaker]
+        if turns and turns[-1]["author"] == author:  # one goes on speaking
+            turns[-1]["content"] += "\n\n" + content.strip()
+        else:
+            turns.append({"author": author, "content": content.strip()})
+    if turns[-1]["author"] != "user" or any(
+        turn["author"] == "user" and not turn["content"].strip() for turn in turns
+    ):
+        raise _NoPreferenceError
+    answers = (text[len(prompt) :].strip() for text in (chosen, rejected))
+    return _preference({"messages": turns}, *answers)
+
+
+def _field(row: Row, name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise _RowError(
+            f"{name}: is {describe(value) if name in row else 'missing'}, expected text"
+        )
+    return value
+
+
+def _preference(prompt: Row, chosen: str, rejected: str) -> Row:
+    return prompt | {"candidate_0": chosen, "candidate_1": rejected, "choice": 0}
+
+
+_LAYOUTS: dict[str, Callable[[Row], Row]] = {
+    "rows": _from_rows,
+    "chosen_rejected": _from_chosen_rejected,
+    "tldr_comparisons": _from_tldr,
+    "hh_rlhf": _from_hh,
+}
