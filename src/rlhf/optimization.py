@@ -111,11 +111,11 @@ class GroupedAdamW:
                 [p for _, p in group.named_params], group.max_grad_norm, norms[group.name]
             )
         self._adam.step()
-        self.clear()
+        self.zero_grad()
 
-    def clear(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients."""
-        self._adam.zero_grad(set_to_none=True)
+        self._adam.zero_grad(set_to_none=set_to_none)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Adam's state as `<name>.<key>`; tensors that were never updated have none."""

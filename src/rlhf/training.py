@@ -42,6 +42,8 @@ from rlhf.tracking import (
     say,
 )
 
+__all__ = ["Callback", "ParameterGroup", "Trainer", "TrainingDiverged", "evaluation_mode"]
+
 # Called after every step with the trainer, the step (from 1), its metrics and its samples.
 Callback = Callable[["Trainer", int, Mapping[str, float], Sequence[Mapping[str, Any]]], None]
 SKIPS_BEFORE_GIVING_UP = 5
@@ -49,6 +51,18 @@ SKIPS_BEFORE_GIVING_UP = 5
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 (says what happened)
     """Several updates in a row could not be made; the message says why and what to change."""
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """No gradients, and no LoRA dropout (the base has none); training mode again afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
 
 
 class Trainer(ABC):
@@ -69,6 +83,7 @@ class Trainer(ABC):
         total_steps: Training steps of the run.
         step_index: Steps that are done, which is the index of the step to make next.
         skipped_updates: Optimiser updates left out so far.
+        final_metrics: For `export`: metrics of the last step and of what is exported.
     """
 
     stage: ClassVar[str]
@@ -98,6 +113,7 @@ class Trainer(ABC):
         self.total_steps = config.total_steps(num_rows)
         self.step_index = 0
         self.skipped_updates = 0
+        self.final_metrics: dict[str, Any] = {}
         self._skipped_in_row = 0
         self._seconds = 0.0
         self._tokens = 0
@@ -236,7 +252,7 @@ class Trainer(ABC):
         Raises:
             TrainingDiverged: If it was the fifth in a row.
         """
-        self.optimizer.clear()
+        self.optimizer.zero_grad()
         self.skipped_updates += 1
         self._skipped_in_row += 1
         if self._skipped_in_row >= SKIPS_BEFORE_GIVING_UP:
@@ -354,6 +370,7 @@ class Trainer(ABC):
             if self.export_best and best.step != self.step_index:
                 self.optimizer.load_parameters(load_best(self.output_path))
                 metrics |= best.evaluation
+        self.final_metrics = metrics
         metrics |= self.export() | {"seconds": self._seconds}
         result = self.run.finish(metrics)
         remove_checkpoints(self.output_path)

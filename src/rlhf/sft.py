@@ -1,0 +1,343 @@
+"""Supervised fine-tuning on demonstrations: the base of all later stages, if there are any."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import SFTConfig
+from rlhf.data.batching import TokenBatch, chunks, rows_for_step
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.reading import PromptData, load_prompts
+from rlhf.data.schema import PromptRow
+from rlhf.data.tokenising import Tokeniser
+from rlhf.errors import InputError
+from rlhf.generation import generate
+from rlhf.models.card import write_card
+from rlhf.models.loading import (
+    check_limits,
+    load_language_model,
+    load_tokenizer,
+    read_model_config,
+)
+from rlhf.models.saving import save_adapter, save_merged
+from rlhf.outputs import Run, Status, prepare_output
+from rlhf.training import Callback, ParameterGroup, Trainer, evaluation_mode
+
+ADAPTER = "sft"
+EVALUATION_ROWS = 1000
+SAMPLES_PER_EVALUATION = 4
+CARD_METRICS = ("steps", "sft/loss", "eval/loss", "eval/perplexity")
+
+
+@dataclass(frozen=True)
+class SFTResult:
+    """What `train_sft` leaves behind.
+
+    Attributes:
+        output_dir: The stage's folder: merged/, adapter/ (with LoRA), metrics, samples.
+        metrics: Final metrics, as in metrics.json; empty after a dry run.
+    """
+
+    output_dir: str
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Validated data of a run, read before any weights.
+
+    Attributes:
+        tokenizer: Of the base.
+        renderer: Makes prompts' texts.
+        train: Demonstrations to learn from.
+        held_out: Demonstrations to evaluate on, if given.
+        run: The output folder.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    train: PromptData
+    held_out: PromptData | None
+    run: Run
+
+    @property
+    def lines(self) -> list[str]:
+        """What reading came upon, for people."""
+        return self.train.report.lines() + (self.held_out.report.lines() if self.held_out else [])
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """B demonstrations as ids.
+
+    Attributes:
+        prompts: (B, P).
+        responses: (B, R).
+    """
+
+    prompts: TokenBatch
+    responses: TokenBatch
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B,) tokens that the model reads for each row."""
+        return self.prompts.lengths + self.responses.lengths
+
+    def select(self, rows: Sequence[int]) -> "Demonstrations":
+        """The given rows, trimmed to the longest of them."""
+        return Demonstrations(self.prompts.select(rows), self.responses.select(rows))
+
+    def to(self, device: torch.device | str) -> "Demonstrations":
+        """The same rows on another device."""
+        return Demonstrations(self.prompts.to(device), self.responses.to(device))
+
+
+def train_sft(
+    config: SFTConfig,
+    *,
+    model: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> SFTResult:
+    """Fine-tunes a model on demonstrations and writes it to `config.output_dir`.
+
+    The folder gets merged/, the whole model for plain transformers, and with LoRA adapter/.
+
+    Args:
+        config: The stage's configuration.
+        model: A transformers model instead of `config.base_model`; it is changed in place.
+        tokenizer: Its tokenizer.
+        callbacks: Called after every step with trainer, step, metrics and samples.
+
+    Raises:
+        InputError: Bad data, configuration or checkpoint.
+        StoppedBySignal: After saving, when SIGTERM or SIGINT came.
+    """
+    inputs = read_inputs(config, model=model, tokenizer=tokenizer)
+    if config.dry_run:
+        from rlhf.models.memory import dry_run_report
+
+        print(dry_run_report("sft", config, len(inputs.train), inputs.lines))
+        return SFTResult(config.output_dir, {})
+    if inputs.run.status is Status.FINISHED:
+        print(f"sft: already finished in {config.output_dir}", file=sys.stderr)
+        return SFTResult(config.output_dir, inputs.run.metrics())
+    trainer = SFTTrainer(config, model=model, inputs=inputs, callbacks=callbacks)
+    return SFTResult(config.output_dir, trainer.train())
+
+
+def read_inputs(
+    config: SFTConfig,
+    *,
+    model: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Inputs:
+    """Reads and checks everything that can be checked without weights.
+
+    Raises:
+        InputError: All that is wrong, rows first, then limits.
+    """
+    if model is None and config.base_model is None:
+        raise InputError("base_model: is required, but not given")
+    base = config.base_model or ""
+    facts = model.config if model is not None else read_model_config(base, config.revision)
+    tokenizer = tokenizer or load_tokenizer(base, config.revision)
+    renderer = PromptRenderer.for_tokenizer(tokenizer, config.instruction)
+    data: dict[str, PromptData] = {}
+    problems: list[str] = []
+    for name in ("dataset", "eval_dataset"):
+        paths = getattr(config, name)
+        if paths is not None:
+            try:
+                data[name] = load_prompts(
+                    paths,
+                    renderer=renderer,
+                    on_bad_rows=config.on_bad_rows,
+                    require_output=True,
+                    name=name,
+                )
+            except InputError as error:
+                problems += error.problems
+    problems += check_limits(facts, config.prompt_sequence_length, config.target_sequence_length)
+    if problems:
+        raise InputError(problems)
+    prints = {name: rows.fingerprint for name, rows in data.items()}
+    run = prepare_output(config, prints, stage="sft")
+    return Inputs(tokenizer, renderer, data["dataset"], data.get("eval_dataset"), run)
+
+
+class SFTTrainer(Trainer):
+    """Learns to give the demonstrated responses.
+
+    Args:
+        config: The stage's configuration.
+        model: A transformers model instead of `config.base_model`.
+        tokenizer: Its tokenizer.
+        inputs: What `read_inputs` returned; read anew if not given.
+        callbacks: Called after every step.
+
+    Attributes:
+        lm: The model.
+        adapter: Name of the adapter that is trained; None trains all weights.
+        tokeniser: Text to ids and back.
+    """
+
+    stage: ClassVar[str] = "sft"
+    shown_metrics: ClassVar[tuple[str, ...]] = ("sft/loss", "eval/loss")
+    best_metric: ClassVar[tuple[str, Literal["max", "min"]] | None] = ("eval/loss", "min")
+
+    config: SFTConfig
+
+    def __init__(
+        self,
+        config: SFTConfig,
+        *,
+        model: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        inputs: Inputs | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.inputs = inputs or read_inputs(config, model=model, tokenizer=tokenizer)
+        super().__init__(
+            config, num_rows=len(self.inputs.train), run=self.inputs.run, callbacks=callbacks
+        )
+        self.lm = load_language_model(
+            config,
+            trainable=config.lora.rank == 0,
+            model=model,
+            tokenizer=self.inputs.tokenizer,
+        )
+        self.adapter = None
+        if config.lora.rank > 0:
+            self.adapter = ADAPTER
+            self.lm.add_adapter(ADAPTER, config.lora, seed=config.seed)
+        self.tokeniser = Tokeniser(
+            self.inputs.tokenizer,
+            self.lm.layout,
+            config.prompt_sequence_length,
+            config.target_sequence_length,
+            config.truncation_side,
+        )
+        self.prompt_lengths = self.tokeniser.check_prompts(self.inputs.train)
+
+    def describe(self) -> list[str]:
+        """Steps, and what was read."""
+        lines = [*super().describe(), *self.inputs.lines]
+        return [*lines, self.prompt_lengths.line()] if self.prompt_lengths.shortened else lines
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The adapter, or all weights."""
+        named = self.lm.named_trainable(self.adapter)
+        rate, norm = self.config.effective_learning_rate, self.config.max_grad_norm
+        return [ParameterGroup("policy", named, rate, norm)]
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step on `batch_size` demonstrations."""
+        batch = self.next_batch()
+        with self.phase("update"):
+            loss = self.accumulate_gradients(batch)
+            norms = self.apply_gradients()
+        self.count_tokens(int(batch.tokens.sum()))
+        return {"sft/loss": loss, **norms}
+
+    def next_batch(self) -> Demonstrations:
+        """The rows of this step; where a row has several references, another one each epoch."""
+        size, rows = self.config.batch_size, self.num_rows
+        numbers = rows_for_step(rows, size, self.step_index, self.config.seed)
+        chosen, responses = [], []
+        for place, number in enumerate(numbers, start=self.step_index * size):
+            row = self.inputs.train[number]
+            chosen.append(row)
+            responses.append(row.references[(number + place // rows) % len(row.references)])
+        return self.tokenise(chosen, responses)
+
+    def tokenise(self, rows: Sequence[PromptRow], responses: Sequence[str]) -> Demonstrations:
+        """Texts to ids, on the model's device."""
+        batch = Demonstrations(
+            self.tokeniser.prompts([row.prompt for row in rows]),
+            self.tokeniser.responses(responses),
+        )
+        return batch.to(self.lm.device)
+
+    def accumulate_gradients(self, batch: Demonstrations) -> float:
+        """Gradients of the mean over the batch's response tokens, micro-batch by micro-batch.
+
+        Returns:
+            Mean negative log-likelihood per response token, nats.
+        """
+        count = int(batch.responses.lengths.sum())
+        total = torch.zeros((), device=self.lm.device)
+        order = batch.tokens.argsort(stable=True).tolist()
+        for rows in chunks(order, self.config.effective_micro_batch_size):
+            with self.lm.using(self.adapter):
+                nll = self.negative_log_likelihood(batch.select(rows))
+                (nll / count).backward()
+            total += nll.detach()
+        return total.item() / count
+
+    def negative_log_likelihood(self, batch: Demonstrations) -> Tensor:
+        """Sum over all response tokens, EOS included, nats."""
+        states = self.lm.response_states(batch.prompts, batch.responses)
+        return -self.lm.token_logprobs(states, batch.responses).logprobs.sum()
+
+    def evaluate(self) -> dict[str, float]:
+        """Loss and perplexity on held-out demonstrations; greedy samples in any case."""
+        with evaluation_mode(self.lm.module), self.lm.using(self.adapter):
+            held_out = self.inputs.held_out
+            rows = held_out if held_out is not None else self.inputs.train
+            self._sample(rows[:SAMPLES_PER_EVALUATION])
+            if held_out is None:
+                return {}
+            total, count = 0.0, 0
+            size = self.config.effective_micro_batch_size
+            for block in chunks(range(min(len(held_out), EVALUATION_ROWS)), size):
+                some = [held_out[number] for number in block]
+                batch = self.tokenise(some, [row.references[0] for row in some])
+                total += self.negative_log_likelihood(batch).item()
+                count += int(batch.responses.lengths.sum())
+        loss = total / count
+        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+
+    def _sample(self, rows: Sequence[PromptRow]) -> None:
+        prompts = self.tokeniser.prompts([row.prompt for row in rows]).to(self.lm.device)
+        limit = self.config.target_sequence_length
+        generation = generate(self.lm, prompts, max_new_tokens=limit, temperature=0.0)
+        answers = generation.responses.tolists()
+        self.log_samples(
+            [
+                {
+                    "prompt": row.prompt.text,
+                    "response": self.tokeniser.decode(answer),
+                    "reference": row.references[0],
+                    "prompt_tokens": prompt_tokens,
+                    "response_tokens": len(answer),
+                }
+                for row, answer, prompt_tokens in zip(
+                    rows, answers, prompts.lengths.tolist(), strict=True
+                )
+            ]
+        )
+
+    def export(self) -> dict[str, float]:
+        """Writes adapter/ and merged/, and says what merging cost."""
+        folder, rows = self.output_path, self.inputs.held_out or self.inputs.train
+        some = rows[: self.config.effective_micro_batch_size]
+        probe = self.tokenise(some, [row.references[0] for row in some])
+        with evaluation_mode(self.lm.module):
+            if self.adapter is not None:
+                save_adapter(self.lm, self.adapter, folder / "adapter")
+            kl = save_merged(
+                self.lm, self.adapter, folder / "merged", (probe.prompts, probe.responses)
+            )
+        metrics = {} if kl is None else {"sft/kl_merged_adapter": kl}
+        shown = {
+            name: self.final_metrics[name] for name in CARD_METRICS if name in self.final_metrics
+        }
+        write_card(folder, self.stage, self.config, shown | metrics, self.inputs.lines)
+        return metrics
