@@ -201,3 +201,38 @@ def test_as_a_module(arguments, code):
     assert process.returncode == code
     assert "Traceback" not in process.stderr
     assert bool(process.stdout) == (code == 0)
+
+
+def test_data_commands(tmp_path, capsys):
+    source = tmp_path / "hh.jsonl"
+    source.write_text(
+        '{"chosen": "\\n\\nHuman: Hi\\n\\nAssistant: Hello", '
+        '"rejected": "\\n\\nHuman: Hi\\n\\nAssistant: No"}\n'
+    )
+    rows = tmp_path / "rows.jsonl"
+    assert main(["data", "convert", str(source), str(rows)]) == 0
+    assert "1 rows" in capsys.readouterr().out
+    assert main(["data", "check", str(rows), "--kind=preference"]) == 0
+    assert "1 preferences" in capsys.readouterr().out
+
+    rows.write_text('{"input_text": "x", "candidate_0": "a", "candidate_1": "b", "choice": 2}\n')
+    assert main(["data", "check", str(rows)]) == 2
+    assert "rows.jsonl:1: choice: " in capsys.readouterr().err
+    assert main(["data", "check", str(rows), "--kimd=prompt"]) == 2
+    assert "--kind" in capsys.readouterr().err
+    assert main(["data"]) == 2
+    assert capsys.readouterr().err.startswith("Usage: rlhf data")
+
+
+def test_quickstart_takes_architecture_folder_and_seed(monkeypatch):
+    from rlhf import quickstart
+
+    calls = []
+    monkeypatch.setattr(quickstart, "run_quickstart", lambda **options: calls.append(options))
+    assert main(["quickstart"]) == 0
+    assert main(["quickstart", "--arch", "llama", "--output-dir", "x", "--seed=2"]) == 0
+    assert main(["quickstart", "--arch", "bert"]) == 2
+    assert calls == [
+        {"arch": "t5", "output_dir": None, "seed": 0},
+        {"arch": "llama", "output_dir": "x", "seed": 2},
+    ]

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -25,13 +25,13 @@ from rlhf.config import (
     SFTConfig,
 )
 from rlhf.errors import InputError, StoppedBySignal
-from rlhf.flags import CONTEXT, ConfigCommand, config_options, read_config
+from rlhf.flags import CONTEXT, PLAIN_CONTEXT, ConfigCommand, config_options, read_config
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command may be given again
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(context_settings=PLAIN_CONTEXT)
 @click.version_option(rlhf.__version__, prog_name="rlhf")
 def cli() -> None:
     """Reinforcement learning from human feedback for T5 and LLaMA models."""
@@ -76,6 +76,84 @@ def ppo(ctx: click.Context, /, reward_fn: str | None, **_: Any) -> None:
 _stage("infer", InferenceConfig, "run_inference", "Generate with tuned and untuned model.")
 _stage("run", PipelineConfig, "run_pipeline", "Run all stages on one's own files.")
 _stage("score", ScoreConfig, "run_score", "Write the reward scores of a file's rows.")
+
+
+@cli.command()
+@click.option(
+    "--arch", type=click.Choice(["t5", "llama"]), default="t5", show_default=True, help="Model."
+)
+@click.option(
+    "--output_dir", metavar="TEXT", help="Folder of the artifacts.  [default: runs/quickstart-ARCH]"
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed."
+)
+def quickstart(arch: Literal["t5", "llama"], output_dir: str | None, seed: int) -> None:
+    """Run all stages on an embedded corpus, without network and GPU, in minutes."""
+    from rlhf.quickstart import run_quickstart
+
+    run_quickstart(arch=arch, output_dir=output_dir, seed=seed)
+
+
+@cli.group()
+def data() -> None:
+    """Check and convert files of preferences and prompts."""
+
+
+@data.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option(
+    "--kind",
+    type=click.Choice(["auto", "preference", "prompt", "demonstration"]),
+    default="auto",
+    show_default=True,
+    help="What every row must be; auto goes by whether a row has candidates.",
+)
+@click.option(
+    "--on_bad_rows",
+    type=click.Choice(["error", "skip"]),
+    default="error",
+    show_default=True,
+    help="Whether bad rows are errors, or counted and left out.",
+)
+@click.option("--instruction", default="", help="Text put before every input, as in training.")
+@click.option("--base_model", help="Count lengths in this model's tokens; loads no weights.")
+@click.option("--revision", help="Branch, tag or commit of base_model on the Hub.")
+@click.option(
+    "--prompt_sequence_length",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Longest prompt, tokens.",
+)
+@click.option(
+    "--target_sequence_length",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Longest response, tokens.",
+)
+def check(files: tuple[str, ...], **options: Any) -> None:
+    """Validate files (paths, globs, gs:// addresses) and describe what is in them."""
+    from rlhf.data.check import check_files
+
+    click.echo("\n".join(check_files(list(files), **options).lines()))
+
+
+@data.command()
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
+@click.argument("output", metavar="OUTPUT")
+@click.option(
+    "--layout",
+    default="auto",
+    show_default=True,
+    help="auto, rows, chosen_rejected, tldr_comparisons or hh_rlhf.",
+)
+def convert(sources: tuple[str, ...], output: str, layout: str) -> None:
+    """Write the library's preference rows from files in another layout."""
+    from rlhf.data.convert import convert as convert_files
+
+    click.echo("\n".join(convert_files(list(sources), output, layout).lines()))
 
 
 def _imported(address: str) -> Callable[..., Any]:
@@ -129,6 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return cli.main(given or ["--help"], prog_name="rlhf", standalone_mode=False) or 0
     except InputError as error:
         _complain(error.problems)
+        return EXIT_BAD_INPUT
+    except click.exceptions.NoArgsIsHelpError as error:  # a group without a command
+        click.echo(error.format_message(), err=True)
         return EXIT_BAD_INPUT
     except click.ClickException as error:
         _complain([error.format_message()])

@@ -15,13 +15,12 @@ from rlhf.errors import InputError
 
 ConfigT = TypeVar("ConfigT", bound=Schema)
 
-# Unknown flags are collected by `read_config`, so that all are reported at once.
-CONTEXT: dict[str, Any] = {
+PLAIN_CONTEXT: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
     "token_normalize_func": lambda name: name.replace("_", "-"),
-    "ignore_unknown_options": True,
-    "allow_extra_args": True,
 }
+# Unknown flags are collected by `read_config`, so that all are reported at once.
+CONTEXT = PLAIN_CONTEXT | {"ignore_unknown_options": True, "allow_extra_args": True}
 _SECTION_HELP = (
     "Any field of one stage alone: --sft.FIELD, --reward_model.FIELD, --ppo.FIELD, "
     "--inference.FIELD; `rlhf ppo --help` and so on list them."
