@@ -1,0 +1,155 @@
+"""What a `policy_path` holds, found out before anything large is read."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rlhf.data.files import open_file
+from rlhf.errors import InputError
+from rlhf.models.remote import local_folder
+from rlhf.models.saving import ADAPTER_WEIGHTS, ORIGIN, read_origin
+
+_HASHED_BYTES = 1 << 20  # of each end of a file of weights: reading 14 GB takes half a minute
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """A tuned model on disk and what it was tuned from.
+
+    Attributes:
+        kind: "adapter" on a base, or "full" weights.
+        folder: Local folder of the adapter or of the full model.
+        base_model: The untuned model; None if nothing records it.
+        revision: Hub revision of it.
+        settings: Configuration of the stage that made it, empty if that is not beside it.
+        fingerprint: Changes when the weights do.
+    """
+
+    kind: Literal["adapter", "full"]
+    folder: Path
+    base_model: str | None
+    revision: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
+
+
+def find_policy(path: str) -> PolicySource:
+    """Recognises a stage's folder, an adapter, or a full model.
+
+    Args:
+        path: Folder of `rlhf ppo` or `rlhf sft` (its adapter is taken where it has one), their
+            adapter/ or merged/, an adapter of plain peft, or any checkpoint; local or remote.
+
+    Raises:
+        InputError: The folder does not exist, or is none of these.
+    """
+    folder, settings = _localise(path)
+    if not folder.is_dir():
+        raise InputError(f"policy_path: there is no folder {path}")
+    for candidate in (folder, folder / "adapter"):
+        if (candidate / "adapter_config.json").is_file():
+            return _adapter(candidate, settings or _settings(candidate))
+    for candidate in (folder, folder / "merged"):
+        if (candidate / "config.json").is_file():
+            return _full(candidate, settings or _settings(candidate))
+    raise InputError(
+        f"policy_path: {path} holds no policy; expected the folder of `rlhf ppo` or `rlhf sft`, "
+        "its adapter/ or merged/"
+    )
+
+
+def weights_fingerprint(path: str) -> str:
+    """A short hash of the weights in a local folder and one level below; "" for a Hub id."""
+    folder = Path(path)
+    names = ("*.safetensors", "*.json", "*/*.safetensors", "*/*.json")
+    found = sorted({file for name in names for file in folder.glob(name)})
+    return _hash_files(found) if found else ""
+
+
+def _adapter(folder: Path, settings: Mapping[str, Any]) -> PolicySource:
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise InputError(f"policy_path: {folder} is incomplete: it has no {ADAPTER_WEIGHTS}")
+    origin = _origin(folder)
+    if origin is None:  # plain peft: no fingerprint, but the base's name
+        config = _parse(folder / "adapter_config.json", _read(folder / "adapter_config.json"))
+        origin = {
+            "base_model": config.get("base_model_name_or_path"),
+            "revision": config.get("revision"),
+        }
+    base = origin.get("base_model") or None
+    fingerprint = _hash_files([folder / "adapter_config.json", weights])
+    return PolicySource("adapter", folder, base, origin.get("revision"), settings, fingerprint)
+
+
+def _full(folder: Path, settings: Mapping[str, Any]) -> PolicySource:
+    origin = _origin(folder) or settings
+    base = origin.get("base_model") or None
+    fingerprint = _hash_files([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+    return PolicySource("full", folder, base, origin.get("revision"), settings, fingerprint)
+
+
+def _localise(path: str) -> tuple[Path, Mapping[str, Any]]:
+    """A local folder, and the stage's settings where those do not come with it."""
+    if "://" not in path:
+        return Path(path).expanduser().resolve(), {}
+    # A stage's folder also holds checkpoints and the merged model: fetch the adapter alone.
+    stage = path.rstrip("/").removesuffix("/adapter").removesuffix("/merged")
+    try:
+        with open_file(f"{stage}/config.yaml") as file:
+            settings = _parse(stage, file.read())
+    except (InputError, OSError):
+        settings = {}
+    for part in ("adapter", "merged") if stage == path.rstrip("/") else ():
+        try:
+            return local_folder(f"{stage}/{part}"), settings
+        except InputError:
+            continue
+    return local_folder(path), settings
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """The stage's config.yaml, above its adapter/ or merged/."""
+    path = folder.parent / "config.yaml"
+    if folder.name not in ("adapter", "merged") or not path.is_file():
+        return {}
+    return _parse(path, _read(path))
+
+
+def _origin(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_origin(folder)
+    except ValueError as error:
+        raise InputError(f"policy_path: {folder / ORIGIN} is broken: {error}") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"policy_path: {path} cannot be read: {error}") from error
+
+
+def _parse(where: Path | str, content: bytes) -> dict[str, Any]:
+    """A mapping from YAML, hence also from JSON."""
+    try:
+        value = yaml.safe_load(content.decode("utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"policy_path: {where} cannot be read: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _hash_files(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_HASHED_BYTES))
+            file.seek(max(0, size - _HASHED_BYTES))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
