@@ -20,7 +20,7 @@ WORDS = ["▁the", "▁a", "▁cat", "▁dog", "▁sat", "▁ran", "▁to", "▁
 def make_tokenizer(arch: str) -> PreTrainedTokenizerFast:
     """About 120 tokens. LLaMA's PAD equals its UNK, T5's equals the decoder start, as in life."""
     specials = ["<pad>", "</s>", "<unk>"] if arch == "t5" else ["<unk>", "<s>", "</s>"]
-    pieces = specials + ["▁"] + list(LETTERS) + WORDS
+    pieces = [*specials, "▁", *LETTERS, *WORDS]
     vocab = [(piece, -1.0 if piece in WORDS else -5.0) for piece in dict.fromkeys(pieces)]
     unk = specials.index("<unk>")
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=unk, byte_fallback=False))
@@ -37,14 +37,19 @@ def make_tokenizer(arch: str) -> PreTrainedTokenizerFast:
             [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
         special = {
-            "pad_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"
+            "pad_token": "<unk>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "unk_token": "<unk>",
         }
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
     )
 
 
-def tiny_model(arch: str, seed: int = 0, *, untied: bool = False, vocab: int = 120) -> PreTrainedModel:
+def tiny_model(
+    arch: str, seed: int = 0, *, untied: bool = False, vocab: int = 120
+) -> PreTrainedModel:
     """A random model; `untied` gives T5 v1.1's own LM head and no output scaling."""
     torch.manual_seed(seed)
     if arch == "t5":

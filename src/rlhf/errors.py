@@ -15,7 +15,7 @@ class InputError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-class StoppedBySignal(Exception):
+class StoppedBySignal(Exception):  # noqa: N818 - stopping when asked is no error
     """A signal asked the run to stop and its state is saved: exit code 75 (try again).
 
     Args:

@@ -40,8 +40,7 @@ def rollout_uniforms(seed: int, iteration: int, rows: range, max_new_tokens: int
         (len(rows), R) fp32, each row a function of (seed, iteration, row) alone.
     """
     draws = [
-        torch.rand(max_new_tokens, generator=seeded_generator(seed, iteration, row))
-        for row in rows
+        torch.rand(max_new_tokens, generator=seeded_generator(seed, iteration, row)) for row in rows
     ]
     return torch.stack(draws) if draws else torch.empty(0, max_new_tokens)
 

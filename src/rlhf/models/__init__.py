@@ -1,0 +1,1 @@
+"""Language models, their adapters, heads and roles, and how they are loaded and saved."""

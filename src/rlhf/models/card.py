@@ -104,7 +104,8 @@ def _reward_model_usage(folder: Path) -> str:
 from rlhf.data.schema import PromptText
 from rlhf.models.roles import load_reward_model
 reward_model = load_reward_model("path/to/this/folder")
-print(reward_model.score([PromptText("your prompt")], ["a response"]))
+prompt = "your prompt"  # all of it may be shortened to fit
+print(reward_model.score([PromptText(prompt, ((0, len(prompt)),))], ["a response"]))
 ```
 
 A score is (raw - shift) / scale with the constants in `reward_model.json`."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -156,7 +157,14 @@ def _load_classifier(source: str, dtype: torch.dtype, revision: str | None) -> t
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     options = {"revision": revision, "trust_remote_code": False}
-    where = f"reward_model_path {source}"
+    where = f"reward_model_path: {source}"
+    folder = Path(source)
+    if source.count("/") > 1 and not folder.exists():
+        raise InputError(f"{where}: there is no such folder")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{where}: holds neither reward_model.json (has its training finished?) nor config.json"
+        )
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if config.num_labels != 1 or not any(
@@ -171,8 +179,11 @@ def _load_classifier(source: str, dtype: torch.dtype, revision: str | None) -> t
         model, info = AutoModelForSequenceClassification.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{where}: cannot be loaded as a sequence classifier: {error}") from error
+    except InputError:
+        raise
+    except Exception as error:  # safetensors, tokenizers and transformers each raise their own
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{where}: not a sequence classifier that loads: {reason}") from error
     wrong = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if wrong:
         raise InputError(f"{where}: the checkpoint lacks weights: {', '.join(wrong[:5])}")

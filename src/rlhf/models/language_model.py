@@ -19,7 +19,13 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from typing_extensions import override
 
 from rlhf.config import LoRAConfig
 from rlhf.data.batching import TokenBatch
@@ -118,7 +124,8 @@ class LanguageModel(ABC):
         self.revision = revision
         self.config = module.config
         self.fingerprint = fingerprint(module)
-        self.layout = self.make_layout()
+        extra_eos = getattr(module.generation_config, "eos_token_id", None)
+        self.layout = self.prompt_layout(tokenizer, extra_eos)
         self.adapters = AdapterSet(module, self.task_type)
         _switch_off_dropout(module)
         # An Embedding drops the gradient of its padding_idx, but PAD may be a real token here.
@@ -148,9 +155,17 @@ class LanguageModel(ABC):
         """Most tokens of prompt and response together, None where there is no such limit."""
         return getattr(self.config, "max_position_embeddings", None)
 
+    @classmethod
     @abstractmethod
-    def make_layout(self) -> PromptLayout:
-        """What surrounds prompts and responses of this family."""
+    def prompt_layout(
+        cls, tokenizer: PreTrainedTokenizerBase, extra_eos: int | list[int] | None = None
+    ) -> PromptLayout:
+        """What surrounds prompts and responses of this family; needs no weights.
+
+        Args:
+            tokenizer: The model's tokenizer, with an EOS token.
+            extra_eos: Further ids that end a response, from the generation config.
+        """
 
     @abstractmethod
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
@@ -176,7 +191,7 @@ class LanguageModel(ABC):
 
     @abstractmethod
     def targets(self, suffixes: list[str], where: str) -> list[str] | str:
-        """peft's target_modules: layers of these names in the part that `where` names."""
+        """What peft calls target_modules: layers of these names in the part that `where` names."""
 
     def scale_for_head(self, states: Tensor) -> Tensor:
         """What happens to states between the final norm and the LM head: nothing, mostly."""
@@ -246,9 +261,7 @@ class LanguageModel(ABC):
         ]
         zeros = torch.zeros(mask.shape, device=mask.device)
         logprobs, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        return TokenStats(
-            zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
-        )
+        return TokenStats(zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy))
 
     def add_adapter(
         self, name: str, lora: LoRAConfig, *, trainable: bool = True, seed: int = 0
@@ -287,7 +300,7 @@ class LanguageModel(ABC):
             yield
 
     def named_trainable(self, adapter: str | None) -> list[tuple[str, nn.Parameter]]:
-        """Names and tensors that training this role changes: an adapter's, or all (adapter None)."""
+        """What training a role changes: its adapter, or (None) all weights if they are trained."""
         if adapter is not None:
             return self.adapters.named_parameters(adapter)
         return list(self.module.named_parameters()) if self.trainable else []
@@ -299,17 +312,6 @@ class LanguageModel(ABC):
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             yield
 
-    def _required_id(self, value: int | None, what: str) -> int:
-        if value is None:
-            raise InputError(f"base_model: {self.base_name} has no {what}; set it in its config")
-        return value
-
-    def _eos_ids(self) -> tuple[int, frozenset[int]]:
-        eos = self._required_id(self.tokenizer.eos_token_id, "EOS token in its tokenizer")
-        extra = getattr(self.module.generation_config, "eos_token_id", None)
-        extra = extra if isinstance(extra, list) else [] if extra is None else [extra]
-        return eos, frozenset([eos, *extra])
-
 
 class DecoderOnlyModel(LanguageModel):
     """LLaMA: the response continues the prompt in one causal sequence."""
@@ -317,16 +319,22 @@ class DecoderOnlyModel(LanguageModel):
     task_type = "CAUSAL_LM"
     adapter_modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-    def make_layout(self) -> PromptLayout:
-        eos, eos_ids = self._eos_ids()
-        bos = self.tokenizer.bos_token_id
-        return PromptLayout(() if bos is None else (bos,), (), True, eos, eos_ids)
+    @classmethod
+    @override
+    def prompt_layout(
+        cls, tokenizer: PreTrainedTokenizerBase, extra_eos: int | list[int] | None = None
+    ) -> PromptLayout:
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        prefix = () if bos is None else (bos,)
+        return PromptLayout(prefix, (), True, eos, _eos_ids(eos, extra_eos))
 
+    @override
     def targets(self, suffixes: list[str], where: str) -> list[str] | str:
         if where == "encoder":
             raise InputError(f"lora.where: {self.base_name} has no encoder; use all or decoder")
         return suffixes
 
+    @override
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
         ids = join(prompts, responses)
         with self.autocast():
@@ -336,6 +344,7 @@ class DecoderOnlyModel(LanguageModel):
         index = (prompts.lengths[:, None] - 1 + offsets).clamp(max=ids.shape[1] - 1)
         return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
+    @override
     def prefill(self, prompts: TokenBatch) -> tuple[DecodeState, Tensor]:
         cache = DynamicCache(config=self.config)
         with self.autocast():
@@ -345,6 +354,7 @@ class DecoderOnlyModel(LanguageModel):
         last = states[torch.arange(len(prompts), device=states.device), prompts.lengths - 1]
         return DecodeState(cache, prompts.lengths, prompts.mask), last
 
+    @override
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
         # Cache columns: the prompt padded to P, then every response token of all rows alike.
         # Padding columns are masked, and positions go on from each row's own prompt length.
@@ -369,26 +379,37 @@ class EncoderDecoderModel(LanguageModel):
     task_type = "SEQ_2_SEQ_LM"
     adapter_modules = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
 
-    def make_layout(self) -> PromptLayout:
-        eos, eos_ids = self._eos_ids()
-        start = getattr(self.config, "decoder_start_token_id", None)
-        start = self.config.pad_token_id if start is None else start
-        self.start_id = self._required_id(start, "decoder_start_token_id")
-        return PromptLayout((), (eos,), False, eos, eos_ids)
+    @classmethod
+    @override
+    def prompt_layout(
+        cls, tokenizer: PreTrainedTokenizerBase, extra_eos: int | list[int] | None = None
+    ) -> PromptLayout:
+        eos = tokenizer.eos_token_id
+        return PromptLayout((), (eos,), False, eos, _eos_ids(eos, extra_eos))
 
     @property
+    def start_id(self) -> int:
+        """What the decoder reads first."""
+        start = getattr(self.config, "decoder_start_token_id", None)
+        return int(self.config.pad_token_id if start is None else start)
+
+    @property
+    @override
     def max_length(self) -> int | None:
         """None: relative positions have no limit."""
         return None
 
+    @override
     def targets(self, suffixes: list[str], where: str) -> list[str] | str:
         return suffixes if where == "all" else rf"{where}\..*\.({'|'.join(suffixes)})"
 
+    @override
     def scale_for_head(self, states: Tensor) -> Tensor:
         # T5 v1.0 scales before its tied head; v1.1 and Flan do not. transformers 5 keeps that in
         # scale_decoder_outputs, because it forces tie_word_embeddings to True.
         return states * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else states
 
+    @override
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
         start = responses.ids.new_full((len(responses), 1), self.start_id)
         with self.autocast():
@@ -399,6 +420,7 @@ class EncoderDecoderModel(LanguageModel):
                 use_cache=False,
             ).last_hidden_state
 
+    @override
     def prefill(self, prompts: TokenBatch) -> tuple[DecodeState, Tensor]:
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         with self.autocast():
@@ -406,6 +428,7 @@ class EncoderDecoderModel(LanguageModel):
         state = DecodeState(cache, prompts.lengths, prompts.mask, encoded)
         return state, self._read(state, prompts.ids.new_full((len(prompts),), self.start_id))
 
+    @override
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
         state.steps += 1
         return self._read(state, tokens)
@@ -438,6 +461,12 @@ def join(prompts: TokenBatch, responses: TokenBatch) -> Tensor:
     is_response = (column >= prompts.lengths[:, None]) & (column < lengths[:, None])
     ids[is_response] = responses.ids[responses.mask]
     return ids
+
+
+def _eos_ids(eos: int, extra: int | list[int] | None) -> frozenset[int]:
+    return frozenset(
+        [eos, *([] if extra is None else [extra] if isinstance(extra, int) else extra)]
+    )
 
 
 def fingerprint(module: PreTrainedModel) -> str:

@@ -18,7 +18,12 @@ from transformers import (
 
 from rlhf.config import StageConfig
 from rlhf.errors import InputError
-from rlhf.models.language_model import FAMILIES, EncoderDecoderModel, LanguageModel
+from rlhf.models.language_model import (
+    FAMILIES,
+    EncoderDecoderModel,
+    LanguageModel,
+    PromptLayout,
+)
 from rlhf.models.remote import local_folder
 
 SUPPORTED = "rlhf trains T5 (also v1.1 and Flan) and LLaMA models"
@@ -60,9 +65,7 @@ def read_model_config(base_model: str, revision: str | None = None) -> Pretraine
     except (OSError, ValueError, HFValidationError, json.JSONDecodeError, KeyError) as error:
         raise InputError(f"base_model: {base_model}: {_reason(error)}") from error
     if config.model_type not in FAMILIES:
-        raise InputError(
-            f"base_model: {base_model} is a {config.model_type!r} model; {SUPPORTED}"
-        )
+        raise InputError(f"base_model: {base_model} is a {config.model_type!r} model; {SUPPORTED}")
     return config
 
 
@@ -106,7 +109,7 @@ def load_language_model(
     Raises:
         InputError: Anything wrong with the checkpoint.
     """
-    name = base_model or config.base_model or getattr(model, "name_or_path", "")
+    name: str = base_model or config.base_model or getattr(model, "name_or_path", "")
     revision = revision if base_model else config.revision
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -133,6 +136,11 @@ def load_language_model(
     return lm
 
 
+def prompt_layout(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PromptLayout:
+    """What the model wants around prompts, known before its weights are."""
+    return FAMILIES[config.model_type].prompt_layout(tokenizer)
+
+
 def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: int) -> list[str]:
     """What is wrong with the sequence limits for this model; nothing where it has no limit."""
     if issubclass(FAMILIES[config.model_type], EncoderDecoderModel):
@@ -151,7 +159,7 @@ def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention
     seq2seq = issubclass(FAMILIES[config.model_type], EncoderDecoderModel)
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     try:
-        with _quiet():
+        with _Quiet():
             model, info = auto.from_pretrained(
                 _existing(name),
                 revision=revision,
@@ -222,7 +230,7 @@ def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, name: str)
         )
 
 
-class _quiet:
+class _Quiet:
     """Silences transformers' advice while loading; our own errors say what matters."""
 
     def __enter__(self) -> None:

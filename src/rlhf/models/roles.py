@@ -223,11 +223,10 @@ def load_reward_model(
     if shares and policy_lm is not None:
         lm = policy_lm
     else:
-        base = str(folder / "merged") if full else base_model or record.base_model
-        config = StageConfig(output_dir=str(folder), device=str(device), dtype=dtype)
-        revision = None if full or base_model else record.revision
-        lm = load_language_model(config, trainable=False, base_model=base, revision=revision)
-        _check_tokenizer(lm, record, path)
+        # All weights that were trained are the base themselves.
+        base = str(folder / "merged") if full else base_model
+        config = StageConfig(output_dir=path, device=str(device), dtype=dtype)
+        lm = _load_base(config, record, base)
     if not full:
         load_adapter(lm, folder / "adapter", name, trainable=False)
     head = _load_head(folder / HEAD_FILE, lm.hidden_size).to(lm.device)
@@ -310,12 +309,29 @@ def _same_base(lm: LanguageModel, record: RewardRecord) -> bool:
     )
 
 
-def _check_tokenizer(lm: LanguageModel, record: RewardRecord, path: str) -> None:
+def _load_base(config: StageConfig, record: RewardRecord, base: str | None) -> LanguageModel:
+    """Loads `base`, or where it is None the one that the record names."""
+    where = f"reward_model_path: {config.output_dir}"
+    if not (base or record.base_model):
+        raise InputError(
+            f"{where} was trained on a model given as an object, so its base cannot be found; "
+            "train it on a saved model"
+        )
+    try:
+        lm = load_language_model(
+            config,
+            trainable=False,
+            base_model=base or record.base_model,
+            revision=None if base else record.revision,
+        )
+    except InputError as error:
+        problems = [f"{where}: its {problem}" for problem in error.problems]
+        raise InputError(problems) from error
     if tokenizer_fingerprint(lm.tokenizer) != record.tokenizer:
         raise InputError(
-            f"reward_model_path: {path} was trained with another tokenizer than the one in "
-            f"{lm.base_name} now"
+            f"{where} was trained with another tokenizer than the one in {lm.base_name} now"
         )
+    return lm
 
 
 def _load_head(path: Path, hidden_size: int) -> ScalarHead:

@@ -1,0 +1,481 @@
+"""KL-penalised proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf import objectives
+from rlhf.config import PPOConfig
+from rlhf.data.batching import chunks, permutation, rows_for_step
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.reading import PromptData, load_prompts
+from rlhf.data.schema import PromptRow
+from rlhf.data.tokenising import Tokeniser
+from rlhf.errors import InputError
+from rlhf.experience import Experience, Minibatch, Rollout, RolloutStats, UpdateLog
+from rlhf.generation import generate_in_chunks, rollout_uniforms
+from rlhf.models.actors import load_bases, make_critic, make_policy, make_reference
+from rlhf.models.card import write_card
+from rlhf.models.judges import RewardFn, RewardFunction, Scorer
+from rlhf.models.loading import (
+    check_limits,
+    load_tokenizer,
+    prompt_layout,
+    read_model_config,
+)
+from rlhf.models.roles import RewardModel, check_same_prompting, load_reward_model
+from rlhf.models.saving import save_adapter, save_merged
+from rlhf.outputs import Run, Status, prepare_output
+from rlhf.training import Callback, ParameterGroup, Trainer
+
+# A minibatch whose mean probability ratio is beyond this has left the region PPO is about.
+RATIO_LIMIT = 10.0
+EVALUATION_ROWS = 256
+SAMPLES_PER_STEP = 4
+# Iterations count from 0; this names the draws of evaluations.
+EVALUATION_DRAW = -1
+
+
+@dataclass(frozen=True)
+class PPOResult:
+    """What `train_ppo` leaves behind.
+
+    Attributes:
+        output_dir: The stage's folder: adapter/, merged/, metrics, samples, checkpoints.
+        metrics: Final metrics, as in metrics.json.
+    """
+
+    output_dir: str
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Validated data of a run, read before any model is loaded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    renderer: PromptRenderer
+    prompts: PromptData
+    eval_prompts: PromptData | None
+    report: Sequence[str]
+    run: Run
+
+
+def train_ppo(
+    config: PPOConfig,
+    *,
+    reward_fn: RewardFunction | None = None,
+    model: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> PPOResult:
+    """Tunes a policy against a reward model, or against any function of texts.
+
+    Args:
+        config: The stage's configuration.
+        reward_fn: Called with prompts and responses (texts), returns one number each; instead of
+            `config.reward_model_path`.
+        model: A transformers model instead of `config.base_model`; it is changed in place.
+        tokenizer: Its tokenizer.
+        callbacks: Called after every step with trainer, step, metrics and samples.
+
+    Raises:
+        InputError: Bad data, configuration or checkpoints.
+        StoppedBySignal: After saving, when SIGTERM or SIGINT came.
+    """
+    inputs = read_inputs(config, reward_fn, model, tokenizer)
+    if config.dry_run:
+        from rlhf.models.memory import dry_run_report
+
+        print(dry_run_report("ppo", config, len(inputs.prompts), inputs.report))
+        return PPOResult(config.output_dir, {})
+    if inputs.run.status is Status.FINISHED:
+        print(f"ppo: already finished in {config.output_dir}; nothing to do")
+        return PPOResult(config.output_dir, inputs.run.metrics())
+    trainer = PPOTrainer(
+        config, reward_fn=reward_fn, model=model, inputs=inputs, callbacks=callbacks
+    )
+    return PPOResult(config.output_dir, trainer.train())
+
+
+def read_inputs(
+    config: PPOConfig,
+    reward_fn: RewardFunction | None = None,
+    model: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Inputs:
+    """Reads and checks everything that can be checked without weights.
+
+    Raises:
+        InputError: All that is wrong, rows first, then limits.
+    """
+    if (reward_fn is None) == (config.reward_model_path is None):
+        raise InputError("reward_model_path: give it or a reward_fn, one of the two")
+    tokenizer = tokenizer or load_tokenizer(config.base_model or "", config.revision)
+    model_config = (
+        read_model_config(config.base_model or "", config.revision)
+        if model is None
+        else model.config
+    )
+    renderer = PromptRenderer.for_tokenizer(tokenizer, config.instruction)
+    prompts = load_prompts(config.prompt_dataset, renderer=renderer, on_bad_rows=config.on_bad_rows)
+    eval_prompts = None
+    if config.eval_dataset is not None:
+        eval_prompts = load_prompts(
+            config.eval_dataset,
+            renderer=renderer,
+            on_bad_rows=config.on_bad_rows,
+            name="eval_dataset",
+        )
+    limits = config.prompt_sequence_length, config.target_sequence_length
+    if problems := check_limits(model_config, *limits):
+        raise InputError(problems)
+    layout = prompt_layout(model_config, tokenizer)
+    lengths = Tokeniser(tokenizer, layout, *limits).check_prompts(prompts)
+    report = [*prompts.report.lines(), lengths.line()]
+    fingerprints = {"prompt_dataset": prompts.fingerprint}
+    if eval_prompts is not None:
+        fingerprints["eval_dataset"] = eval_prompts.fingerprint
+    run = prepare_output(config, fingerprints, stage="ppo")
+    return Inputs(tokenizer, renderer, prompts, eval_prompts, report, run)
+
+
+class PPOTrainer(Trainer):
+    """PPO, one rollout of `batch_size` responses with all its epochs per step.
+
+    Args:
+        config: The stage's configuration.
+        reward_fn: A function of texts instead of `config.reward_model_path`.
+        model: A transformers model instead of `config.base_model`.
+        tokenizer: Its tokenizer.
+        inputs: What `read_inputs` returned; read anew if not given.
+        callbacks: Called after every step.
+    """
+
+    stage: ClassVar[str] = "ppo"
+    rows_name: ClassVar[str] = "episodes"
+    shown_metrics: ClassVar[tuple[str, ...]] = ("ppo/score", "ppo/kl", "ppo/response_length")
+    best_metric: ClassVar[tuple[str, Literal["max", "min"]] | None] = ("eval/objective", "max")
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.95)
+    eps: ClassVar[float] = 1e-5
+
+    config: PPOConfig
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        *,
+        reward_fn: RewardFunction | None = None,
+        model: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        inputs: Inputs | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        inputs = inputs or read_inputs(config, reward_fn, model, tokenizer)
+        super().__init__(config, num_rows=len(inputs.prompts), run=inputs.run, callbacks=callbacks)
+        self.prompts = inputs.prompts
+        self.eval_prompts = inputs.eval_prompts
+        bases = load_bases(config, model, inputs.tokenizer, reward_model=reward_fn is None)
+        self.scorer = self._make_scorer(reward_fn, bases.frozen, inputs.renderer)
+        self.policy = make_policy(config, bases)
+        self.reference = make_reference(config, bases)
+        self.critic = make_critic(config, self.policy, self.scorer, model, inputs.tokenizer)
+        lm = self.policy.lm
+        self.device = lm.device
+        self.tokeniser = Tokeniser(
+            inputs.tokenizer,
+            lm.layout,
+            config.prompt_sequence_length,
+            config.target_sequence_length,
+            config.truncation_side,
+        )
+        self.kl_controller = objectives.AdaptiveKL(
+            config.kl_coeff, config.kl_target, config.kl_horizon
+        )
+
+    def step(self) -> dict[str, float]:
+        """One PPO iteration: rollout, scores, experience, epochs of minibatches."""
+        with self.phase("rollout"):
+            rollout = self.rollout(self.next_prompts())
+        with self.phase("score"):
+            scores = self.score(rollout)
+        with self.phase("experience"):
+            experience, stats = self.make_experience(rollout, scores)
+        with self.phase("update"):
+            updates = self.optimise(experience)
+        metrics = self.record(rollout, experience, stats) | updates
+        self.kl_controller.update(metrics.get("ppo/kl", 0.0), len(experience))
+        return metrics
+
+    def next_prompts(self) -> list[PromptRow]:
+        """The rows of this step."""
+        size, seed = self.config.batch_size, self.config.seed
+        return [self.prompts[i] for i in rows_for_step(self.num_rows, size, self.step_index, seed)]
+
+    def rollout(self, rows: Sequence[PromptRow], draw: int | None = None) -> Rollout:
+        """Samples one response per prompt from the policy.
+
+        Args:
+            rows: Prompts.
+            draw: Names the random numbers; by default the training step.
+        """
+        config = self.config
+        texts = [row.prompt for row in rows]
+        prompts = self.tokeniser.prompts(texts).to(self.device)
+        limit = config.target_sequence_length
+        draw = self.step_index if draw is None else draw
+        with self.policy.active() as lm:
+            generation = generate_in_chunks(
+                lm,
+                prompts,
+                chunk_size=config.effective_rollout_batch_size,
+                max_new_tokens=limit,
+                temperature=config.temperature,
+                uniforms=rollout_uniforms(config.seed, draw, range(len(rows)), limit),
+                min_response_length=config.min_response_length,
+            )
+        responses = [self.tokeniser.decode(ids) for ids in generation.responses.tolists()]
+        return Rollout(texts, prompts, generation.responses, generation.finished, responses)
+
+    def score(self, rollout: Rollout) -> Tensor:
+        """(B,) fp32 scores of the judge, with what a missing EOS costs."""
+        size = self.config.effective_micro_batch_size
+        if isinstance(self.scorer, RewardModel) and self.scorer.shares_base:
+            scores = self.scorer.score_tokens(rollout.prompts, rollout.responses, size)
+        else:
+            scores = self.scorer.score(rollout.prompt_texts, rollout.texts, size)
+        scores = scores.to(self.device)
+        if self.config.missing_eos_penalty is not None:
+            scores = scores - self.config.missing_eos_penalty * ~rollout.finished
+        if self.config.missing_eos_score is not None:
+            scores = torch.where(rollout.finished, scores, self.config.missing_eos_score)
+        return scores
+
+    @torch.no_grad()
+    def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, RolloutStats]:
+        """Token rewards, values, advantages and returns of a rollout.
+
+        The old log-probabilities come from the update's own forward path, so that the first
+        ratios are 1, and not from decoding.
+        """
+        mask = rollout.responses.mask
+        logprobs, ref_logprobs, values, entropy = self._evaluate_rollout(rollout)
+        kl = objectives.kl_k1(logprobs, ref_logprobs)
+        rewards = objectives.token_rewards(
+            scores, kl, rollout.responses.lengths, self.kl_controller.value
+        )
+        if self.config.whiten_rewards:
+            rewards = objectives.whiten(rewards, mask, shift_mean=False)
+        advantages, returns = objectives.gae(
+            rewards, values, mask, self.config.gamma, self.config.gae_lambda
+        )
+        advantages = objectives.whiten(advantages, mask)
+        experience = Experience(
+            rollout.prompts, rollout.responses, logprobs, values, advantages, returns
+        )
+        kl_k3 = objectives.kl_k3(logprobs, ref_logprobs)
+        return experience, RolloutStats(scores, kl, kl_k3, entropy)
+
+    def optimise(self, experience: Experience) -> dict[str, float]:
+        """All epochs over the rollout; ends early when the policy has moved too far."""
+        config, log = self.config, UpdateLog()
+        size = len(experience) // config.num_minibatches
+        for epoch in range(config.ppo_epochs):
+            order = permutation(len(experience), config.seed, self.step_index, epoch)
+            for rows in chunks(order, size):
+                minibatch = self.accumulate_gradients(experience.select(rows))
+                log.add(minibatch)
+                if config.target_kl is not None and minibatch.kl > 1.5 * config.target_kl:
+                    self.optimizer.zero_grad(set_to_none=True)
+                    return log.metrics(stopped_early=True)
+                if not minibatch.ratio < RATIO_LIMIT:
+                    self.skip_update(f"the mean probability ratio was {minibatch.ratio:.3g}")
+                    continue
+                log.norms.append(self.apply_gradients())
+        return log.metrics(stopped_early=False)
+
+    def accumulate_gradients(self, minibatch: Experience) -> Minibatch:
+        """Gradients of the mean loss over the minibatch's tokens, micro-batch by micro-batch."""
+        count = int(minibatch.responses.lengths.sum())
+        total = Minibatch(tokens=count)
+        for rows in chunks(minibatch.by_length(), self.config.effective_micro_batch_size):
+            total = total + self._backward(minibatch.select(rows), count)
+        self.count_tokens(count + int(minibatch.prompts.lengths.sum()))
+        return total
+
+    def _backward(self, micro: Experience, count: int) -> Minibatch:
+        """Adds a micro-batch's part of the gradients; `count` is the minibatch's tokens."""
+        config, mask = self.config, micro.responses.mask
+        with self.policy.active() as lm:
+            states = lm.response_states(micro.prompts, micro.responses)
+            new = lm.token_logprobs(
+                states, micro.responses, config.temperature, config.min_response_length
+            )
+            policy = objectives.policy_loss(
+                new.logprobs, micro.logprobs, micro.advantages, mask, config.clip_range
+            )
+            loss = policy.total - config.entropy_coef * new.entropy.sum()
+            if self.critic.on_policy_trunk:
+                value = self._value_loss(states, micro)
+                loss = loss + config.vf_coef * value.total
+            (loss / count).backward()
+        if not self.critic.on_policy_trunk:
+            with self.critic.actor.active() as lm:
+                value = self._value_loss(lm.response_states(micro.prompts, micro.responses), micro)
+                (config.vf_coef * value.total / count).backward()
+        log_ratio = (new.logprobs.detach() - micro.logprobs)[mask]
+        return Minibatch(
+            tokens=count,
+            policy_loss=policy.total.item() / count,
+            value_loss=value.total.item() / count,
+            policy_clipped=float(policy.clipped) / count,
+            value_clipped=float(value.clipped) / count,
+            # KL(old‖new) on samples of old: k3 with the roles swapped.
+            kl=float((torch.expm1(log_ratio) - log_ratio).sum()) / count,
+            ratio=float(log_ratio.exp().sum()) / count,
+            ratio_deviation=float(torch.expm1(log_ratio).abs().max()),
+        )
+
+    def _value_loss(self, states: Tensor, micro: Experience) -> objectives.ClippedLoss:
+        return objectives.value_loss(
+            self.critic.values(states),
+            micro.values,
+            micro.returns,
+            micro.responses.mask,
+            self.config.value_clip_range,
+        )
+
+    def _evaluate_rollout(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probabilities of policy and reference, values and entropy, each (B, R)."""
+        config, responses = self.config, rollout.responses
+        result = torch.zeros(4, *responses.ids.shape, device=self.device)
+        order = (rollout.prompts.lengths + responses.lengths).argsort(stable=True).tolist()
+        for rows in chunks(order, config.effective_micro_batch_size):
+            prompts, answers = rollout.prompts.select(rows), responses.select(rows)
+            width = answers.ids.shape[1]
+            constraint = (config.temperature, config.min_response_length)
+            with self.policy.active() as lm:
+                states = lm.response_states(prompts, answers)
+                own = lm.token_logprobs(states, answers, *constraint)
+            reference = own.logprobs  # no reference, no KL
+            if self.reference is not None:
+                with self.reference.active() as lm:
+                    ref_states = lm.response_states(prompts, answers)
+                    reference = lm.token_logprobs(ref_states, answers, *constraint).logprobs
+            if not self.critic.on_policy_trunk:
+                with self.critic.actor.active() as lm:
+                    states = lm.response_states(prompts, answers)
+            values = self.critic.values(states) * answers.mask
+            parts = torch.stack([own.logprobs, reference, values, own.entropy])
+            result[:, list(rows), :width] = parts
+        return result[0], result[1], result[2], result[3]
+
+    def record(
+        self, rollout: Rollout, experience: Experience, stats: RolloutStats
+    ) -> dict[str, float]:
+        """Metrics of a rollout; logs a few samples."""
+        mask, lengths = rollout.responses.mask, rollout.responses.lengths
+        kl = stats.kl.sum(1)
+        values, returns = experience.values, experience.returns
+        metrics = {
+            "ppo/score": float(stats.scores.mean()),
+            "ppo/score_std": float(stats.scores.std(correction=0)),
+            "ppo/entropy": float(stats.entropy.sum() / mask.sum()),
+            "ppo/response_length": float(lengths.float().mean()),
+            "ppo/eos_rate": float(rollout.finished.float().mean()),
+            "ppo/explained_variance": objectives.explained_variance(values, returns, mask),
+            "ppo/value": float(values.sum() / mask.sum()),
+        }
+        if self.reference is not None:
+            coefficient = self.kl_controller.value
+            metrics |= {
+                "ppo/kl": float(kl.mean()),
+                "ppo/kl_k3": float(stats.kl_k3.sum(1).mean()),
+                "ppo/kl_coeff": coefficient,
+                "ppo/score_minus_kl": float((stats.scores - coefficient * kl).mean()),
+            }
+        self.log_samples(
+            [
+                {
+                    "prompt": rollout.prompt_texts[i].text,
+                    "response": rollout.texts[i],
+                    "score": float(stats.scores[i]),
+                    "kl": float(kl[i]),
+                    "prompt_tokens": int(rollout.prompts.lengths[i]),
+                    "response_tokens": int(lengths[i]),
+                }
+                for i in range(min(SAMPLES_PER_STEP, len(mask)))
+            ]
+        )
+        return metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Score and KL on held-out prompts, sampled as in training, always with the same draws."""
+        if self.eval_prompts is None:
+            return {}
+        count = min(len(self.eval_prompts), EVALUATION_ROWS)
+        rollout = self.rollout([self.eval_prompts[i] for i in range(count)], EVALUATION_DRAW)
+        _, stats = self.make_experience(rollout, self.score(rollout))
+        score, kl = float(stats.scores.mean()), float(stats.kl.sum(1).mean())
+        return {
+            "eval/score": score,
+            "eval/kl": kl,
+            "eval/objective": score - self.config.kl_coeff * kl,
+            "eval/response_length": float(rollout.responses.lengths.float().mean()),
+            "eval/eos_rate": float(rollout.finished.float().mean()),
+        }
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Policy and critic, each with its own learning rate and clip norm."""
+        config = self.config
+        return [
+            ParameterGroup(
+                "policy",
+                self.policy.named_trainable("policy"),
+                config.effective_learning_rate,
+                config.max_grad_norm,
+            ),
+            ParameterGroup(
+                "critic",
+                self.critic.named_trainable(),
+                config.effective_critic_learning_rate,
+                config.max_grad_norm,
+            ),
+        ]
+
+    def extra_state(self) -> dict[str, Any]:
+        """The adaptive KL coefficient."""
+        return {"kl_coeff": self.kl_controller.value}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Takes the coefficient back."""
+        self.kl_controller.value = state["kl_coeff"]
+
+    def export(self) -> dict[str, float]:
+        """Writes adapter/ and merged/, and says what merging cost."""
+        policy, folder = self.policy, self.output_path
+        if policy.adapter is not None:
+            save_adapter(policy.lm, policy.adapter, folder / "adapter")
+        rollout = self.rollout(self.next_prompts()[: self.config.effective_micro_batch_size])
+        probe = (rollout.prompts, rollout.responses)
+        kl = save_merged(policy.lm, policy.adapter, folder / "merged", probe)
+        metrics = {} if kl is None else {"ppo/kl_merged_adapter": kl}
+        write_card(folder, self.stage, self.config, metrics)
+        return metrics
+
+    def _make_scorer(self, reward_fn: RewardFunction | None, frozen: Any, renderer: Any) -> Scorer:
+        if reward_fn is not None:
+            return RewardFn(reward_fn)
+        assert self.config.reward_model_path is not None
+        scorer = load_reward_model(
+            self.config.reward_model_path,
+            device=self.config.device,
+            dtype=self.config.dtype,
+            policy_lm=frozen,
+        )
+        check_same_prompting(scorer, renderer)
+        return scorer
