@@ -226,8 +226,9 @@ def _parse_line(raw: bytes, file: int, line: int) -> JsonLine:
     except json.JSONDecodeError as error:
         where = f"{error.msg.lower()} at column {error.colno}"
         return JsonLine(file, line, problem=f"is not JSON ({where}), expected one JSON object")
-    except ValueError as error:  # an integer with more digits than Python converts
-        return JsonLine(file, line, problem=f"is not JSON ({error}), expected one JSON object")
+    except ValueError:  # Python refuses to convert integers this long
+        problem = "has a number of thousands of digits, expected a smaller one"
+        return JsonLine(file, line, problem=problem)
 
 
 def _mend(value: Any) -> Any:

@@ -23,7 +23,7 @@ from rlhf.data.rows import (
     preference_schema,
     prompt_schema,
 )
-from rlhf.data.schema import RowChecker
+from rlhf.data.schema import RowChecker, describe
 from rlhf.errors import InputError
 
 __all__ = [
@@ -205,8 +205,7 @@ def _check_line(
 ) -> dict[str, Any] | None:
     """The columns of one line; None for a bad row or one that is left out."""
     if line.problem or not isinstance(line.value, dict):
-        kind = "a list" if isinstance(line.value, list) else "a single value"
-        problems.add(line, [line.problem or f"is {kind}, expected a JSON object"])
+        problems.add(line, [line.problem or f"is {describe(line.value)}, expected a JSON object"])
         return None
     before = vars(report).copy()
     checker = RowChecker(line.value)
