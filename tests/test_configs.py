@@ -1,0 +1,86 @@
+"""Every shipped configuration loads and runs dry."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.cli import main
+from rlhf.config import PipelineConfig, load_config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def data(tmp_path) -> dict[str, str]:
+    """Three files that serve every dataset field."""
+    prompts = [{"input_text": f"the cat sat {i} [summary]: "} for i in range(5)]
+    rows = {
+        "preference_dataset": [
+            row | {"candidate_0": " a cat", "candidate_1": " the", "choice": i % 2}
+            for i, row in enumerate(prompts)
+        ],
+        "prompt_dataset": prompts,
+        "sft_dataset": [row | {"output_text": " the cat"} for row in prompts],
+    }
+    files = {}
+    for name, lines in rows.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)))
+        files[name] = str(path)
+    return files | {"eval_dataset": files["preference_dataset"]}
+
+
+def test_the_promised_configurations_are_there():
+    assert {path.stem for path in CONFIGS} >= {
+        "quickstart_t5",
+        "quickstart_llama",
+        "tldr_flan_t5_small",
+        "tldr_llama_1b_lora",
+        "tldr_llama_7b_lora_single_gpu",
+    }
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_loads_and_every_stage_can_be_built(path):
+    config = load_config(PipelineConfig, str(path))
+    for stage in config.stages():
+        config.stage_config(stage)
+    if path.stem.startswith("tldr"):
+        assert config.instruction
+        assert config.stage_config("ppo").temperature == 0.7
+        assert config.stage_config("inference").temperature == 0.7
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_runs_dry(path, data, checkpoints, tmp_path, capsys):
+    config = load_config(PipelineConfig, str(path))
+    arch = "t5" if "t5" in path.stem else "llama"
+    output = tmp_path / "out"
+    overrides = data | {
+        "base_model": str(checkpoints[arch]),
+        "output_dir": str(output),
+        "prompt_sequence_length": "96",  # the tiny LLaMA reads 128 tokens at most
+        "target_sequence_length": "32",
+        "dry_run": "true",
+        "device": "cpu",
+    }
+    if config.sft_dataset is None:
+        del overrides["sft_dataset"]
+    flags = [f"--{name}={value}" for name, value in overrides.items()]
+    assert main(["run", "--config", str(path), *flags]) == 0, capsys.readouterr().err
+    text = capsys.readouterr().out
+    steps = config.stage_config("ppo").total_steps(5)
+    assert f"steps: {steps} of {config.batch_size}" in text
+    for stage in config.stages():
+        assert stage in text
+    assert "frozen base" in text
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("arch", ["t5", "llama"])
+def test_quickstart_files_are_those_in_the_package(arch):
+    name = f"quickstart_{arch}.yaml"
+    shipped = ROOT / "src" / "rlhf" / "data" / "assets" / name
+    assert (ROOT / "configs" / name).read_text() == shipped.read_text(), f"cp {shipped} configs/"
