@@ -68,7 +68,8 @@ def test_context_stands_between_instruction_and_input() -> None:
 def test_the_plain_conversation() -> None:
     prompt = PromptRenderer("Help.").render(chat(SYSTEM, *CHAT, context="It rains."))
     assert prompt.text == (
-        "Help.\n\nIt rains.\n\nBe kind.\n\nUser:   hi \n\nAssistant: user\n\nUser: bye\n\n\nAssistant:"
+        "Help.\n\nIt rains.\n\nBe kind.\n\nUser:   hi \n\nAssistant: user\n\nUser: bye\n\n\n"
+        "Assistant:"
     )
     assert parts(prompt) == ["It rains.", "  hi ", "user", "bye\n"]
     assert reserve(prompt) == ["Be kind."]

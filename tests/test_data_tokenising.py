@@ -416,7 +416,7 @@ def test_prompts_keep_to_their_limit_and_their_scaffolding(
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(CONTINUING))
 def test_canonical_samples_come_back_as_the_same_ids(data: st.DataObject, kind: str) -> None:
-    tokenizer, layout = build(kind)
+    tokenizer, _ = build(kind)
     ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=12))
     tokeniser = make(kind)
     text = tokeniser.decode(ids)

@@ -173,7 +173,8 @@ def _whole_file(path: str) -> Iterator[IO[bytes]]:
         reason = error.strerror or error
         raise InputError(f"output_path: {path} cannot be written: {reason}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _recognise(row: Row) -> str:

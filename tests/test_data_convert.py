@@ -1,0 +1,237 @@
+"""Published layouts become the library's rows, whole files or none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from rlhf.data.convert import ConvertReport, convert
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.reading import load_preferences, load_prompts
+from rlhf.errors import InputError
+
+PAIR = {"input_text": "a post", "candidate_0": " one", "candidate_1": " two", "choice": 1}
+TLDR = {
+    "info": {"id": "t3_1", "post": "My cat ran.", "title": None, "subreddit": None},
+    "summaries": [{"text": " Cat ran.", "policy": "sup1"}, {"text": " Dog.", "policy": "ref"}],
+    "choice": 0,
+    "worker": "x",
+    "extra": {"confidence": 7},
+}
+HH = {
+    "chosen": "\n\nHuman: Hi\nthere\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant: Because.",
+    "rejected": "\n\nHuman: Hi\nthere\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant: Go\n\nto.",
+}
+
+
+def run(folder: Path, *rows: Any, layout: str = "auto", array: bool = False) -> ConvertReport:
+    source = folder / "source.jsonl"
+    text = json.dumps(rows, indent=1) if array else "\n".join(map(json.dumps, rows))
+    source.write_text(text, encoding="utf-8")
+    return convert(str(source), str(folder / "out.jsonl"), layout)
+
+
+def written(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def problems(folder: Path, *rows: Any, **options: Any) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        run(folder, *rows, **options)
+    assert not (folder / "out.jsonl").exists()
+    assert [path.name for path in folder.iterdir()] == ["source.jsonl"]
+    return caught.value.problems
+
+
+def test_chosen_and_rejected(tmp_path: Path) -> None:
+    report = run(tmp_path, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0.5, "id": 3})
+    assert (report.layout, report.rows, report.left_out) == ("chosen_rejected", 1, 0)
+    (row,) = written(tmp_path)
+    assert row == {
+        "input_text": "a", "candidate_0": "b", "candidate_1": "c", "choice": 0, "margin": 0.5
+    }  # fmt: skip
+
+
+def test_chosen_and_rejected_conversations(tmp_path: Path) -> None:
+    user = {"role": "user", "content": "Hi"}
+    good, bad = ({"role": "assistant", "content": text} for text in ("Hello.", "Go."))
+    report = run(
+        tmp_path,
+        {"prompt": [user], "chosen": [good], "rejected": [bad]},
+        {"prompt": "Hi", "chosen": [user, good], "rejected": [user, bad]},
+        {"prompt": "Hi", "chosen": [good], "rejected": [bad]},
+        {"chosen": [user, good], "rejected": [user, bad]},
+        {"chosen": [user, good], "rejected": [{**user, "content": "Ho"}, bad]},
+    )
+    assert (report.rows, report.left_out) == (4, 1)
+    assert (
+        written(tmp_path)
+        == [{"messages": [user], "candidate_0": "Hello.", "candidate_1": "Go.", "choice": 0}] * 4
+    )
+
+
+def test_tldr_comparisons(tmp_path: Path) -> None:
+    titled = {**TLDR, "info": {"post": "It ran.", "title": "Cat", "subreddit": "cats"}, "choice": 1}
+    news = {**TLDR, "info": {"article": "News."}}
+    report = run(tmp_path, TLDR, titled, news)
+    assert report.layout == "tldr_comparisons"
+    rows = written(tmp_path)
+    assert rows[0] == {
+        "input_text": "My cat ran.", "candidate_0": " Cat ran.", "candidate_1": " Dog.", "choice": 0
+    }  # fmt: skip
+    assert rows[1]["input_text"] == "SUBREDDIT: r/cats\n\nTITLE: Cat\n\nPOST: It ran.\n\nTL;DR:"
+    assert rows[1]["choice"] == 1
+    assert rows[2]["input_text"] == "News."
+
+
+def test_hh_dialogues(tmp_path: Path) -> None:
+    one = {"chosen": "\n\nHuman: A\n\nAssistant: b", "rejected": "\n\nHuman: A\n\nAssistant:"}
+    twice = {name: f"\n\nHuman: A{text}" for name, text in one.items()}
+    report = run(tmp_path, HH, one, twice)
+    assert (report.layout, report.rows) == ("hh_rlhf", 3)
+    rows = written(tmp_path)
+    assert rows[0] == {
+        "messages": [
+            {"author": "user", "content": "Hi\nthere"},
+            {"author": "assistant", "content": "Hello."},
+            {"author": "user", "content": "Why?"},
+        ],
+        "candidate_0": "Because.",
+        "candidate_1": "Go\n\nto.",
+        "choice": 0,
+    }
+    assert (rows[1]["candidate_0"], rows[1]["candidate_1"]) == ("b", "")
+    assert rows[2]["messages"] == [{"author": "user", "content": "A\n\nA"}]
+
+
+def test_dialogues_that_are_no_preference_are_left_out_and_counted(tmp_path: Path) -> None:
+    other = {**HH, "rejected": HH["rejected"].replace("Hi", "Ho")}
+    longer = {**HH, "rejected": HH["rejected"] + "\n\nHuman: More?\n\nAssistant: No."}
+    silent = {name: text.replace("Why?", "") for name, text in HH.items()}
+    report = run(tmp_path, HH, other, longer, silent)
+    assert (report.rows, report.left_out) == (1, 3)
+    assert report.lines()[-1].endswith(": 3")
+
+
+def test_nothing_but_left_out_rows_is_an_error(tmp_path: Path) -> None:
+    other = {**HH, "rejected": HH["rejected"].replace("Hi", "Ho")}
+    found = problems(tmp_path, other)
+    assert found[0].endswith(": 1")
+    assert "no row can be converted" in found[1]
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_every_layout_can_be_read_back(tmp_path: Path, array: bool) -> None:
+    for number, row in enumerate(
+        [PAIR, {"prompt": "a", "chosen": "b", "rejected": "c"}, TLDR, HH, {"input_text": "x"}]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        run(folder, row, row, array=array)
+        assert len(load_prompts(str(folder / "out.jsonl"), renderer=PromptRenderer())) == 2
+        if number < 4:
+            assert load_preferences(str(folder / "out.jsonl"), renderer=PromptRenderer())
+
+
+def test_what_is_wrong_is_said_all_at_once(tmp_path: Path) -> None:
+    found = problems(
+        tmp_path,
+        {**TLDR, "info": {"title": "x"}},
+        {**TLDR, "summaries": TLDR["summaries"][:1]},
+        {**TLDR, "summaries": [{"text": "a"}, {"text": None}]},
+        {**TLDR, "choice": 2},
+        {"info": {"post": "a"}, "summaries": TLDR["summaries"]},
+        {"input_text": "a"},
+        [3],
+        TLDR,
+    )
+    path = tmp_path / "source.jsonl"
+    assert [one.removeprefix(f"{path}:").split(",")[0] for one in found] == [
+        "1: info.post: is null",
+        "2: summaries: is a list",
+        "3: summaries[1].text: is null",
+        "4: choice: is the number 2",
+        "5: choice: is missing (the row has input_text",
+        "6: info: is null",
+        "7: is a list",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "a"}, "has the fields text, expected those of one of the layouts"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "rejected: is the number 3"),
+        ({"prompt": 1, "chosen": "b", "rejected": "c"}, "prompt: is the number 1"),
+        ({"prompt": "", "chosen": "b", "rejected": "c"}, "input_text: is blank"),
+        ({"chosen": "hello", "rejected": "c"}, "chosen: is no dialogue"),
+        ({"chosen": [{"role": "user"}], "rejected": [3]}, "chosen[-1]: is an object"),
+        ({**PAIR, "margin": float("nan")}, "margin: is NaN"),
+    ],
+)
+def test_rows_of_no_layout(tmp_path: Path, row: Any, expected: str) -> None:
+    (found,) = problems(tmp_path, row)
+    assert found.startswith(f"{tmp_path}/source.jsonl:1: {expected}")
+
+
+def test_arrays_name_their_items(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, PAIR, {**PAIR, "choice": 3}, array=True)
+    assert found.startswith(f"{tmp_path}/source.jsonl[1]: choice:")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "is empty"),
+        (b"[]", "is an empty array"),
+        (b"[1", "is not JSON"),
+        (b'["\xff"]', "is not JSON"),
+        (b"[" * 200_000, "is nested too deeply"),
+        (b"{", "is one JSON value over several lines"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path: Path, content: bytes, expected: str) -> None:
+    source = tmp_path / "source.json"
+    source.write_bytes(content)
+    with pytest.raises(InputError, match=expected):
+        convert(str(source), str(tmp_path / "out.jsonl"))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_existing_file_survives_a_failed_conversion(tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+    target.write_text("precious")
+    with pytest.raises(InputError):
+        run(tmp_path, PAIR, {"input_text": 3})
+    assert target.read_text() == "precious"
+    run(tmp_path, PAIR)
+    assert written(tmp_path) == [PAIR]
+
+
+def test_a_file_may_be_converted_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([PAIR] * 3))
+    convert(str(path), str(path))
+    assert path.read_text().count("\n") == 3
+
+
+def test_wrong_arguments(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected one of auto, rows, chosen_rejected"):
+        run(tmp_path, PAIR, layout="tldr")
+    with pytest.raises(InputError, match="is a folder"):
+        convert(str(tmp_path / "source.jsonl"), str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        convert(str(tmp_path / "source.jsonl"), str(tmp_path / "file" / "out.jsonl"))
+    with pytest.raises(InputError, match="info: is null"):
+        run(tmp_path, PAIR, layout="tldr_comparisons")
+
+
+def test_remote_output(tmp_path: Path) -> None:
+    source = tmp_path / "source.jsonl"
+    source.write_text(json.dumps(PAIR))
+    convert(str(source), "memory://rlhf-convert/out.jsonl")
+    written_text = fsspec.filesystem("memory").cat("/rlhf-convert/out.jsonl")
+    assert json.loads(written_text) == PAIR
