@@ -21,8 +21,9 @@ def local_folder(url: str) -> Path:
     Raises:
         InputError: There is no such folder, or it cannot be read.
     """
+    url = url.rstrip("/")
     try:
-        filesystem, root = fsspec.core.url_to_fs(url.rstrip("/"))
+        filesystem, root = fsspec.core.url_to_fs(url)
         found = {
             path: details
             for path, details in filesystem.find(root, detail=True).items()
