@@ -126,3 +126,35 @@ def test_report_of_a_dry_run(tiny_checkpoint, arch):
     config.base_model = "/nowhere/at/all"
     with pytest.raises(InputError, match="/nowhere/at/all"):
         dry_run_report("sft", config, 20)
+
+
+def test_activations_are_about_what_autograd_keeps(tiny_lm):
+    from rlhf.data.batching import TokenBatch
+
+    rows, prompt, response = 4, 64, 32
+    config = PPOConfig(
+        **PPO,
+        lora={"rank": 1},
+        micro_batch_size=rows,
+        prompt_sequence_length=prompt,
+        target_sequence_length=response,
+    )
+    tiny_lm.add_adapter("policy", config.lora)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in tiny_lm.module.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    prompts = TokenBatch.from_lists([[5] * prompt] * rows)
+    responses = TokenBatch.from_lists([[6] * response] * rows)
+    with (
+        tiny_lm.using("policy"),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        tiny_lm.token_logprobs(tiny_lm.response_states(prompts, responses), responses)
+    real = sum(size for _, size in kept.values())
+    assert 0.5 < memory_per_role(tiny_lm.config, config)["activations"] / real < 2
