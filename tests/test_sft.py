@@ -187,7 +187,7 @@ def test_lora_dropout_acts_in_training_only(
     lora = {"rank": 4, "dropout": 0.5}
     config = sft_config(tiny_checkpoint, dataset, tmp_path / "run", lora=lora, eval_dataset=dataset)
     trainer = SFTTrainer(config)
-    trainer.advance()  # B is zero before
+    trainer.step()  # B is zero before
     batch = trainer.next_batch()
     with torch.no_grad(), trainer.lm.using("sft"):
         losses = {float(trainer.negative_log_likelihood(batch)) for _ in range(3)}
@@ -253,4 +253,34 @@ def test_all_problems_at_once_and_nothing_written(tmp_path: Path, checkpoints: A
     assert any("train.jsonl:8: output_text" in problem for problem in problems)
     assert any("held_out.jsonl:1: input_text" in problem for problem in problems)
     assert any("128 positions" in problem for problem in problems)
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_decodes_with_a_cache_under_gradient_checkpointing(
+    tiny_checkpoint: Path, dataset: str, tmp_path: Path
+) -> None:
+    seen = []
+    for checkpointing in (False, True):
+        config = sft_config(
+            tiny_checkpoint,
+            dataset,
+            tmp_path / "run",
+            eval_dataset=dataset,
+            gradient_checkpointing=checkpointing,
+        )
+        trainer = SFTTrainer(config)
+        metrics = trainer.evaluate()
+        samples = [row["response"] for row in trainer._samples]
+        seen.append((pytest.approx(metrics["eval/loss"]), samples))
+    assert seen[0] == (seen[1][0].expected, seen[1][1])
+
+
+def test_dry_run_says_what_would_happen_and_writes_nothing(
+    tiny_checkpoint: Path, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = train_sft(sft_config(tiny_checkpoint, dataset, tmp_path / "run", dry_run=True))
+    assert result.metrics == {}
+    told = capsys.readouterr().out
+    assert "7 rows" in told
+    assert "4 steps" in told.replace("training ", "")
     assert not (tmp_path / "run").exists()

@@ -51,7 +51,7 @@ class ToyTrainer(Trainer):
         hidden = nn.functional.dropout(self.first(self.inputs[rows]).tanh(), dropout)
         return (self.second(hidden) - self.targets[rows]).square().mean()
 
-    def step(self) -> dict[str, float]:
+    def make_step(self) -> dict[str, float]:
         rows = rows_for_step(ROWS, self.config.batch_size, self.step_index, self.config.seed)
         with self.phase("forward"):
             loss = self.loss(rows, 0.3)
@@ -206,7 +206,7 @@ def test_finished_run_returns_at_once(tmp_path: Path, capsys: pytest.CaptureFixt
     assert result["steps"] == 8
 
     class MustNotStep(ToyTrainer):
-        def step(self) -> dict[str, float]:
+        def make_step(self) -> dict[str, float]:
             raise AssertionError
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -261,13 +261,28 @@ def test_foreign_files_are_refused_but_a_log_is_not(tmp_path: Path) -> None:
         prepare_output(toy_config(tmp_path / "thesis.tex"), {}, stage="toy")
 
 
+def test_random_numbers_differ_from_step_to_step_and_seed_to_seed(tmp_path: Path) -> None:
+    drawn = []
+
+    class Draws(ToyTrainer):
+        def make_step(self) -> dict[str, float]:
+            drawn.append(torch.rand(1).item())
+            return super().make_step()
+
+    for seed in (0, 1):
+        trainer = Draws(toy_config(tmp_path / "run", seed=seed))
+        for _ in range(3):
+            trainer.step()
+    assert len(set(drawn)) == 6
+
+
 def test_non_finite_gradient_is_skipped_and_counted(tmp_path: Path) -> None:
     trainer = ToyTrainer(toy_config(tmp_path / "run"))
     trainer.broken_steps = {1, 3}
     before: dict[str, torch.Tensor] = {}
     for index in range(5):
         before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-        metrics = trainer.advance()
+        metrics = trainer.step()
         same = [torch.equal(before[name], p) for name, p in trainer.parameters.items()]
         assert all(same) if index in {1, 3} else not any(same)
         assert ("train/grad_norm_first" in metrics) == (index not in {1, 3})

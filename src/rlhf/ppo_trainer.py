@@ -197,7 +197,7 @@ class PPOTrainer(Trainer):
             config.kl_coeff, config.kl_target, config.kl_horizon
         )
 
-    def step(self) -> dict[str, float]:
+    def make_step(self) -> dict[str, float]:
         """One PPO iteration: rollout, scores, experience, epochs of minibatches."""
         with self.phase("rollout"):
             rollout = self.rollout(self.next_prompts())

@@ -188,7 +188,7 @@ class RewardModelTrainer(Trainer):
     rows_name: ClassVar[str] = "pairs"
     shown_metrics: ClassVar[tuple[str, ...]] = (
         "reward_model/loss",
-        "reward_model/accuracy",
+        "reward_model/margin",
         "eval/accuracy",
     )
     best_metric: ClassVar[tuple[str, Literal["max", "min"]] | None] = ("eval/log_loss", "min")
@@ -221,9 +221,10 @@ class RewardModelTrainer(Trainer):
         head = ScalarHead(lm.hidden_size, seed=config.seed).to(lm.device)
         record = make_record(config, lm, self.inputs.renderer)
         self.reward = RewardModel(lm, adapter, head, record)
+        check = self.reward.tokeniser.check_prompts
         self.lengths = [
-            f"{data.report.name}: {self.reward.tokeniser.check_prompts(data).line()}"
-            for data in (self.inputs.train, self.inputs.held_out)
+            f"training rows: {check(self.inputs.train).line()}",
+            f"held-out rows: {check(self.inputs.held_out).line()}",
         ]
 
     def describe(self) -> list[str]:
@@ -238,7 +239,7 @@ class RewardModelTrainer(Trainer):
         rate, norm = self.config.effective_learning_rate, self.config.max_grad_norm
         return [ParameterGroup("reward_model", named, rate, norm)]
 
-    def step(self) -> dict[str, float]:
+    def make_step(self) -> dict[str, float]:
         """One optimiser step on `batch_size` pairs."""
         size, seed = self.config.batch_size, self.config.seed
         rows = rows_for_step(self.num_rows, size, self.step_index, seed)

@@ -30,7 +30,8 @@ from rlhf.outputs import Run, Status, prepare_output
 from rlhf.training import Callback, ParameterGroup, Trainer, evaluation_mode
 
 ADAPTER = "sft"
-EVALUATION_ROWS = 1000
+# With ten evaluations a run, more would cost more than the training of a small data set.
+EVALUATION_ROWS = 256
 SAMPLES_PER_EVALUATION = 4
 CARD_METRICS = ("steps", "sft/loss", "eval/loss", "eval/perplexity")
 
@@ -237,7 +238,7 @@ class SFTTrainer(Trainer):
         rate, norm = self.config.effective_learning_rate, self.config.max_grad_norm
         return [ParameterGroup("policy", named, rate, norm)]
 
-    def step(self) -> dict[str, float]:
+    def make_step(self) -> dict[str, float]:
         """One optimiser step on `batch_size` demonstrations."""
         batch = self.next_batch()
         with self.phase("update"):
@@ -287,7 +288,7 @@ class SFTTrainer(Trainer):
         return -self.lm.token_logprobs(states, batch.responses).logprobs.sum()
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and perplexity on held-out demonstrations; greedy samples in any case."""
+        """Loss and perplexity on the first held-out rows; a few greedy samples in any case."""
         with evaluation_mode(self.lm.module), self.lm.using(self.adapter):
             held_out = self.inputs.held_out
             rows = held_out if held_out is not None else self.inputs.train

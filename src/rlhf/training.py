@@ -69,7 +69,7 @@ class Trainer(ABC):
     """A training run in a folder.
 
     A subclass sets its models up, calls `super().__init__` and supplies the abstract methods.
-    `train` runs everything; `advance` makes a single step for those who want the loop themselves.
+    `train` runs everything; `step` makes a single step for those who want the loop themselves.
 
     Args:
         config: The stage's configuration.
@@ -127,7 +127,7 @@ class Trainer(ABC):
         """What is trained; asked once."""
 
     @abstractmethod
-    def step(self) -> dict[str, float]:
+    def make_step(self) -> dict[str, float]:
         """Makes training step `step_index`, using `apply_gradients`; returns its metrics."""
 
     @abstractmethod
@@ -171,7 +171,7 @@ class Trainer(ABC):
         self._restore()
         with self._session() as (signals, log):
             while self.step_index < self.total_steps:
-                metrics = self.advance()
+                metrics = self.step()
                 if self._due(self.config.eval_interval(self.total_steps)):
                     metrics |= self._evaluate()
                 log(metrics)
@@ -182,7 +182,7 @@ class Trainer(ABC):
             signals.all_saved(self.step_index)
             return self._finish()
 
-    def advance(self) -> dict[str, float]:
+    def step(self) -> dict[str, float]:
         """Makes one training step and counts it.
 
         Returns:
@@ -198,7 +198,7 @@ class Trainer(ABC):
         self.optimizer.set_rates(factor)
         torch.manual_seed(seeded_generator(self.config.seed, self.step_index).initial_seed())
         self._samples, self._tokens = [], 0
-        metrics = self.step()
+        metrics = self.make_step()
         self.step_index += 1
         seconds = time.perf_counter() - start
         self._seconds += seconds
@@ -364,7 +364,8 @@ class Trainer(ABC):
         """Exports, writes the final metrics, and drops what only resuming needed."""
         best = read_best(self.output_path)
         metrics: dict[str, Any] = {"stage": self.stage, "steps": self.step_index}
-        metrics |= self._last | self._evaluation
+        metrics |= {name: value for name, value in self._last.items() if "time/" not in name}
+        metrics |= self._evaluation
         if best is not None:
             metrics |= {"best_step": best.step, "best_metric": best.metric, "best": best.value}
             if self.export_best and best.step != self.step_index:
