@@ -73,7 +73,13 @@ def ppo(ctx: click.Context, /, reward_fn: str | None, **_: Any) -> None:
     rlhf.train_ppo(config, reward_fn=_imported(reward_fn) if reward_fn else None)
 
 
-_stage("infer", InferenceConfig, "run_inference", "Generate with tuned and untuned model.")
+_stage(
+    "infer",
+    InferenceConfig,
+    "run_inference",
+    "Generate with tuned and untuned model and compare them. Instruction, limits, temperature and "
+    "min_response_length that are not given are those that the policy was trained with.",
+)
 _stage("run", PipelineConfig, "run_pipeline", "Run all stages on one's own files.")
 _stage("score", ScoreConfig, "run_score", "Write the reward scores of a file's rows.")
 

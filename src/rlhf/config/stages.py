@@ -182,12 +182,16 @@ class ScoreConfig(Schema):
         ..., "Folder of `rlhf reward-model`, or a Hugging Face sequence classifier with one label."
     )
     dataset: Paths = option(
-        ..., f"Rows with a prompt, and a prediction, output_text or candidates. {_PATHS}."
+        ...,
+        "Rows with a prompt and two candidates, or a prediction, response or output_text. "
+        f"{_PATHS}.",
     )
     output: NonEmpty = option(
         ..., "JSON Lines file to write: the rows with their scores.", affects_result=False
     )
-    instruction: str = option("", "Text put before every input, as the reward model had it.")
+    instruction: str = option(
+        "", "Text put before every input. Default: what the reward model was trained with."
+    )
     batch_size: int = option(32, "Responses scored at once.", ge=1, affects_result=False)
     device: Device = option(
         "auto", "auto (cuda, else cpu), cpu, cuda, cuda:N or mps.", affects_result=False
