@@ -5,124 +5,35 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
+from cases import PROMPT_LIMIT, RESPONSE_LIMIT, ROWS, Case, load_base, make_case, read
 from rouge_score import rouge_scorer
-from tiny import make_tokenizer, randomise_lora, tiny_model
+from tiny import make_tokenizer, tiny_model
 
 from rlhf import comparison, inference
-from rlhf.config import InferenceConfig, LoRAConfig
+from rlhf.config import InferenceConfig
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptFields
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.evaluation import evaluate_preferences
 from rlhf.inference import InferenceResult, run_inference
-from rlhf.models.heads import ScalarHead
-from rlhf.models.language_model import FAMILIES, LanguageModel
-from rlhf.models.roles import (
-    RewardModel,
-    RewardRecord,
-    load_reward_model,
-    tokenizer_fingerprint,
-)
-from rlhf.models.saving import save_adapter, save_merged
-
-PROMPT_LIMIT, RESPONSE_LIMIT = 24, 8
-ROWS: list[dict[str, Any]] = [
-    {"input_text": "the cat sat [summary]: ", "output_text": "a cat"},
-    {"input_text": "post: the dog ran to the cat and sat", "output_text": ["the dog", "a dog ran"]},
-    {"input_text": "a"},
-    {
-        "input_text": "the dog",
-        "candidate_0": " a dog ran",
-        "candidate_1": " the",
-        "choice": 1,
-        "output_text": "the dog",
-    },
-    {"input_text": "the cat", "candidate_0": " and the cat", "candidate_1": "", "choice": 0},
-    {"messages": [{"author": "user", "content": "sat the cat?"}]},
-    {"input_text": "0123456789 " * 6},
-]
-
-
-@dataclass
-class Case:
-    """A policy, a reward model and rows on disk."""
-
-    arch: str
-    base: Path
-    policy: Path
-    reward: Path
-    data: Path
-
-    def config(self, output: Path, **fields: Any) -> InferenceConfig:
-        values = {
-            "policy_path": str(self.policy),
-            "eval_dataset": str(self.data),
-            "reward_model_path": str(self.reward),
-            "output_dir": str(output),
-            "device": "cpu",
-            "batch_size": 3,
-            "sampling_strategy": "temperature_sampling",
-        }
-        return InferenceConfig(**values | fields)
-
-    def run(self, output: Path, **fields: Any) -> InferenceResult:
-        return run_inference(self.config(output, **fields))
-
-
-def load_base(arch: str, folder: Path) -> LanguageModel:
-    return FAMILIES[arch](tiny_model(arch), make_tokenizer(arch), base_name=str(folder))
-
-
-def save_policy(arch: str, base: Path, folder: Path) -> None:
-    lm = load_base(arch, base)
-    lm.add_adapter("policy", LoRAConfig(rank=4))
-    randomise_lora(lm, "policy", std=0.3)
-    save_adapter(lm, "policy", folder / "adapter")
-    save_merged(lm, "policy", folder / "merged")
-    settings = {"prompt_sequence_length": PROMPT_LIMIT, "target_sequence_length": RESPONSE_LIMIT}
-    (folder / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
-
-
-def save_reward_model(arch: str, base: Path, folder: Path) -> None:
-    lm = load_base(arch, base)
-    lm.add_adapter("reward", LoRAConfig(rank=4))
-    randomise_lora(lm, "reward", seed=5, std=0.5)
-    record = RewardRecord(
-        base_model=lm.base_name,
-        revision=None,
-        fingerprint=lm.fingerprint,
-        tokenizer=tokenizer_fingerprint(lm.tokenizer),
-        dtype="float32",
-        prompt_sequence_length=PROMPT_LIMIT,
-        target_sequence_length=RESPONSE_LIMIT,
-        truncation_side="left",
-        instruction="",
-        prompting=PromptRenderer.for_tokenizer(lm.tokenizer).identity,
-        shift=0.5,
-        scale=2.0,
-    )
-    RewardModel(lm, "reward", ScalarHead(lm.hidden_size, init_std=1.0), record).save(folder)
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.roles import load_reward_model
 
 
 @pytest.fixture(scope="module")
 def cases(
     checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Case]:
-    found = {}
-    for arch, base in checkpoints.items():
-        folder = tmp_path_factory.mktemp(f"case-{arch}")
-        case = Case(arch, base, folder / "policy", folder / "reward", folder / "rows.jsonl")
-        save_policy(arch, base, case.policy)
-        save_reward_model(arch, base, case.reward)
-        case.data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-        found[arch] = case
-    return found
+    return {
+        arch: make_case(arch, base, tmp_path_factory.mktemp(f"case-{arch}"))
+        for arch, base in checkpoints.items()
+    }
 
 
 @pytest.fixture
@@ -130,8 +41,30 @@ def case(arch: str, cases: dict[str, Case]) -> Case:
     return cases[arch]
 
 
-def read(path: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+@pytest.fixture(scope="module")
+def finished(
+    cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, InferenceResult]:
+    """One run of each architecture; tests read it and copy it, but write nothing into it."""
+    folder = tmp_path_factory.mktemp("finished")
+    return {arch: case.run(folder / arch) for arch, case in cases.items()}
+
+
+@pytest.fixture
+def result(arch: str, finished: dict[str, InferenceResult]) -> InferenceResult:
+    return finished[arch]
+
+
+@pytest.fixture(scope="module")
+def stopped(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that a SIGTERM stopped in their second batch of three."""
+    folder = tmp_path_factory.mktemp("stopped")
+    for arch, case in cases.items():
+        with pytest.MonkeyPatch.context() as patch:
+            stop_in(2, patch)
+            with pytest.raises(StoppedBySignal):
+                case.run(folder / arch)
+    return {arch: folder / arch for arch in cases}
 
 
 def close(first: Any, second: Any) -> bool:
@@ -146,8 +79,7 @@ def close(first: Any, second: Any) -> bool:
 # What is written
 
 
-def test_predictions_are_in_input_order_and_complete(case: Case, tmp_path: Path) -> None:
-    result = case.run(tmp_path / "out")
+def test_predictions_are_in_input_order_and_complete(case: Case, result: InferenceResult) -> None:
     rows = read(result.predictions)
     assert [row["input_text"] for row in rows[:5]] == [row["input_text"] for row in ROWS[:5]]
     assert json.loads(rows[5]["input_text"]) == [{"author": "user", "content": "sat the cat?"}]
@@ -161,17 +93,16 @@ def test_predictions_are_in_input_order_and_complete(case: Case, tmp_path: Path)
         assert row["prompt_tokens"] <= PROMPT_LIMIT
         assert row["kl_k3"] >= 0
     assert rows[-1]["prompt_tokens"] == PROMPT_LIMIT
-    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    metrics = json.loads(Path(result.output_dir, "metrics.json").read_text())
     assert metrics == result.metrics
     assert metrics["kl"] == pytest.approx(sum(row["kl"] for row in rows) / len(rows))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    assert {path.name for path in Path(result.output_dir).iterdir()} == {
         "README.md", "config.yaml", "metrics.json", "predictions.jsonl", "run.json",
         "samples.md", "tensorboard",
     }  # fmt: skip
 
 
-def test_rouge_is_that_of_rouge_score(case: Case, tmp_path: Path) -> None:
-    result = case.run(tmp_path / "out")
+def test_rouge_is_that_of_rouge_score(case: Case, result: InferenceResult) -> None:
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     scorer = rouge_scorer.RougeScorer(names)
     rows = [row for row in read(result.predictions) if row["reference"]]
@@ -189,8 +120,7 @@ def test_rouge_is_that_of_rouge_score(case: Case, tmp_path: Path) -> None:
             assert result.metrics[prefix + name] == pytest.approx(sum(best) / 3)
 
 
-def test_rewards_equal_an_independent_rescoring(case: Case, tmp_path: Path) -> None:
-    result = case.run(tmp_path / "out")
+def test_rewards_equal_an_independent_rescoring(case: Case, result: InferenceResult) -> None:
     scorer = load_reward_model(str(case.reward), device="cpu")
     for row in read(result.predictions):
         fields = PromptFields(row["input_text"], (), None)
@@ -256,8 +186,8 @@ def plain_logprobs(
     return logprobs.gather(-1, target[:, None])[:, 0]
 
 
-def test_preference_rows_evaluate_the_reward_model(case: Case, tmp_path: Path) -> None:
-    metrics = case.run(tmp_path / "out").metrics
+def test_preference_rows_evaluate_the_reward_model(case: Case, result: InferenceResult) -> None:
+    metrics = result.metrics
     scorer = load_reward_model(str(case.reward), device="cpu")
     pairs = [row for row in ROWS if "choice" in row]
     scores = []
@@ -289,14 +219,13 @@ def test_without_reward_model_and_references_there_are_no_such_figures(
     assert row["reference"] is None
 
 
-def test_samples_and_report_can_be_read(case: Case, tmp_path: Path) -> None:
-    result = case.run(tmp_path / "out")
+def test_samples_and_report_can_be_read(case: Case, result: InferenceResult) -> None:
     samples = Path(result.samples).read_text(encoding="utf-8")
     assert "the cat sat [summary]:" in samples
     assert samples.count("| | before | after |") == len(ROWS)
     tables = [line for line in samples.splitlines() if line.startswith("|")]
     assert all(line.replace("\\|", "").count("|") == 4 for line in tables)
-    report = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    report = Path(result.output_dir, "README.md").read_text(encoding="utf-8")
     assert "win rate" in report
     assert "ROUGE-Lsum" in report
 
@@ -345,15 +274,15 @@ def test_seeds_give_other_samples_and_greedy_knows_no_seed(case: Case, tmp_path:
 # Interruption
 
 
-def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sends this process a SIGTERM after some batches."""
+def stop_in(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends this process a SIGTERM at the beginning of a batch, counted from 1."""
     original: Callable[..., Any] = comparison.predict_rows
     calls = 0
 
     def predict_rows(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == batches:
+        if calls == batch:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
@@ -362,35 +291,31 @@ def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("damage", ["none", "torn", "no newline", "garbage", "half a batch"])
 def test_an_interrupted_run_ends_in_the_same_bytes(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    case: Case, result: InferenceResult, stopped: dict[str, Path], tmp_path: Path, damage: str
 ) -> None:
-    whole = case.run(tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(StoppedBySignal):
-        stop_after(2, patch)
-        case.run(tmp_path / "cut")
-    partial = tmp_path / "cut" / inference.PARTIAL
+    shutil.copytree(stopped[case.arch], tmp_path / "out")
+    partial = tmp_path / "out" / inference.PARTIAL
     content = partial.read_bytes()
-    assert content.count(b"\n") == 6
     lines = content.splitlines(keepends=True)
-    partial.write_bytes({
+    assert len(lines) == 6
+    damaged = {
         "none": content,
         "torn": content + lines[0][:25],
         "no newline": content[:-1],
         "garbage": content + b"\0\0\0\n",
         "half a batch": b"".join(lines[:5]),
-    }[damage])  # fmt: skip
-    resumed = case.run(tmp_path / "cut")
-    assert Path(resumed.predictions).read_bytes() == Path(whole.predictions).read_bytes()
-    assert resumed.metrics == whole.metrics
+    }
+    partial.write_bytes(damaged[damage])
+    resumed = case.run(tmp_path / "out")
+    assert Path(resumed.predictions).read_bytes() == Path(result.predictions).read_bytes()
+    assert resumed.metrics == result.metrics
     assert not partial.exists()
 
 
 def test_only_the_rest_is_computed(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, stopped: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(StoppedBySignal):
-        stop_after(2, patch)
-        case.run(tmp_path / "out")
+    shutil.copytree(stopped[case.arch], tmp_path / "out")
     starts = []
     original = comparison.predict_rows
 
@@ -409,19 +334,36 @@ def test_only_the_rest_is_computed(
 
 
 def test_a_finished_run_returns_at_once(
-    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, result: InferenceResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = case.run(tmp_path / "out")
     monkeypatch.setattr(inference, "load_models", lambda *_: pytest.fail("nothing to load"))
-    assert case.run(tmp_path / "out") == first
+    assert case.run(Path(result.output_dir)) == result
 
 
-def test_another_run_does_not_overwrite(case: Case, tmp_path: Path) -> None:
-    first = case.run(tmp_path / "out")
-    before = Path(first.predictions).read_bytes()
+def test_another_run_does_not_overwrite(case: Case, result: InferenceResult) -> None:
+    before = Path(result.predictions).read_bytes()
     with pytest.raises(InputError, match="temperature"):
-        case.run(tmp_path / "out", temperature=0.5)
-    assert Path(first.predictions).read_bytes() == before
+        case.run(Path(result.output_dir), temperature=0.5)
+    assert Path(result.predictions).read_bytes() == before
+
+
+def test_a_remote_folder_gets_whole_files(
+    cases: dict[str, Case], finished: dict[str, InferenceResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """memory:// stands for gs://: an object store without append."""
+    case, folder = cases["t5"], "memory://bucket/inference"
+    with monkeypatch.context() as patch:
+        stop_in(2, patch)
+        with pytest.raises(StoppedBySignal):
+            run_inference(case.config(folder))
+    store = fsspec.filesystem("memory")
+    assert store.cat_file(f"/bucket/inference/{inference.PARTIAL}").count(b"\n") == 6
+    done = run_inference(case.config(folder))
+    whole = Path(finished["t5"].predictions).read_bytes()
+    assert done.predictions == f"{folder}/predictions.jsonl"
+    assert store.cat_file("/bucket/inference/predictions.jsonl") == whole
+    assert not store.exists(f"/bucket/inference/{inference.PARTIAL}")
+    assert run_inference(case.config(folder)) == done
 
 
 # Bad input

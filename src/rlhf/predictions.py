@@ -61,9 +61,9 @@ class Prediction:
         return json_line(asdict(self))
 
 
-def json_line(row: dict[str, Any]) -> bytes:
+def json_line(row: Mapping[str, Any], *, allow_nan: bool = False) -> bytes:
     """One line of JSON Lines in UTF-8, readable in every script."""
-    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(row, ensure_ascii=False, allow_nan=allow_nan)
     # Half of a surrogate pair is legal in a JSON escape but not in UTF-8; this keeps the escape.
     return text.encode("utf-8", "backslashreplace") + b"\n"
 

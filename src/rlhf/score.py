@@ -1,0 +1,285 @@
+"""Reward scores for the rows of a file, written beside what the rows already say."""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+
+from rlhf.config import ScoreConfig
+from rlhf.data.files import expand_paths, read_json_lines
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.reading import MAX_PROBLEMS
+from rlhf.data.schema import PromptText, RowChecker
+from rlhf.errors import InputError
+from rlhf.evaluation import bootstrap_interval, evaluate_preferences
+from rlhf.models.judges import Scorer
+from rlhf.models.loading import pick_device
+from rlhf.models.remote import local_folder
+from rlhf.models.roles import (
+    RECORD_FILE,
+    RewardRecord,
+    check_same_prompting,
+    load_reward_model,
+)
+from rlhf.predictions import json_line
+from rlhf.tracking import ProgressLine
+
+STAGE = "score"
+# The first of these that a row without candidates has is what is scored.
+RESPONSE_FIELDS = ("prediction", "response", "output_text")
+_BATCHES_AT_ONCE = 32  # the scorer sorts by length among so many batches
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """What was scored.
+
+    Attributes:
+        output: The file that was written.
+        metrics: `rows`, `skipped`, `responses`, mean reward (with interval), `reward_std`,
+            `reward_min`, `reward_max`; with choices also the figures of
+            `rlhf.evaluation.PreferenceEvaluation`.
+    """
+
+    output: str
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row with its rendered prompt and the texts to score.
+
+    Attributes:
+        value: The JSON object as it was read.
+        prompt: What the texts respond to.
+        texts: Two candidates, or one response.
+        names: The fields that get the rewards, one for each text.
+        choice: The preferred candidate, if the row says so.
+    """
+
+    value: dict[str, Any]
+    prompt: PromptText
+    texts: tuple[str, ...]
+    names: tuple[str, ...]
+    choice: int | None
+
+
+def run_score(config: ScoreConfig) -> ScoreResult:
+    """Scores every row of a file and writes the rows, in their order, with their rewards.
+
+    A row with candidates gets `reward_0` and `reward_1` (of `chosen` and `rejected` in that
+    layout), any other `reward` for its `prediction`, `response` or `output_text`, whichever it has
+    first in this order. The output appears as a whole, when everything is scored.
+
+    Raises:
+        InputError: Bad rows, an output that is an input, or a reward model that cannot be loaded.
+    """
+    pick_device(config.device)
+    files = expand_paths(config.dataset, "dataset")
+    _check_output(config.output, files)
+    renderer = _renderer(config)
+    total, skipped = _check_rows(files, renderer, config.on_bad_rows)
+    scorer = load_reward_model(config.reward_model_path, device=config.device, dtype=config.dtype)
+    check_same_prompting(scorer, renderer)
+    figures = _Figures()
+    with _WholeFile(config.output) as temporary, temporary.open("wb") as file:
+        progress = ProgressLine(STAGE, total, 0, ("reward",))
+        rows = _rows(files, renderer)
+        try:
+            while batch := list(islice(rows, config.batch_size * _BATCHES_AT_ONCE)):
+                for row, rewards in zip(batch, _scores(scorer, batch, config), strict=True):
+                    figures.add(row, rewards)
+                    scored = row.value | dict(zip(row.names, rewards, strict=True))
+                    file.write(json_line(scored, allow_nan=True))
+                mean = {"reward": float(np.mean(figures.rewards))}
+                progress.update(figures.rows, mean, log=True)
+        finally:
+            progress.close()
+    metrics = figures.metrics() | {"skipped": skipped}
+    print(f"{STAGE}: wrote {config.output}", file=sys.stderr)
+    print(json.dumps(metrics, indent=2))
+    return ScoreResult(config.output, metrics)
+
+
+def _renderer(config: ScoreConfig) -> PromptRenderer:
+    """Writes prompts as the reward model's training did: its template, and its instruction."""
+    from transformers import AutoTokenizer
+
+    path = config.reward_model_path
+    folder = local_folder(path) if "://" in path else Path(path)
+    record = folder / RECORD_FILE
+    instruction = config.instruction
+    if record.is_file() and "instruction" not in config.model_fields_set:
+        instruction = RewardRecord.read(record).instruction
+    try:
+        source = str(folder) if folder.exists() else path
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"reward_model_path: {path}: tokenizer: {reason[0]}") from error
+    return PromptRenderer.for_tokenizer(tokenizer, instruction)
+
+
+def _check_rows(
+    files: Sequence[str], renderer: PromptRenderer, on_bad_rows: str
+) -> tuple[int, int]:
+    """Numbers of good and of bad rows.
+
+    Raises:
+        InputError: With the first problems, if bad rows are errors or no good one is left.
+    """
+    problems: list[str] = []
+    good = bad = 0
+    for where, found in _read(files, renderer):
+        if isinstance(found, _Row):
+            good += 1
+        else:
+            bad += 1
+            problems += [f"{where}: {problem}" for problem in found]
+    if problems and (on_bad_rows == "error" or not good):
+        rest = len(problems) - MAX_PROBLEMS
+        more = [f"… and {rest} more problems"] if rest > 0 else []
+        raise InputError(problems[:MAX_PROBLEMS] + more)
+    if bad:
+        print(f"{STAGE}: {bad} bad rows left out", file=sys.stderr)
+    return good, bad
+
+
+def _rows(files: Sequence[str], renderer: PromptRenderer) -> Iterator[_Row]:
+    return (found for _, found in _read(files, renderer) if isinstance(found, _Row))
+
+
+def _read(
+    files: Sequence[str], renderer: PromptRenderer
+) -> Iterator[tuple[str, "_Row | list[str]"]]:
+    """Every line with its place: a row, or what is wrong with it."""
+    for line in read_json_lines(files):
+        path = files[line.file]
+        where = path if line.whole_file else f"{path}:{line.line}"
+        if line.problem or not isinstance(line.value, dict):
+            yield where, [line.problem or "is not an object, expected a JSON object"]
+            continue
+        yield where, _parse(line.value, renderer)
+
+
+def _parse(value: dict[str, Any], renderer: PromptRenderer) -> "_Row | list[str]":
+    checker = RowChecker(value)
+    fields = checker.prompt()
+    texts: tuple[str, ...] = ()
+    names: tuple[str, ...] = ("reward",)
+    choice = None
+    if checker.has_candidates():
+        # Scoring needs no choice; where there is one, it is checked like in training.
+        needs_choice = "candidate_0" in value and value.get("choice") is None
+        pair = RowChecker(value | {"choice": 0}) if needs_choice else checker
+        candidates = pair.candidates()
+        if needs_choice:
+            checker.problems += pair.problems
+        else:
+            choice = candidates.choice
+        texts = (candidates.candidate_0, candidates.candidate_1)
+        names = ("reward_0", "reward_1")
+    else:
+        name = next((name for name in RESPONSE_FIELDS if value.get(name) is not None), None)
+        if name is None:
+            checker.problems.append(
+                f"{RESPONSE_FIELDS[0]}: is missing, expected text to score (or candidates)"
+            )
+        elif not isinstance(value[name], str):
+            checker.problems.append(f"{name}: is not text, expected one text to score")
+        else:
+            texts = (value[name],)
+    if checker.problems:
+        return checker.problems
+    try:
+        return _Row(value, renderer.render(fields), texts, names, choice)
+    except ValueError as error:
+        return [f"messages: {error}, expected a conversation that it renders"]
+
+
+def _scores(scorer: Scorer, rows: Sequence[_Row], config: ScoreConfig) -> Iterator[list[float]]:
+    prompts = [row.prompt for row in rows for _ in row.texts]
+    texts = [text for row in rows for text in row.texts]
+    scores = iter(scorer.score(prompts, texts, config.batch_size).tolist())
+    for row in rows:
+        yield [round(next(scores), 6) for _ in row.texts]
+
+
+class _Figures:
+    """Collects rewards for the summary: three numbers a row."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.rewards: list[float] = []
+        self.pairs: list[tuple[float, float, int, int]] = []
+
+    def add(self, row: _Row, rewards: Sequence[float]) -> None:
+        self.rows += 1
+        self.rewards += rewards
+        if row.choice is not None and row.texts[0] != row.texts[1]:
+            best, other = row.choice, 1 - row.choice
+            lengths = [len(text) for text in row.texts]
+            self.pairs.append((rewards[best], rewards[other], lengths[best], lengths[other]))
+
+    def metrics(self) -> dict[str, Any]:
+        metrics: dict[str, Any] = {"rows": self.rows, "responses": len(self.rewards)}
+        metrics |= bootstrap_interval(self.rewards).metrics("reward")
+        metrics["reward_std"] = float(np.std(self.rewards))
+        metrics |= {"reward_min": min(self.rewards), "reward_max": max(self.rewards)}
+        if self.pairs:
+            metrics |= evaluate_preferences(*zip(*self.pairs, strict=True)).metrics()
+        return metrics
+
+
+class _WholeFile:
+    """A temporary file that takes its place, local or remote, only if all went well."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.remote = "://" in target
+
+    def __enter__(self) -> Path:
+        if self.remote:
+            self._folder = tempfile.TemporaryDirectory(prefix="rlhf-score-")
+            self.path = Path(self._folder.name) / "rows.jsonl"
+        else:
+            target = Path(self.target)
+            self.path = target.with_name(f".{target.name}.tmp")
+            target.parent.mkdir(parents=True, exist_ok=True)
+        return self.path
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and self.remote:
+            filesystem, root = fsspec.core.url_to_fs(self.target)
+            filesystem.put_file(str(self.path), root)
+        elif kind is None:
+            self.path.replace(self.target)
+        self.path.unlink(missing_ok=True)
+
+
+def _check_output(output: str, files: Sequence[str]) -> None:
+    """Refuses an output that cannot be written, or would replace what is read."""
+    if "://" in output:
+        try:
+            fsspec.core.url_to_fs(output)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"output: cannot write to {output}: {error}") from error
+        same = output in files
+    else:
+        path = Path(output)
+        if path.is_dir():
+            raise InputError(f"output: {output} is a folder, expected a file")
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise InputError(f"output: cannot write to {output}: {existing} is no writable folder")
+        same = any(os.path.realpath(file) == os.path.realpath(output) for file in files)
+    if same:
+        raise InputError(f"output: {output} is the dataset itself; choose another file")
