@@ -80,6 +80,9 @@ class RowFile:
 
         self.files = list(files)
         self.dataset = Dataset.from_file(str(Path(folder) / _FILE))
+        # A mapped file needs no name, and without one a killed process leaves nothing behind. Where
+        # open files cannot be removed (Windows), the second attempt succeeds.
+        shutil.rmtree(folder, ignore_errors=True)
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
 
