@@ -428,7 +428,9 @@ def test_dry_run_loads_and_writes_nothing(
     result = case.run(tmp_path / "out", dry_run=True)
     assert result.metrics == {}
     assert not (tmp_path / "out").exists()
-    assert "7 rows" in capsys.readouterr().err
+    report = capsys.readouterr().out
+    assert "7 rows" in report
+    assert "memory" in report
 
 
 # Settings

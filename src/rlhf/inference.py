@@ -1,7 +1,6 @@
 """The inference stage: responses of the tuned and the untuned model, and what they are worth."""
 
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from rlhf.errors import InputError, StoppedBySignal
 from rlhf.evaluation import evaluate_preferences
 from rlhf.local_metrics import module_metrics
 from rlhf.models.loading import check_limits, load_tokenizer, pick_device, read_model_config
+from rlhf.models.memory import dry_run_report
 from rlhf.models.policy import PolicySource, find_policy, weights_fingerprint
 from rlhf.outputs import Run, Status, prepare_output, write_text
 from rlhf.predictions import (
@@ -25,7 +25,7 @@ from rlhf.predictions import (
     report_markdown,
     samples_markdown,
 )
-from rlhf.tracking import ProgressLine, SignalGuard, Trackers
+from rlhf.tracking import ProgressLine, SignalGuard, Trackers, say
 
 STAGE = "inference"
 PARTIAL = "predictions.partial.jsonl"
@@ -94,17 +94,19 @@ def run_inference(config: InferenceConfig) -> InferenceResult:
     inputs = _read_inputs(config, source)
     run = prepare_output(config, _fingerprints(config, inputs), stage=STAGE, saved=(PARTIAL, FINAL))
     if run.status is Status.FINISHED and not config.dry_run:
-        _say([f"{STAGE}: {config.output_dir} is finished already"])
+        say(f"{STAGE}: {config.output_dir} is finished already")
         return _result(run, run.metrics())
-    _say(_description(config, inputs))
+    lines = _description(config, inputs)
     if config.dry_run:
+        print(dry_run_report(STAGE, config, len(inputs.prompts), lines))
         return _result(run, {})
+    say("\n".join(lines))
     with SignalGuard() as signals:
         file = _open_predictions(run, config, len(inputs.prompts))
         models = None
         if file.count < len(inputs.prompts) or inputs.preferences:
             models = load_models(config, source, inputs.renderer)
-            _say([f"{STAGE}: {models.tokeniser.check_prompts(inputs.prompts).line()}"])
+            say(f"{STAGE}: {models.tokeniser.check_prompts(inputs.prompts).line()}")
         run.start()
         metrics: dict[str, Any] = {}
         if models is not None:
@@ -126,7 +128,7 @@ def with_policy_settings(config: InferenceConfig, source: PolicySource) -> Infer
         if name not in config.model_fields_set:
             found[name] = trained
         elif name != "temperature" or config.sampling_strategy == "temperature_sampling":
-            _say([f"{STAGE}: {name} is {here!r}, but the policy was trained with {trained!r}"])
+            say(f"{STAGE}: {name} is {here!r}, but the policy was trained with {trained!r}")
     if config.base_model is None:
         found |= {"base_model": source.base_model, "revision": source.revision}
     return InferenceConfig.model_validate(config.model_dump() | found)
@@ -223,7 +225,7 @@ def _open_predictions(run: Run, config: InferenceConfig, total: int) -> Predicti
             os.replace(path / FINAL, path / PARTIAL)
     file = PredictionFile(path / PARTIAL, config.batch_size, total)
     if file.count:
-        _say([f"{STAGE}: continues after {file.count} of {total} rows"])
+        say(f"{STAGE}: continues after {file.count} of {total} rows")
     return file
 
 
@@ -316,8 +318,3 @@ def _finish(config: InferenceConfig, run: Run, further: Mapping[str, Any]) -> In
 
 def _result(run: Run, metrics: Mapping[str, Any]) -> InferenceResult:
     return InferenceResult(run.output.folder, metrics, run.file(FINAL), run.file("samples.md"))
-
-
-def _say(lines: Sequence[str]) -> None:
-    for line in lines:
-        print(line, file=sys.stderr)

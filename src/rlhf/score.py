@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from rlhf.models.roles import (
     load_reward_model,
 )
 from rlhf.predictions import json_line
-from rlhf.tracking import ProgressLine
+from rlhf.tracking import ProgressLine, say
 
 STAGE = "score"
 # The first of these that a row without candidates has is what is scored.
@@ -104,7 +103,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
         finally:
             progress.close()
     metrics = figures.metrics() | {"skipped": skipped}
-    print(f"{STAGE}: wrote {config.output}", file=sys.stderr)
+    say(f"{STAGE}: wrote {config.output}")
     print(json.dumps(metrics, indent=2))
     return ScoreResult(config.output, metrics)
 
@@ -149,7 +148,7 @@ def _check_rows(
         more = [f"… and {rest} more problems"] if rest > 0 else []
         raise InputError(problems[:MAX_PROBLEMS] + more)
     if bad:
-        print(f"{STAGE}: {bad} bad rows left out", file=sys.stderr)
+        say(f"{STAGE}: {bad} bad rows left out")
     return good, bad
 
 
