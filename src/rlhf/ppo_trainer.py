@@ -477,5 +477,5 @@ class PPOTrainer(Trainer):
             dtype=self.config.dtype,
             policy_lm=frozen,
         )
-        check_same_prompting(scorer, renderer)
+        check_same_prompting(scorer, renderer, conversations=self.prompts.report.conversations > 0)
         return scorer
