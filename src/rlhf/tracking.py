@@ -161,7 +161,7 @@ class ProgressLine:
     def update(self, step: int, metrics: Mapping[str, float], log: bool) -> None:
         """Shows a step; without a terminal only steps with `log`, and not too often."""
         text = "  ".join(
-            f"{name.rsplit('/', 1)[-1]} {metrics[name]:.4g}"
+            f"{name.removeprefix(f'{self._name}/')} {metrics[name]:.4g}"
             for name in self._shown
             if name in metrics
         )
