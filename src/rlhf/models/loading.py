@@ -109,7 +109,7 @@ def load_language_model(
     Raises:
         InputError: Anything wrong with the checkpoint.
     """
-    name: str = base_model or config.base_model or getattr(model, "name_or_path", "")
+    name = str(base_model or config.base_model or getattr(model, "name_or_path", ""))
     revision = revision if base_model else config.revision
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
