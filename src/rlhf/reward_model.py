@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.checkpoints import read_best
 from rlhf.config import RewardModelConfig
 from rlhf.data.batching import TokenBatch, chunks, permutation, rows_for_step
 from rlhf.data.pairs import Pairs
@@ -313,21 +312,19 @@ class RewardModelTrainer(Trainer):
         self.reward.normalise(float(scores.mean()), spread if scales else 1.0)
 
     def export(self) -> dict[str, float]:
-        """Normalises and writes the reward model; evaluates the weights that are written."""
-        best = read_best(self.output_path)
-        metrics = self.evaluate() if best is not None and best.step != self.step_index else {}
+        """Normalises and writes the reward model."""
         self.normalise()
         reward, folder = self.reward, self.output_path
         reward.save(folder)
         save_sequence_classifier(
             reward.lm, reward.adapter, reward.head, folder / "sequence_classifier"
         )
-        metrics |= {
+        metrics = {
             "reward_model/shift": reward.record.shift,
             "reward_model/scale": reward.record.scale,
         }
-        final = self._evaluation | metrics
-        write_card(folder, self.stage, self.config, final, [*self.inputs.lines, *self.lengths])
+        shown = {n: m for n, m in self.final_metrics.items() if n.startswith("eval/")} | metrics
+        write_card(folder, self.stage, self.config, shown, [*self.inputs.lines, *self.lengths])
         return metrics
 
     def _score(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
