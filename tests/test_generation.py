@@ -98,3 +98,14 @@ def test_min_response_length_holds(arch: str) -> None:
 def test_sampling_without_uniforms_is_a_mistake(arch: str) -> None:
     with pytest.raises(ValueError, match="uniforms"):
         generate(make_lm(arch), TokenBatch.from_lists([[5]]), max_new_tokens=2)
+
+
+def test_gradient_checkpointing_changes_no_sample(arch: str) -> None:
+    lm = make_lm(arch)
+    prompts, _ = ragged(arch)
+    uniforms = rollout_uniforms(0, 0, range(4), 10)
+    expected = generate(lm, prompts, max_new_tokens=10, uniforms=uniforms).responses.tolists()
+    lm.module.gradient_checkpointing_enable({"use_reentrant": False})
+    actual = generate(lm, prompts, max_new_tokens=10, uniforms=uniforms).responses.tolists()
+    assert actual == expected
+    assert lm.module.training

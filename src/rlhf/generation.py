@@ -64,7 +64,6 @@ def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(tokens, last)
 
 
-@torch.no_grad()
 def generate(
     lm: LanguageModel,
     prompts: TokenBatch,
@@ -94,21 +93,22 @@ def generate(
     finished = torch.zeros(size, dtype=torch.bool, device=device)
     if temperature > 0 and uniforms is None:
         raise ValueError("sampling needs uniforms; pass them or temperature=0")
-    state, hidden = lm.prefill(prompts)
-    for step in range(max_new_tokens):
-        positions = torch.full((size,), step, device=device)
-        logits = lm.policy_logits(hidden, positions, temperature or 1.0, min_response_length)
-        if temperature > 0:
-            assert uniforms is not None
-            tokens = sample(logits, uniforms[:, step].to(device))
-        else:
-            tokens = logits.argmax(-1)
-        ids[:, step] = tokens
-        lengths += ~finished
-        finished |= torch.isin(tokens, eos)
-        if finished.all() or step + 1 == max_new_tokens:
-            break
-        hidden = lm.decode(state, tokens)
+    with lm.inference():
+        state, hidden = lm.prefill(prompts)
+        for step in range(max_new_tokens):
+            positions = torch.full((size,), step, device=device)
+            logits = lm.policy_logits(hidden, positions, temperature or 1.0, min_response_length)
+            if temperature > 0:
+                assert uniforms is not None
+                tokens = sample(logits, uniforms[:, step].to(device))
+            else:
+                tokens = logits.argmax(-1)
+            ids[:, step] = tokens
+            lengths += ~finished
+            finished |= torch.isin(tokens, eos)
+            if finished.all() or step + 1 == max_new_tokens:
+                break
+            hidden = lm.decode(state, tokens)
     return Generation(TokenBatch(ids[:, : int(lengths.max())], lengths), finished)
 
 

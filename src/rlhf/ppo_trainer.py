@@ -18,18 +18,15 @@ from rlhf.data.tokenising import Tokeniser
 from rlhf.errors import InputError
 from rlhf.experience import Experience, Minibatch, Rollout, RolloutStats, UpdateLog
 from rlhf.generation import generate_in_chunks, rollout_uniforms
+from rlhf.inputs import StageInputs
 from rlhf.models.actors import load_bases, make_critic, make_policy, make_reference
 from rlhf.models.card import write_card
 from rlhf.models.judges import RewardFn, RewardFunction, Scorer
-from rlhf.models.loading import (
-    check_limits,
-    load_tokenizer,
-    prompt_layout,
-    read_model_config,
-)
+from rlhf.models.policy import weights_fingerprint
 from rlhf.models.roles import RewardModel, check_same_prompting, load_reward_model
 from rlhf.models.saving import save_adapter, save_merged
-from rlhf.outputs import Run, Status, prepare_output
+from rlhf.outputs import Run, Status
+from rlhf.tracking import say
 from rlhf.training import Callback, ParameterGroup, Trainer
 
 # A minibatch whose mean probability ratio is beyond this has left the region PPO is about.
@@ -38,6 +35,7 @@ EVALUATION_ROWS = 256
 SAMPLES_PER_STEP = 4
 # Iterations count from 0; this names the draws of evaluations.
 EVALUATION_DRAW = -1
+CARD_METRICS = ("ppo/score", "ppo/kl", "ppo/response_length", "eval/")
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Inputs:
     renderer: PromptRenderer
     prompts: PromptData
     eval_prompts: PromptData | None
-    report: Sequence[str]
+    lines: Sequence[str]
     run: Run
 
 
@@ -91,10 +89,10 @@ def train_ppo(
     if config.dry_run:
         from rlhf.models.memory import dry_run_report
 
-        print(dry_run_report("ppo", config, len(inputs.prompts), inputs.report))
+        print(dry_run_report("ppo", config, len(inputs.prompts), inputs.lines))
         return PPOResult(config.output_dir, {})
     if inputs.run.status is Status.FINISHED:
-        print(f"ppo: already finished in {config.output_dir}; nothing to do")
+        say(f"ppo: already finished in {config.output_dir}")
         return PPOResult(config.output_dir, inputs.run.metrics())
     trainer = PPOTrainer(
         config, reward_fn=reward_fn, model=model, inputs=inputs, callbacks=callbacks
@@ -115,33 +113,13 @@ def read_inputs(
     """
     if (reward_fn is None) == (config.reward_model_path is None):
         raise InputError("reward_model_path: give it or a reward_fn, one of the two")
-    tokenizer = tokenizer or load_tokenizer(config.base_model or "", config.revision)
-    model_config = (
-        read_model_config(config.base_model or "", config.revision)
-        if model is None
-        else model.config
-    )
-    renderer = PromptRenderer.for_tokenizer(tokenizer, config.instruction)
-    prompts = load_prompts(config.prompt_dataset, renderer=renderer, on_bad_rows=config.on_bad_rows)
-    eval_prompts = None
-    if config.eval_dataset is not None:
-        eval_prompts = load_prompts(
-            config.eval_dataset,
-            renderer=renderer,
-            on_bad_rows=config.on_bad_rows,
-            name="eval_dataset",
-        )
-    limits = config.prompt_sequence_length, config.target_sequence_length
-    if problems := check_limits(model_config, *limits):
-        raise InputError(problems)
-    layout = prompt_layout(model_config, tokenizer)
-    lengths = Tokeniser(tokenizer, layout, *limits).check_prompts(prompts)
-    report = [*prompts.report.lines(), lengths.line()]
-    fingerprints = {"prompt_dataset": prompts.fingerprint}
-    if eval_prompts is not None:
-        fingerprints["eval_dataset"] = eval_prompts.fingerprint
-    run = prepare_output(config, fingerprints, stage="ppo")
-    return Inputs(tokenizer, renderer, prompts, eval_prompts, report, run)
+    inputs = StageInputs(config, model, tokenizer)
+    prompts = inputs.read(load_prompts, "prompt_dataset")
+    eval_prompts = inputs.read(load_prompts, "eval_dataset")
+    judge = weights_fingerprint(config.reward_model_path) if config.reward_model_path else ""
+    run = inputs.finish("ppo", {"reward_model_path": judge})
+    assert prompts is not None
+    return Inputs(inputs.tokenizer, inputs.renderer, prompts, eval_prompts, inputs.lines, run)
 
 
 class PPOTrainer(Trainer):
@@ -177,6 +155,7 @@ class PPOTrainer(Trainer):
     ) -> None:
         inputs = inputs or read_inputs(config, reward_fn, model, tokenizer)
         super().__init__(config, num_rows=len(inputs.prompts), run=inputs.run, callbacks=callbacks)
+        self.lines = inputs.lines
         self.prompts = inputs.prompts
         self.eval_prompts = inputs.eval_prompts
         bases = load_bases(config, model, inputs.tokenizer, reward_model=reward_fn is None)
@@ -196,6 +175,10 @@ class PPOTrainer(Trainer):
         self.kl_controller = objectives.AdaptiveKL(
             config.kl_coeff, config.kl_target, config.kl_horizon
         )
+
+    def describe(self) -> list[str]:
+        """Steps, and what was read."""
+        return [*super().describe(), *self.lines]
 
     def make_step(self) -> dict[str, float]:
         """One PPO iteration: rollout, scores, experience, epochs of minibatches."""
@@ -464,7 +447,8 @@ class PPOTrainer(Trainer):
         probe = (rollout.prompts, rollout.responses)
         kl = save_merged(policy.lm, policy.adapter, folder / "merged", probe)
         metrics = {} if kl is None else {"ppo/kl_merged_adapter": kl}
-        write_card(folder, self.stage, self.config, metrics)
+        shown = {name: m for name, m in self.final_metrics.items() if name.startswith(CARD_METRICS)}
+        write_card(folder, self.stage, self.config, shown | metrics, self.lines)
         return metrics
 
     def _make_scorer(self, reward_fn: RewardFunction | None, frozen: Any, renderer: Any) -> Scorer:

@@ -12,21 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import SFTConfig
 from rlhf.data.batching import TokenBatch, chunks, rows_for_step
-from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import PromptData, load_prompts
 from rlhf.data.schema import PromptRow
 from rlhf.data.tokenising import Tokeniser
-from rlhf.errors import InputError
 from rlhf.generation import generate
+from rlhf.inputs import StageInputs
 from rlhf.models.card import write_card
-from rlhf.models.loading import (
-    check_limits,
-    load_language_model,
-    load_tokenizer,
-    read_model_config,
-)
+from rlhf.models.loading import load_language_model
 from rlhf.models.saving import save_adapter, save_merged
-from rlhf.outputs import Run, Status, prepare_output
+from rlhf.outputs import Run, Status
 from rlhf.training import Callback, ParameterGroup, Trainer, evaluation_mode
 
 ADAPTER = "sft"
@@ -55,22 +49,17 @@ class Inputs:
 
     Attributes:
         tokenizer: Of the base.
-        renderer: Makes prompts' texts.
         train: Demonstrations to learn from.
         held_out: Demonstrations to evaluate on, if given.
+        lines: What reading came upon, for people.
         run: The output folder.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    renderer: PromptRenderer
     train: PromptData
     held_out: PromptData | None
+    lines: Sequence[str]
     run: Run
-
-    @property
-    def lines(self) -> list[str]:
-        """What reading came upon, for people."""
-        return self.train.report.lines() + (self.held_out.report.lines() if self.held_out else [])
 
 
 @dataclass(frozen=True)
@@ -144,33 +133,12 @@ def read_inputs(
     Raises:
         InputError: All that is wrong, rows first, then limits.
     """
-    if model is None and config.base_model is None:
-        raise InputError("base_model: is required, but not given")
-    base = config.base_model or ""
-    facts = model.config if model is not None else read_model_config(base, config.revision)
-    tokenizer = tokenizer or load_tokenizer(base, config.revision)
-    renderer = PromptRenderer.for_tokenizer(tokenizer, config.instruction)
-    data: dict[str, PromptData] = {}
-    problems: list[str] = []
-    for name in ("dataset", "eval_dataset"):
-        paths = getattr(config, name)
-        if paths is not None:
-            try:
-                data[name] = load_prompts(
-                    paths,
-                    renderer=renderer,
-                    on_bad_rows=config.on_bad_rows,
-                    require_output=True,
-                    name=name,
-                )
-            except InputError as error:
-                problems += error.problems
-    problems += check_limits(facts, config.prompt_sequence_length, config.target_sequence_length)
-    if problems:
-        raise InputError(problems)
-    prints = {name: rows.fingerprint for name, rows in data.items()}
-    run = prepare_output(config, prints, stage="sft")
-    return Inputs(tokenizer, renderer, data["dataset"], data.get("eval_dataset"), run)
+    inputs = StageInputs(config, model, tokenizer)
+    train = inputs.read(load_prompts, "dataset", require_output=True)
+    held_out = inputs.read(load_prompts, "eval_dataset", require_output=True)
+    run = inputs.finish("sft")
+    assert train is not None
+    return Inputs(inputs.tokenizer, train, held_out, inputs.lines, run)
 
 
 class SFTTrainer(Trainer):
@@ -225,12 +193,10 @@ class SFTTrainer(Trainer):
             config.target_sequence_length,
             config.truncation_side,
         )
-        self.prompt_lengths = self.tokeniser.check_prompts(self.inputs.train)
 
     def describe(self) -> list[str]:
         """Steps, and what was read."""
-        lines = [*super().describe(), *self.inputs.lines]
-        return [*lines, self.prompt_lengths.line()] if self.prompt_lengths.shortened else lines
+        return [*super().describe(), *self.inputs.lines]
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """The adapter, or all weights."""

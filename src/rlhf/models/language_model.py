@@ -291,6 +291,17 @@ class LanguageModel(ABC):
             raise InputError(f"lora.target_modules: {error}") from error
 
     @contextmanager
+    def inference(self) -> Iterator[None]:
+        """No gradients, no LoRA dropout, no checkpointing (which would drop the KV cache)."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train(training)
+
+    @contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
         """Makes one adapter active (None: the base alone), and restores the one before.
 

@@ -1,0 +1,123 @@
+"""What a stage reads and checks before any weights are loaded, all problems at once."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import StageConfig
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.reading import PreferenceData, PromptData
+from rlhf.data.tokenising import Tokeniser
+from rlhf.errors import InputError
+from rlhf.models.loading import (
+    check_limits,
+    load_tokenizer,
+    pick_device,
+    prompt_layout,
+    read_model_config,
+)
+from rlhf.outputs import Run, prepare_output
+
+Data = TypeVar("Data", PromptData, PreferenceData)
+
+
+class StageInputs:
+    """Collects a stage's data and what is wrong with them.
+
+    Args:
+        config: The stage's configuration.
+        model: A transformers model instead of `config.base_model`.
+        tokenizer: Its tokenizer.
+
+    Attributes:
+        tokenizer: Of the base.
+        renderer: Makes prompts' texts.
+        lines: What reading came upon, for people.
+
+    Raises:
+        InputError: The base cannot be used at all.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        model: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        if model is None and config.base_model is None:
+            raise InputError("base_model: is required, but not given")
+        pick_device(config.device)
+        base = config.base_model or ""
+        self.config = config
+        self.model_config = (
+            read_model_config(base, config.revision) if model is None else model.config
+        )
+        self.tokenizer = tokenizer or load_tokenizer(base, config.revision)
+        self.renderer = PromptRenderer.for_tokenizer(self.tokenizer, config.instruction)
+        self.lines: list[str] = []
+        self._rows: list[str] = []
+        self._limits: list[str] = check_limits(
+            self.model_config, config.prompt_sequence_length, config.target_sequence_length
+        )
+        self._fingerprints: dict[str, str] = {}
+
+    def read(self, load: Callable[..., Data], name: str, **options: Any) -> Data | None:
+        """Reads one data set of the configuration and checks that its prompts fit.
+
+        Args:
+            load: `load_prompts` or `load_preferences`.
+            name: Field of the configuration.
+            **options: Further arguments of `load`.
+
+        Returns:
+            The data; None if the field is not set, or if something is wrong, which `finish` tells.
+        """
+        paths = getattr(self.config, name)
+        if paths is None:
+            return None
+        try:
+            data = load(
+                paths,
+                renderer=self.renderer,
+                on_bad_rows=self.config.on_bad_rows,
+                name=name,
+                **options,
+            )
+        except InputError as error:
+            self._rows += error.problems
+            return None
+        self._fingerprints[name] = data.fingerprint
+        self.lines += data.report.lines()
+        try:
+            lengths = self._tokeniser().check_prompts(data)
+        except InputError as error:
+            self._limits += error.problems
+            return None
+        if lengths.shortened:
+            self.lines.append(f"{name}: {lengths.line()}")
+        return data
+
+    def finish(self, stage: str, fingerprints: Mapping[str, str] | None = None) -> Run:
+        """Looks at the output folder, once all data are good.
+
+        Args:
+            stage: Name of the stage.
+            fingerprints: Of anything else that determines the result.
+
+        Raises:
+            InputError: All that is wrong, rows first, then limits, then the folder.
+        """
+        if self._rows or self._limits:
+            raise InputError([*self._rows, *self._limits])
+        return prepare_output(
+            self.config, {**self._fingerprints, **(fingerprints or {})}, stage=stage
+        )
+
+    def _tokeniser(self) -> Tokeniser:
+        return Tokeniser(
+            self.tokenizer,
+            prompt_layout(self.model_config, self.tokenizer),
+            self.config.prompt_sequence_length,
+            self.config.target_sequence_length,
+        )
