@@ -23,7 +23,10 @@ from rlhf.errors import InputError, StoppedBySignal
 from rlhf.evaluation import evaluate_preferences
 from rlhf.inference import InferenceResult, run_inference
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.policy import find_policy
 from rlhf.models.roles import load_reward_model
+from rlhf.outputs import write_text
+from rlhf.predictions import Prediction, read_predictions, samples_markdown
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +233,48 @@ def test_samples_and_report_can_be_read(case: Case, result: InferenceResult) -> 
     assert "ROUGE-Lsum" in report
 
 
+def test_local_evaluate_modules_are_computed_too(cases: dict[str, Case], tmp_path: Path) -> None:
+    pytest.importorskip("evaluate")
+    module = tmp_path / "letters"
+    module.mkdir()
+    (module / "letters.py").write_text(LETTERS)
+    result = cases["t5"].run(tmp_path / "out", extra_metrics=[str(module)])
+    rows = read(result.predictions)
+    for name, field in (("letters", "prediction"), ("baseline_letters", "baseline")):
+        expected = sum(len(row[field]) for row in rows if row["reference"]) / 3
+        assert result.metrics[name] == pytest.approx(expected)
+
+
+LETTERS = """
+import datasets
+import evaluate
+
+
+class Letters(evaluate.Metric):
+    def _info(self):
+        text = datasets.Value("string")
+        features = datasets.Features({"predictions": text, "references": text})
+        return evaluate.MetricInfo(
+            description="", citation="", inputs_description="", features=features
+        )
+
+    def _compute(self, predictions, references):
+        return {"letters": sum(map(len, predictions)) / len(predictions)}
+"""
+
+
+def test_any_text_survives_the_files(tmp_path: Path) -> None:
+    text = "a | b\n\n`c` <d> \u2028 \ud83d caf\u00e9"
+    row = Prediction(text, text, "", [text, "x"], 0.5, None, 0.0, 0.0, 1, 2, 1, "eos", "length")
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(row.line() * 2)
+    assert list(read_predictions(path)) == [row, row]
+    samples = samples_markdown([row])
+    write_text(tmp_path / "samples.md", samples)
+    assert "a \\| b<br><br>\\`c\\` &lt;d>" in samples
+    assert "*(empty)*" in samples
+
+
 # What must not change a result
 
 
@@ -434,6 +479,35 @@ def test_dry_run_loads_and_writes_nothing(
 
 
 # Settings
+
+
+def test_eos_waits_for_the_shortest_response(cases: dict[str, Case], tmp_path: Path) -> None:
+    result = cases["t5"].run(tmp_path / "out", min_response_length=RESPONSE_LIMIT)
+    assert {row["tokens"] for row in read(result.predictions)} == {RESPONSE_LIMIT}
+    assert result.metrics["eos_rate"] == result.metrics["baseline_eos_rate"] == 0
+
+
+def test_an_adapter_of_plain_peft_names_its_base(case: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(case.policy / "adapter", folder)
+    (folder / "rlhf.json").unlink()
+    source = find_policy(str(folder))
+    assert (source.kind, source.base_model) == ("adapter", str(case.base))
+    assert source.settings == {}
+
+
+def test_a_policy_in_an_object_store(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    store.put(str(case.policy), f"/policies/{case.arch}", recursive=True)
+    for part, kind in (("", "adapter"), ("/adapter", "adapter"), ("/merged", "full")):
+        source = find_policy(f"memory://policies/{case.arch}{part}")
+        local = find_policy(f"{case.policy}{part}")
+        assert (source.kind, source.base_model) == (kind, str(case.base))
+        assert source.fingerprint == local.fingerprint
+        assert source.settings == local.settings != {}
 
 
 def test_settings_come_from_the_policy_unless_given(case: Case, tmp_path: Path) -> None:

@@ -5,12 +5,16 @@ Shape letters: B responses, P prompt tokens, R response tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.data.batching import TokenBatch
+from rlhf import objectives
+from rlhf.config import PPOConfig
+from rlhf.data.batching import TokenBatch, chunks
 from rlhf.data.schema import PromptText
+from rlhf.models.actors import Actor, Critic
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,88 @@ class RolloutStats:
     kl: Tensor
     kl_k3: Tensor
     entropy: Tensor
+
+
+@torch.no_grad()
+def evaluate_rollout(
+    rollout: Rollout, policy: Actor, reference: Actor | None, critic: Critic, config: PPOConfig
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What all roles say of a rollout, micro-batch by micro-batch.
+
+    Args:
+        rollout: The responses.
+        policy: Role that sampled them.
+        reference: Role that KL is charged against; None charges none.
+        critic: Role that values states.
+        config: Temperature, constraint and micro-batch size.
+
+    Returns:
+        Log-probabilities under policy and reference (the policy's own without one), values and
+        the policy's entropy, each (B, R) fp32, 0 past the end.
+    """
+    responses = rollout.responses
+    result = torch.zeros(4, *responses.ids.shape, device=responses.ids.device)
+    order = (rollout.prompts.lengths + responses.lengths).argsort(stable=True).tolist()
+    constraint = (config.temperature, config.min_response_length)
+    for rows in chunks(order, config.effective_micro_batch_size):
+        prompts, answers = rollout.prompts.select(rows), responses.select(rows)
+        with policy.active() as lm:
+            states = lm.response_states(prompts, answers)
+            own = lm.token_logprobs(states, answers, *constraint)
+        ref_logprobs = own.logprobs
+        if reference is not None:
+            with reference.active() as lm:
+                ref_states = lm.response_states(prompts, answers)
+                ref_logprobs = lm.token_logprobs(ref_states, answers, *constraint).logprobs
+        if not critic.on_policy_trunk:
+            with critic.actor.active() as lm:
+                states = lm.response_states(prompts, answers)
+        values = critic.values(states) * answers.mask
+        parts = torch.stack([own.logprobs, ref_logprobs, values, own.entropy])
+        result[:, list(rows), : answers.ids.shape[1]] = parts
+    return result[0], result[1], result[2], result[3]
+
+
+def rollout_metrics(
+    rollout: Rollout, experience: Experience, stats: RolloutStats, kl_coeff: float | None
+) -> dict[str, float]:
+    """Metrics of a rollout; those of KL only where it is charged (`kl_coeff` not None)."""
+    mask, lengths = rollout.responses.mask, rollout.responses.lengths
+    values, returns = experience.values, experience.returns
+    metrics = {
+        "ppo/score": float(stats.scores.mean()),
+        "ppo/score_std": float(stats.scores.std(correction=0)),
+        "ppo/entropy": float(stats.entropy.sum() / mask.sum()),
+        "ppo/response_length": float(lengths.float().mean()),
+        "ppo/eos_rate": float(rollout.finished.float().mean()),
+        "ppo/explained_variance": objectives.explained_variance(values, returns, mask),
+        "ppo/value": float(values.sum() / mask.sum()),
+    }
+    if kl_coeff is not None:
+        kl = stats.kl.sum(1)
+        metrics |= {
+            "ppo/kl": float(kl.mean()),
+            "ppo/kl_k3": float(stats.kl_k3.sum(1).mean()),
+            "ppo/kl_coeff": kl_coeff,
+            "ppo/score_minus_kl": float((stats.scores - kl_coeff * kl).mean()),
+        }
+    return metrics
+
+
+def rollout_samples(rollout: Rollout, stats: RolloutStats, count: int) -> list[dict[str, Any]]:
+    """The first `count` responses with score, KL (nats) and token counts, for samples.jsonl."""
+    kl = stats.kl.sum(1)
+    return [
+        {
+            "prompt": rollout.prompt_texts[i].text,
+            "response": rollout.texts[i],
+            "score": float(stats.scores[i]),
+            "kl": float(kl[i]),
+            "prompt_tokens": int(rollout.prompts.lengths[i]),
+            "response_tokens": int(rollout.responses.lengths[i]),
+        }
+        for i in range(min(count, len(kl)))
+    ]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from rlhf.predictions import (
     read_predictions,
     report_markdown,
     samples_markdown,
+    summary_lines,
 )
 from rlhf.tracking import ProgressLine, SignalGuard, Trackers, say
 
@@ -313,7 +314,9 @@ def _finish(config: InferenceConfig, run: Run, further: Mapping[str, Any]) -> In
     trackers.log(0, {f"{STAGE}/{k}": v for k, v in metrics.items() if isinstance(v, int | float)})
     trackers.close()
     os.replace(path / PARTIAL, path / FINAL)
-    return _result(run, run.finish(metrics))
+    result = _result(run, run.finish(metrics))
+    say("\n".join(f"{STAGE}: {line}" for line in [*summary_lines(metrics), result.samples]))
+    return result
 
 
 def _result(run: Run, metrics: Mapping[str, Any]) -> InferenceResult:

@@ -16,7 +16,16 @@ from rlhf.data.reading import PromptData, load_prompts
 from rlhf.data.schema import PromptRow
 from rlhf.data.tokenising import Tokeniser
 from rlhf.errors import InputError
-from rlhf.experience import Experience, Minibatch, Rollout, RolloutStats, UpdateLog
+from rlhf.experience import (
+    Experience,
+    Minibatch,
+    Rollout,
+    RolloutStats,
+    UpdateLog,
+    evaluate_rollout,
+    rollout_metrics,
+    rollout_samples,
+)
 from rlhf.generation import generate_in_chunks, rollout_uniforms
 from rlhf.inputs import StageInputs
 from rlhf.models.actors import load_bases, make_critic, make_policy, make_reference
@@ -190,7 +199,9 @@ class PPOTrainer(Trainer):
             experience, stats = self.make_experience(rollout, scores)
         with self.phase("update"):
             updates = self.optimise(experience)
-        metrics = self.record(rollout, experience, stats) | updates
+        coefficient = None if self.reference is None else self.kl_controller.value
+        metrics = rollout_metrics(rollout, experience, stats, coefficient) | updates
+        self.log_samples(rollout_samples(rollout, stats, SAMPLES_PER_STEP))
         self.kl_controller.update(metrics.get("ppo/kl", 0.0), len(experience))
         return metrics
 
@@ -246,7 +257,9 @@ class PPOTrainer(Trainer):
         ratios are 1, and not from decoding.
         """
         mask = rollout.responses.mask
-        logprobs, ref_logprobs, values, entropy = self._evaluate_rollout(rollout)
+        logprobs, ref_logprobs, values, entropy = evaluate_rollout(
+            rollout, self.policy, self.reference, self.critic, self.config
+        )
         kl = objectives.kl_k1(logprobs, ref_logprobs)
         rewards = objectives.token_rewards(
             scores, kl, rollout.responses.lengths, self.kl_controller.value
@@ -331,70 +344,6 @@ class PPOTrainer(Trainer):
             micro.responses.mask,
             self.config.value_clip_range,
         )
-
-    def _evaluate_rollout(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Log-probabilities of policy and reference, values and entropy, each (B, R)."""
-        config, responses = self.config, rollout.responses
-        result = torch.zeros(4, *responses.ids.shape, device=self.device)
-        order = (rollout.prompts.lengths + responses.lengths).argsort(stable=True).tolist()
-        for rows in chunks(order, config.effective_micro_batch_size):
-            prompts, answers = rollout.prompts.select(rows), responses.select(rows)
-            width = answers.ids.shape[1]
-            constraint = (config.temperature, config.min_response_length)
-            with self.policy.active() as lm:
-                states = lm.response_states(prompts, answers)
-                own = lm.token_logprobs(states, answers, *constraint)
-            reference = own.logprobs  # no reference, no KL
-            if self.reference is not None:
-                with self.reference.active() as lm:
-                    ref_states = lm.response_states(prompts, answers)
-                    reference = lm.token_logprobs(ref_states, answers, *constraint).logprobs
-            if not self.critic.on_policy_trunk:
-                with self.critic.actor.active() as lm:
-                    states = lm.response_states(prompts, answers)
-            values = self.critic.values(states) * answers.mask
-            parts = torch.stack([own.logprobs, reference, values, own.entropy])
-            result[:, list(rows), :width] = parts
-        return result[0], result[1], result[2], result[3]
-
-    def record(
-        self, rollout: Rollout, experience: Experience, stats: RolloutStats
-    ) -> dict[str, float]:
-        """Metrics of a rollout; logs a few samples."""
-        mask, lengths = rollout.responses.mask, rollout.responses.lengths
-        kl = stats.kl.sum(1)
-        values, returns = experience.values, experience.returns
-        metrics = {
-            "ppo/score": float(stats.scores.mean()),
-            "ppo/score_std": float(stats.scores.std(correction=0)),
-            "ppo/entropy": float(stats.entropy.sum() / mask.sum()),
-            "ppo/response_length": float(lengths.float().mean()),
-            "ppo/eos_rate": float(rollout.finished.float().mean()),
-            "ppo/explained_variance": objectives.explained_variance(values, returns, mask),
-            "ppo/value": float(values.sum() / mask.sum()),
-        }
-        if self.reference is not None:
-            coefficient = self.kl_controller.value
-            metrics |= {
-                "ppo/kl": float(kl.mean()),
-                "ppo/kl_k3": float(stats.kl_k3.sum(1).mean()),
-                "ppo/kl_coeff": coefficient,
-                "ppo/score_minus_kl": float((stats.scores - coefficient * kl).mean()),
-            }
-        self.log_samples(
-            [
-                {
-                    "prompt": rollout.prompt_texts[i].text,
-                    "response": rollout.texts[i],
-                    "score": float(stats.scores[i]),
-                    "kl": float(kl[i]),
-                    "prompt_tokens": int(rollout.prompts.lengths[i]),
-                    "response_tokens": int(lengths[i]),
-                }
-                for i in range(min(SAMPLES_PER_STEP, len(mask)))
-            ]
-        )
-        return metrics
 
     def evaluate(self) -> dict[str, float]:
         """Score and KL on held-out prompts, sampled as in training, always with the same draws."""

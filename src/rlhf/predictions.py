@@ -183,7 +183,7 @@ def samples_markdown(predictions: Sequence[Prediction], count: int = SAMPLES) ->
     for index in rows:
         parts += [f"## Row {index + 1}\n", _quote(predictions[index].input_text)]
         parts.append(_comparison(predictions[index]))
-    return "\n".join(parts)
+    return "\n".join(parts).encode("utf-8", "replace").decode()  # half characters cannot be shown
 
 
 def _comparison(row: Prediction) -> str:
@@ -261,7 +261,7 @@ def report_markdown(config: InferenceConfig, metrics: Mapping[str, Any]) -> str:
             before, after = _figure(metrics, f"baseline_{name}"), _figure(metrics, name)
             lines.append(f"| {title} | {before} | {after} |")
     lines.append("")
-    lines += [f"- {title}: {_figure(metrics, n)}" for n, title in _COMPARED if n in metrics]
+    lines += [f"- {line}" for line in summary_lines(metrics)]
     if "reward" in metrics:
         lines.append(
             "\nThe reward is a model's judgement, not a person's. If it rises while KL is large or "
@@ -272,6 +272,11 @@ def report_markdown(config: InferenceConfig, metrics: Mapping[str, Any]) -> str:
         "config.yaml."
     )
     return "\n".join(lines) + "\n"
+
+
+def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """The figures that compare the two models, one a line."""
+    return [f"{title}: {_figure(metrics, name)}" for name, title in _COMPARED if name in metrics]
 
 
 def _figure(metrics: Mapping[str, Any], name: str) -> str:
