@@ -22,22 +22,17 @@ from rlhf.data.reading import (
     split_holdout,
 )
 from rlhf.data.schema import PreferenceRow
-from rlhf.errors import InputError
 from rlhf.evaluation import evaluate_preferences
+from rlhf.inputs import StageInputs
 from rlhf.models.card import write_card
 from rlhf.models.classifier import save_sequence_classifier
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.loading import (
-    check_limits,
-    load_language_model,
-    load_tokenizer,
-    read_model_config,
-)
+from rlhf.models.loading import load_language_model
 from rlhf.models.roles import RewardModel, RewardRecord, tokenizer_fingerprint
 from rlhf.objectives import pairwise_loss
 from rlhf.optimization import ParameterGroup
-from rlhf.outputs import Run, Status, prepare_output
+from rlhf.outputs import Run, Status
 from rlhf.training import Callback, Trainer
 
 ADAPTER = "reward"
@@ -129,44 +124,17 @@ def read_inputs(
     Raises:
         InputError: All that is wrong, rows first, then limits.
     """
-    base = config.base_model or ""
-    tokenizer = tokenizer or load_tokenizer(base, config.revision)
-    renderer = PromptRenderer.for_tokenizer(tokenizer, config.instruction)
-    pairs = load_preferences(
-        config.preference_dataset, renderer=renderer, on_bad_rows=config.on_bad_rows
-    )
-    lines, prints = pairs.report.lines(), {"preference_dataset": pairs.fingerprint}
-    train, held_out = pairs, None
-    if config.eval_dataset is not None:
-        held_out = load_preferences(
-            config.eval_dataset,
-            renderer=renderer,
-            on_bad_rows=config.on_bad_rows,
-            candidates_optional=True,
-            name="eval_dataset",
-        )
-        lines += held_out.report.lines()
-        prints["eval_dataset"] = held_out.fingerprint
+    inputs = StageInputs(config, model, tokenizer)
+    pairs = inputs.read(load_preferences, "preference_dataset")
+    held_out = inputs.read(load_preferences, "eval_dataset", candidates_optional=True)
+    demonstrations = inputs.read(load_prompts, "normalization_dataset", require_output=True)
+    run = inputs.finish("reward_model")
+    assert pairs is not None
+    train, lines = pairs, inputs.lines
     if not held_out:
         train, held_out = split_holdout(pairs, seed=config.seed)
         lines.append(f"preference_dataset: {len(held_out)} rows held out by prompt for evaluation")
-    demonstrations = None
-    if config.normalization_dataset is not None:
-        demonstrations = load_prompts(
-            config.normalization_dataset,
-            renderer=renderer,
-            on_bad_rows=config.on_bad_rows,
-            require_output=True,
-            name="normalization_dataset",
-        )
-        lines += demonstrations.report.lines()
-        prints["normalization_dataset"] = demonstrations.fingerprint
-    facts = model.config if model is not None else read_model_config(base, config.revision)
-    limits = (config.prompt_sequence_length, config.target_sequence_length)
-    if problems := check_limits(facts, *limits):
-        raise InputError(problems)
-    run = prepare_output(config, prints, stage="reward_model")
-    return Inputs(tokenizer, renderer, train, held_out, demonstrations, lines, run)
+    return Inputs(inputs.tokenizer, inputs.renderer, train, held_out, demonstrations, lines, run)
 
 
 class RewardModelTrainer(Trainer):
@@ -220,15 +188,10 @@ class RewardModelTrainer(Trainer):
         head = ScalarHead(lm.hidden_size, seed=config.seed).to(lm.device)
         record = make_record(config, lm, self.inputs.renderer)
         self.reward = RewardModel(lm, adapter, head, record)
-        check = self.reward.tokeniser.check_prompts
-        self.lengths = [
-            f"training rows: {check(self.inputs.train).line()}",
-            f"held-out rows: {check(self.inputs.held_out).line()}",
-        ]
 
     def describe(self) -> list[str]:
         """Steps, and what was read."""
-        return [*super().describe(), *self.inputs.lines, *self.lengths]
+        return [*super().describe(), *self.inputs.lines]
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Adapter (or all weights) and head, clipped together."""
@@ -324,7 +287,7 @@ class RewardModelTrainer(Trainer):
             "reward_model/scale": reward.record.scale,
         }
         shown = {n: m for n, m in self.final_metrics.items() if n.startswith("eval/")} | metrics
-        write_card(folder, self.stage, self.config, shown, [*self.inputs.lines, *self.lengths])
+        write_card(folder, self.stage, self.config, shown, [*self.inputs.lines])
         return metrics
 
     def _score(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:

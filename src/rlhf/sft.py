@@ -21,7 +21,7 @@ from rlhf.models.card import write_card
 from rlhf.models.loading import load_language_model
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.outputs import Run, Status
-from rlhf.training import Callback, ParameterGroup, Trainer, evaluation_mode
+from rlhf.training import Callback, ParameterGroup, Trainer
 
 ADAPTER = "sft"
 # With ten evaluations a run, more would cost more than the training of a small data set.
@@ -255,7 +255,7 @@ class SFTTrainer(Trainer):
 
     def evaluate(self) -> dict[str, float]:
         """Loss and perplexity on the first held-out rows; a few greedy samples in any case."""
-        with evaluation_mode(self.lm.module), self.lm.using(self.adapter):
+        with self.lm.inference(), self.lm.using(self.adapter):
             held_out = self.inputs.held_out
             rows = held_out if held_out is not None else self.inputs.train
             self._sample(rows[:SAMPLES_PER_EVALUATION])
@@ -296,7 +296,7 @@ class SFTTrainer(Trainer):
         folder, rows = self.output_path, self.inputs.held_out or self.inputs.train
         some = rows[: self.config.effective_micro_batch_size]
         probe = self.tokenise(some, [row.references[0] for row in some])
-        with evaluation_mode(self.lm.module):
+        with self.lm.inference():
             if self.adapter is not None:
                 save_adapter(self.lm, self.adapter, folder / "adapter")
             kl = save_merged(

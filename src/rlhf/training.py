@@ -42,7 +42,7 @@ from rlhf.tracking import (
     say,
 )
 
-__all__ = ["Callback", "ParameterGroup", "Trainer", "TrainingDiverged", "evaluation_mode"]
+__all__ = ["Callback", "ParameterGroup", "Trainer", "TrainingDiverged"]
 
 # Called after every step with the trainer, the step (from 1), its metrics and its samples.
 Callback = Callable[["Trainer", int, Mapping[str, float], Sequence[Mapping[str, Any]]], None]
@@ -51,18 +51,6 @@ SKIPS_BEFORE_GIVING_UP = 5
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 (says what happened)
     """Several updates in a row could not be made; the message says why and what to change."""
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """No gradients, and no LoRA dropout (the base has none); training mode again afterwards."""
-    training = module.training
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(training)
 
 
 class Trainer(ABC):

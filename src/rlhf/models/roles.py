@@ -141,7 +141,7 @@ class RewardModel:
     @torch.no_grad()
     def scores(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
         """Normalised scores of one batch: (B,) fp32, on the batch's device."""
-        with dropout_off(self.lm.module):
+        with self.lm.inference():
             raw = self.raw_scores(prompts, responses)
         return (raw - self.record.shift) / self.record.scale
 
