@@ -1,6 +1,7 @@
 """Scoring a file: every row comes back with its rewards."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,9 @@ def test_the_summary_is_on_stdout(
     assert metrics["reward"] == pytest.approx(sum(rewards) / len(rewards))
     assert metrics["reward_max"] == max(rewards)
     assert metrics["pairs"] == 2  # the pair without a choice says nothing of accuracy
-    assert 0 <= metrics["accuracy"] <= 1
+    gaps = [row["reward_0"] - row["reward_1"] for row in read(tmp_path / "out.jsonl")[1::4]]
+    assert metrics["accuracy"] == sum(gap > 0 for gap in gaps) / 2
+    assert metrics["log_loss"] == pytest.approx(sum(math.log1p(math.exp(-gap)) for gap in gaps) / 2)
 
 
 def test_rows_are_written_piece_by_piece_in_order(
