@@ -24,7 +24,6 @@ from rlhf.models.loading import load_language_model
 from rlhf.models.policy import PolicySource
 from rlhf.models.roles import (
     check_same_prompting,
-    dropout_off,
     load_reward_model,
     tokenizer_fingerprint,
 )
@@ -136,7 +135,7 @@ def predict_rows(
 
     with ExitStack() as stack:
         for lm in {id(lm): lm for lm in (models.tuned, models.base)}.values():
-            stack.enter_context(dropout_off(lm.module))  # an adapter may bring its own
+            stack.enter_context(lm.inference())  # an adapter may bring its own
         after, before = respond(models.tuned, models.adapter), respond(models.base, None)
         own = logprobs(models.tuned, models.adapter, after.responses)
         reference = logprobs(models.base, None, after.responses)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,7 +33,13 @@ from rlhf.models.actors import load_bases, make_critic, make_policy, make_refere
 from rlhf.models.card import write_card
 from rlhf.models.judges import RewardFn, RewardFunction, Scorer
 from rlhf.models.policy import weights_fingerprint
-from rlhf.models.roles import RewardModel, check_same_prompting, load_reward_model
+from rlhf.models.roles import (
+    RECORD_FILE,
+    RewardModel,
+    RewardRecord,
+    check_same_prompting,
+    load_reward_model,
+)
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.outputs import Run, Status
 from rlhf.tracking import say
@@ -98,7 +105,9 @@ def train_ppo(
     if config.dry_run:
         from rlhf.models.memory import dry_run_report
 
-        print(dry_run_report("ppo", config, len(inputs.prompts), inputs.lines))
+        rows = len(inputs.prompts)
+        judge = other_base(config)
+        print(dry_run_report("ppo", config, rows, inputs.lines, reward_base=judge))
         return PPOResult(config.output_dir, {})
     if inputs.run.status is Status.FINISHED:
         say(f"ppo: already finished in {config.output_dir}")
@@ -129,6 +138,15 @@ def read_inputs(
     run = inputs.finish("ppo", {"reward_model_path": judge})
     assert prompts is not None
     return Inputs(inputs.tokenizer, inputs.renderer, prompts, eval_prompts, inputs.lines, run)
+
+
+def other_base(config: PPOConfig) -> str | None:
+    """The reward model's base where it is not the policy's; needs no weights."""
+    record = Path(config.reward_model_path or "") / RECORD_FILE
+    if not record.is_file():
+        return None
+    base = RewardRecord.read(record).base_model
+    return None if base == config.base_model else base
 
 
 class PPOTrainer(Trainer):
