@@ -188,23 +188,26 @@ def test_bandit_with_lora_reaches_what_its_rank_can_express(arch: str, tmp_path:
 
 @pytest.mark.slow
 def test_multi_token_share_of_a_chosen_token(arch: str, tmp_path: Path) -> None:
-    """Reward 1 per "a" in three tokens, KL charged: the optimum share is known in closed form."""
+    """Reward 1 per "z" (one token of 120) in four tokens.
+
+    At 0.05 per nat the optimum multiplies that token's odds by exp(20) at every position, so its
+    share is 1 but for 1e-6.
+    """
+    rate = 3e-3 if arch == "t5" else 2e-3
     config = make_config(
-        tmp_path, batch_size=64, micro_batch_size=64, train_steps=80, kl_coeff=0.2, gae_lambda=1.0,
-        target_sequence_length=3, min_response_length=3, learning_rate=5e-3,
-        critic_learning_rate=5e-3, lora={"rank": 8},
+        tmp_path, batch_size=64, micro_batch_size=64, train_steps=60, kl_coeff=0.05,
+        target_sequence_length=4, learning_rate=rate, critic_learning_rate=rate, lora={"rank": 0},
     )  # fmt: skip
     Path(config.prompt_dataset).write_text('{"input_text": "the cat sat"}\n')
     trainer = PPOTrainer(
         config,
-        reward_fn=lambda prompts, responses: [float(text.count("a")) for text in responses],
+        reward_fn=lambda prompts, responses: [float(text.count("z")) for text in responses],
         model=tiny_model(arch),
         tokenizer=make_tokenizer(arch),
     )
-    # With this KL price the optimum puts almost all mass on tokens with an "a" in them.
-    for _ in range(80):
+    for _ in range(60):
         metrics = trainer.step()
-    assert metrics["ppo/score"] >= 0.9 * 3
+    assert metrics["ppo/score"] / 4 >= 0.9
 
 
 # --- the experience against a slow reference -----------------------------------------------------
