@@ -16,9 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_preferences, load_prompts
 from rlhf.data.schema import Message, PromptFields, PromptText
-from rlhf.data.tokenising import Tokeniser
+from rlhf.data.tokenising import PromptLayout, Tokeniser
 from rlhf.errors import InputError
-from rlhf.models.language_model import PromptLayout
 
 CORPUS = [
     "the cat sat on the mat and the dog ran to the summary of the post",

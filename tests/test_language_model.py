@@ -15,6 +15,7 @@ from rlhf.data.batching import TokenBatch
 from rlhf.errors import InputError
 from rlhf.models import language_model
 from rlhf.models.language_model import FAMILIES, LanguageModel
+from rlhf.models.weights import fingerprint
 
 EOS = {"t5": 1, "llama": 2}
 PAD = 0
@@ -319,9 +320,9 @@ def test_adapter_seed_decides_its_values(arch: str) -> None:
 
 def test_fingerprint_survives_bf16_and_sees_a_change(arch: str) -> None:
     model = tiny_model(arch)
-    first = language_model.fingerprint(model)
-    assert language_model.fingerprint(copy.deepcopy(model).bfloat16()) == first
-    assert language_model.fingerprint(tiny_model(arch, seed=1)) != first
+    first = fingerprint(model)
+    assert fingerprint(copy.deepcopy(model).bfloat16()) == first
+    assert fingerprint(tiny_model(arch, seed=1)) != first
 
 
 @torch.no_grad()

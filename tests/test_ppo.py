@@ -313,6 +313,19 @@ def test_micro_batches_and_order_change_no_gradient(arch: str, critic: str, tmp_
             torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("critic", ["adapter", "head"])
+def test_gradient_checkpointing_changes_no_gradient(arch: str, critic: str, tmp_path: Path) -> None:
+    """Recomputation happens in backward, and must see the adapter that forward saw."""
+    plain = make_trainer(arch, tmp_path, critic=critic)
+    recomputing = make_trainer(arch, tmp_path, critic=critic, gradient_checkpointing=True)
+    (_, experience), _ = moved(plain), moved(recomputing)
+    expected = gradients(plain, experience)
+    actual = gradients(recomputing, experience)
+    assert expected.keys() == actual.keys()
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
 def test_micro_batches_change_no_experience(arch: str, tmp_path: Path) -> None:
     trainer = make_trainer(arch, tmp_path)
     rollout = ragged_rollout(trainer)

@@ -66,6 +66,17 @@ class TokenBatch:
         return TokenBatch(torch.cat(ids), torch.cat([b.lengths for b in batches]))
 
 
+def join(prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+    """Writes each response right after its prompt. Returns (B, L) ids, right-padded."""
+    lengths = prompts.lengths + responses.lengths
+    ids = prompts.ids.new_zeros(len(prompts), int(lengths.max()))
+    column = torch.arange(ids.shape[1], device=ids.device)
+    ids[column < prompts.lengths[:, None]] = prompts.ids[prompts.mask]
+    is_response = (column >= prompts.lengths[:, None]) & (column < lengths[:, None])
+    ids[is_response] = responses.ids[responses.mask]
+    return ids
+
+
 def permutation(size: int, *seed: int) -> list[int]:
     """A permutation of range(size) that depends on the seeds alone."""
     return torch.randperm(size, generator=seeded_generator(*seed)).tolist()

@@ -18,9 +18,27 @@ from rlhf.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf.models.language_model import PromptLayout
-
 _CHECK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """What surrounds text when it becomes ids.
+
+    Attributes:
+        prefix_ids: Put before a prompt (BOS, where the tokenizer has one, for decoder-only).
+        suffix_ids: Put after a prompt, also after a truncated one (EOS for T5's encoder).
+        response_continues_text: True if the response goes on in the prompt's text, so that its
+            first token must not get the dummy space of a text's beginning.
+        eos_id: Appended to responses.
+        eos_ids: All ids that end a response (tokenizer and generation config).
+    """
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    response_continues_text: bool
+    eos_id: int
+    eos_ids: frozenset[int]
 
 
 class PromptSource(Protocol):
@@ -76,7 +94,7 @@ class Tokeniser:
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        layout: "PromptLayout",
+        layout: PromptLayout,
         prompt_limit: int,
         response_limit: int,
         truncation_side: str = "left",

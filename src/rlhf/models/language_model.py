@@ -8,7 +8,6 @@ from lengths; whether an id equals PAD says nothing.
 Shape letters: B batch, P prompt tokens, R response tokens, V vocabulary, D hidden.
 """
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,34 +27,16 @@ from transformers import (
 from typing_extensions import override
 
 from rlhf.config import LoRAConfig
-from rlhf.data.batching import TokenBatch
+from rlhf.data.batching import TokenBatch, join
+from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
 from rlhf.models.adapters import AdapterSet
+from rlhf.models.weights import fingerprint, switch_off_dropout
 
 # Logits of one chunk: 2^25 fp32 numbers are 128 MiB, so (B, R, V) never exists for large V.
 LOGITS_PER_CHUNK = 2**25
 # Finite, so that 0 * log 0 stays 0 in the entropy.
 FORBIDDEN_LOGIT = -1e30
-
-
-@dataclass(frozen=True)
-class PromptLayout:
-    """What surrounds text when it becomes ids.
-
-    Attributes:
-        prefix_ids: Put before a prompt (BOS, where the tokenizer has one, for decoder-only).
-        suffix_ids: Put after a prompt, also after a truncated one (EOS for T5's encoder).
-        response_continues_text: True if the response goes on in the prompt's text, so that its
-            first token must not get the dummy space of a text's beginning.
-        eos_id: Appended to responses.
-        eos_ids: All ids that end a response (tokenizer and generation config).
-    """
-
-    prefix_ids: tuple[int, ...]
-    suffix_ids: tuple[int, ...]
-    response_continues_text: bool
-    eos_id: int
-    eos_ids: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -127,7 +108,7 @@ class LanguageModel(ABC):
         extra_eos = getattr(module.generation_config, "eos_token_id", None)
         self.layout = self.prompt_layout(tokenizer, extra_eos)
         self.adapters = AdapterSet(module, self.task_type)
-        _switch_off_dropout(module)
+        switch_off_dropout(module)
         # An Embedding drops the gradient of its padding_idx, but PAD may be a real token here.
         embedding: Any = module.get_input_embeddings()
         embedding.padding_idx = None
@@ -463,39 +444,7 @@ class EncoderDecoderModel(LanguageModel):
 FAMILIES: dict[str, type[LanguageModel]] = {"llama": DecoderOnlyModel, "t5": EncoderDecoderModel}
 
 
-def join(prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-    """Writes each response right after its prompt. Returns (B, L) ids, right-padded."""
-    lengths = prompts.lengths + responses.lengths
-    ids = prompts.ids.new_zeros(len(prompts), int(lengths.max()))
-    column = torch.arange(ids.shape[1], device=ids.device)
-    ids[column < prompts.lengths[:, None]] = prompts.ids[prompts.mask]
-    is_response = (column >= prompts.lengths[:, None]) & (column < lengths[:, None])
-    ids[is_response] = responses.ids[responses.mask]
-    return ids
-
-
 def _eos_ids(eos: int, extra: int | list[int] | None) -> frozenset[int]:
     return frozenset(
         [eos, *([] if extra is None else [extra] if isinstance(extra, int) else extra)]
     )
-
-
-def fingerprint(module: PreTrainedModel) -> str:
-    """A short hash of the weights, the same in fp32 and bf16: tells one base from another."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        flat = tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _switch_off_dropout(module: nn.Module) -> None:
-    """Sets every dropout probability to 0; eval() would also disable checkpointing."""
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        for name in ("dropout", "attention_dropout"):
-            if isinstance(getattr(part, name, None), float):
-                setattr(part, name, 0.0)

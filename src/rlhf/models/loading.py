@@ -17,12 +17,12 @@ from transformers import (
 )
 
 from rlhf.config import StageConfig
+from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
 from rlhf.models.language_model import (
     FAMILIES,
     EncoderDecoderModel,
     LanguageModel,
-    PromptLayout,
 )
 from rlhf.models.remote import local_folder
 
