@@ -47,6 +47,8 @@ from rlhf.training import Callback, ParameterGroup, Trainer
 
 # A minibatch whose mean probability ratio is beyond this has left the region PPO is about.
 RATIO_LIMIT = 10.0
+# The first ratios of a step are 1 but for rounding; float32 stays below this.
+RATIO_TOLERANCE = 1e-4
 EVALUATION_ROWS = 256
 SAMPLES_PER_STEP = 4
 # Iterations count from 0; this names the draws of evaluations.
@@ -183,6 +185,7 @@ class PPOTrainer(Trainer):
         inputs = inputs or read_inputs(config, reward_fn, model, tokenizer)
         super().__init__(config, num_rows=len(inputs.prompts), run=inputs.run, callbacks=callbacks)
         self.lines = inputs.lines
+        self._warned = False
         self.prompts = inputs.prompts
         self.eval_prompts = inputs.eval_prompts
         bases = load_bases(config, model, inputs.tokenizer, reward_model=reward_fn is None)
@@ -220,6 +223,7 @@ class PPOTrainer(Trainer):
         coefficient = None if self.reference is None else self.kl_controller.value
         metrics = rollout_metrics(rollout, experience, stats, coefficient) | updates
         self.log_samples(rollout_samples(rollout, stats, SAMPLES_PER_STEP))
+        self._warn_of_first_ratio(metrics["ppo/ratio_first"])
         self.kl_controller.update(metrics.get("ppo/kl", 0.0), len(experience))
         return metrics
 
@@ -378,6 +382,15 @@ class PPOTrainer(Trainer):
             "eval/response_length": float(rollout.responses.lengths.float().mean()),
             "eval/eos_rate": float(rollout.finished.float().mean()),
         }
+
+    def _warn_of_first_ratio(self, deviation: float) -> None:
+        """Says once that the update does not see the policy that sampled."""
+        if deviation < RATIO_TOLERANCE or self._warned:
+            return
+        self._warned = True
+        rounding = self.policy.lm.dtype != torch.float32
+        cause = "rounding in bfloat16; float32 has none" if rounding else "a bug: please report it"
+        say(f"ppo: the first probability ratios are off 1 by up to {deviation:.2g} ({cause})")
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Policy and critic, each with its own learning rate and clip norm."""

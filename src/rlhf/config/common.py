@@ -158,7 +158,7 @@ class StageConfig(Schema):
     resume: Literal["auto", "never"] = option(
         "auto",
         "auto continues an unfinished run in output_dir and leaves a finished one alone; "
-        "never starts over.",
+        "never refuses a folder that is not empty.",
         affects_result=False,
     )
     dry_run: bool = option(
