@@ -1,0 +1,184 @@
+"""All stages by one call: what is written, what is checked first, what is not done again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlhf import pipeline
+from rlhf.config import PipelineConfig
+from rlhf.errors import InputError, StoppedBySignal
+from rlhf.pipeline import run_pipeline
+
+WORDS = "the cat sat and the dog ran to a post"
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def preferences(count, start=0):
+    return [
+        {
+            "input_text": f"{number} {WORDS} [summary]:",
+            "candidate_0": " the cat sat",
+            "candidate_1": f" a dog ran {number}",
+            "choice": number % 2,
+            "id": number,  # a field of the user's own
+        }
+        for number in range(start, start + count)
+    ]
+
+
+@pytest.fixture
+def values(checkpoints, tmp_path):
+    """A small pipeline with all four stages, of T5."""
+    rows = [{"input_text": f"{i} {WORDS}", "output_text": " the cat sat"} for i in range(12)]
+    return {
+        "base_model": str(checkpoints["t5"]),
+        "output_dir": str(tmp_path / "out"),
+        "preference_dataset": write_rows(tmp_path / "preferences.jsonl", preferences(40)),
+        "sft_dataset": write_rows(tmp_path / "sft.jsonl", rows),
+        "eval_dataset": write_rows(tmp_path / "eval.jsonl", preferences(6, start=100) + rows),
+        "prompt_sequence_length": 48,
+        "target_sequence_length": 8,
+        "batch_size": 4,
+        "train_steps": 2,
+        "log_with": "none",
+    }
+
+
+def run(values, **changes):
+    return run_pipeline(PipelineConfig.model_validate(values | changes))
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_every_stage_leaves_its_folder_and_the_pipeline_its_figures(values, tiny_checkpoint):
+    result = run(values, base_model=str(tiny_checkpoint))
+    out = Path(result.output_dir)
+    assert {path.name for path in out.iterdir()} == {
+        "sft", "reward_model", "policy", "inference", "config.yaml", "metrics.json"
+    }  # fmt: skip
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert list(metrics) == ["sft", "reward_model", "ppo", "inference", "seconds"]
+    assert metrics["inference"]["rows"] == 18
+    assert "reward_model_accuracy" in metrics["inference"]  # eval rows with candidates
+    assert (out / "policy" / "merged" / "config.json").is_file()
+    base = str(out / "sft" / "merged")
+    for stage in ("reward_model", "policy"):
+        assert yaml.safe_load((out / stage / "config.yaml").read_text())["base_model"] == base
+    assert len((out / "inference" / "predictions.jsonl").read_text().splitlines()) == 18
+
+
+def test_a_finished_pipeline_is_left_alone_and_a_changed_one_is_refused(values, monkeypatch):
+    out = Path(run(values).output_dir)
+    before = contents(out)
+    monkeypatch.setattr("rlhf.ppo_trainer.PPOTrainer.train", lambda _: pytest.fail("ran again"))
+    again = run(values)
+    assert contents(out) == before
+    assert again.metrics == json.loads((out / "metrics.json").read_text())
+    with pytest.raises(InputError, match="kl_coeff"):
+        run(values, ppo={"kl_coeff": 0.5})
+    for folder in ("sft", "reward_model", "policy", "inference"):
+        assert contents(out / folder) == {
+            name.relative_to(folder): data
+            for name, data in before.items()
+            if name.parts[0] == folder
+        }
+
+
+def test_a_stopped_pipeline_goes_on_with_the_stage_it_was_in(values, monkeypatch):
+    def stop(config):
+        raise StoppedBySignal(1)
+
+    calls = []
+
+    def counted(config):
+        calls.append("reward_model")
+        return pipeline.train_reward_model(config)
+
+    monkeypatch.setitem(pipeline.STAGES, "ppo", stop)
+    with pytest.raises(StoppedBySignal):
+        run(values)
+    assert not (Path(values["output_dir"]) / "metrics.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setitem(pipeline.STAGES, "reward_model", counted)
+    trained = (Path(values["output_dir"]) / "reward_model" / "head.safetensors").stat().st_mtime_ns
+    assert "inference" in run(values).metrics
+    assert calls == ["reward_model"]  # asked, and found finished
+    head = Path(values["output_dir"]) / "reward_model" / "head.safetensors"
+    assert head.stat().st_mtime_ns == trained
+
+
+def test_without_eval_dataset_rows_are_held_out_by_prompt_for_all_stages(values, tmp_path):
+    rows = preferences(40) + preferences(40)  # every prompt twice
+    path = write_rows(tmp_path / "twice.jsonl", rows)
+    out = Path(run(values, eval_dataset=None, sft_dataset=None, preference_dataset=path).output_dir)
+    parts = [
+        [json.loads(line) for line in (out / "data" / name).read_text().splitlines()]
+        for name in ("preferences.jsonl", "held_out.jsonl")
+    ]
+    assert sorted(row["id"] for part in parts for row in part) == sorted(row["id"] for row in rows)
+    train, held_out = ({row["input_text"] for row in part} for part in parts)
+    assert held_out
+    assert not train & held_out
+    predicted = (out / "inference" / "predictions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["input_text"] for line in predicted} == held_out
+    config = yaml.safe_load((out / "policy" / "config.yaml").read_text())
+    assert config["prompt_dataset"] == str(out / "data" / "preferences.jsonl")
+    assert run(values, eval_dataset=None, sft_dataset=None, preference_dataset=path).metrics
+
+
+def test_all_that_is_wrong_with_any_stage_is_said_before_a_model_is_loaded(
+    values, tmp_path, monkeypatch
+):
+    for stage in pipeline.STAGES:
+        monkeypatch.setitem(pipeline.STAGES, stage, lambda _: pytest.fail("a stage ran"))
+    bad = {
+        "sft_dataset": [{"input_text": "no output"}],
+        "preference_dataset": [preferences(1)[0] | {"choice": 2}],
+        "prompt_dataset": [{"input_text": 3}],
+        "eval_dataset": [preferences(1)[0] | {"candidate_1": None}],
+    }
+    changes = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in bad.items()}
+    with pytest.raises(InputError) as error:
+        run(values, **changes)
+    text = str(error.value)
+    for name in bad:
+        assert f"{name}.jsonl:1: " in text
+    assert len(error.value.problems) == len(set(error.value.problems))
+    assert not Path(values["output_dir"]).exists()
+
+
+def test_limits_of_a_single_stage_are_found_first(values, checkpoints):
+    with pytest.raises(InputError, match="prompt_sequence_length"):
+        run(
+            values,
+            base_model=str(checkpoints["llama"]),
+            ppo={"prompt_sequence_length": 100_000},
+        )
+    assert not Path(values["output_dir"]).exists()
+
+
+def test_a_dry_run_says_what_would_happen_and_writes_nothing(values, capsys):
+    result = run(values, dry_run=True)
+    said = capsys.readouterr().out
+    for stage in ("sft", "reward_model", "ppo", "inference"):
+        assert stage in said
+    assert "eval_dataset: 18 rows" in said
+    assert result.metrics == {}
+    assert not Path(values["output_dir"]).exists()
+
+
+def test_the_reward_model_may_have_a_base_of_its_own(values, checkpoints):
+    other = str(checkpoints["llama"])
+    result = run(values, reward_model={"base_model": other})
+    record = Path(result.output_dir) / "reward_model" / "reward_model.json"
+    assert json.loads(record.read_text())["base_model"] == other
