@@ -144,7 +144,7 @@ def test_kl_is_the_log_ratio_of_plain_forward_passes(case: Case, tmp_path: Path)
     config = case.config(tmp_path / "out", temperature=temperature)
     source = inference.find_policy(config.policy_path)
     config = inference.with_policy_settings(config, source)
-    models = comparison.load_models(config, source, PromptRenderer.for_tokenizer(lm.tokenizer))
+    models = comparison.load_models(config, source)
     seen = record_responses(models, config)
     assert len(seen) == len(ROWS)
     for row, (prompt, response) in zip(read(result.predictions), seen, strict=True):

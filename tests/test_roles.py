@@ -27,7 +27,7 @@ from rlhf.models.loading import load_language_model
 from rlhf.models.roles import (
     RewardModel,
     RewardRecord,
-    check_same_prompting,
+    check_judge,
     load_reward_model,
     tokenizer_fingerprint,
     value_from_reward,
@@ -415,18 +415,20 @@ def test_missing_base_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> 
         load_reward_model(str(tmp_path / "nothing"), device="cpu")
 
 
-def test_other_prompting_is_refused(checkpoints: dict[str, Path]) -> None:
+def test_other_prompting_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     renderer = PromptRenderer("Summarise:")
     lm = load(checkpoints["t5"])
-    reward = make_reward(lm, instruction="Summarise:", prompting=renderer.identity)
-    check_same_prompting(reward, renderer)
+    make_reward(lm, instruction="Summarise:", prompting=renderer.identity).save(tmp_path)
+    check_judge(str(tmp_path), renderer)
     with pytest.raises(InputError, match="instruction 'Summarise:', but instruction is ''"):
-        check_same_prompting(reward, PromptRenderer())
+        check_judge(str(tmp_path), PromptRenderer())
     chat = PromptRenderer("Summarise:", "{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(InputError, match="another chat template"):
-        check_same_prompting(reward, chat)
-    check_same_prompting(reward, chat, conversations=False)
-    check_same_prompting(RewardFn(lambda prompts, responses: [0.0]), chat)
+        check_judge(str(tmp_path), chat)
+    check_judge(str(tmp_path), chat, conversations=False)
+    check_judge(str(checkpoints["t5"]), chat)  # not ours: says nothing of its prompts
+    with pytest.raises(InputError, match="there is no folder"):
+        check_judge(str(tmp_path / "nothing"), chat)
 
 
 def test_reward_function_gets_texts() -> None:

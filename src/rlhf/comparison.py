@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rlhf.config import InferenceConfig
 from rlhf.data.batching import TokenBatch
-from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptRow
 from rlhf.data.tokenising import Tokeniser
 from rlhf.errors import InputError
@@ -23,7 +22,6 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
 from rlhf.models.policy import PolicySource
 from rlhf.models.roles import (
-    check_same_prompting,
     load_reward_model,
     tokenizer_fingerprint,
 )
@@ -53,13 +51,12 @@ class Models:
     scorer: Scorer | None
 
 
-def load_models(config: InferenceConfig, source: PolicySource, renderer: PromptRenderer) -> Models:
+def load_models(config: InferenceConfig, source: PolicySource) -> Models:
     """Loads the policy, its base and the reward model, as few models as there can be.
 
     Args:
         config: With `base_model` filled in.
         source: What `policy_path` holds.
-        renderer: Of the prompts; the reward model must have been trained with an equal one.
 
     Raises:
         InputError: Checkpoints that are broken or do not belong together.
@@ -77,7 +74,6 @@ def load_models(config: InferenceConfig, source: PolicySource, renderer: PromptR
         scorer = load_reward_model(
             config.reward_model_path, device=config.device, dtype=config.dtype, policy_lm=base
         )
-        check_same_prompting(scorer, renderer)
     tokeniser = Tokeniser(
         tuned.tokenizer,
         tuned.layout,

@@ -16,6 +16,7 @@ from rlhf.local_metrics import module_metrics
 from rlhf.models.loading import check_limits, load_tokenizer, pick_device, read_model_config
 from rlhf.models.memory import dry_run_report
 from rlhf.models.policy import PolicySource, find_policy, weights_fingerprint
+from rlhf.models.roles import check_judge
 from rlhf.outputs import Run, Status, prepare_output, write_text
 from rlhf.predictions import (
     Prediction,
@@ -106,7 +107,7 @@ def run_inference(config: InferenceConfig) -> InferenceResult:
         file = _open_predictions(run, config, len(inputs.prompts))
         models = None
         if file.count < len(inputs.prompts) or inputs.preferences:
-            models = load_models(config, source, inputs.renderer)
+            models = load_models(config, source)
             say(f"{STAGE}: {models.tokeniser.check_prompts(inputs.prompts).line()}")
         run.start()
         metrics: dict[str, Any] = {}
@@ -168,6 +169,8 @@ def _read_inputs(config: InferenceConfig, source: PolicySource) -> _Inputs:
     problems += _metric_problems(config.extra_metrics, prompts or ())
     if problems or prompts is None:
         raise InputError(problems)
+    if config.reward_model_path is not None:
+        check_judge(config.reward_model_path, renderer, prompts.report.conversations > 0)
     return _Inputs(source, renderer, prompts, preferences)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,11 +33,10 @@ from rlhf.models.card import write_card
 from rlhf.models.judges import RewardFn, RewardFunction, Scorer
 from rlhf.models.policy import weights_fingerprint
 from rlhf.models.roles import (
-    RECORD_FILE,
     RewardModel,
-    RewardRecord,
-    check_same_prompting,
+    check_judge,
     load_reward_model,
+    read_record,
 )
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.outputs import Run, Status
@@ -139,16 +137,15 @@ def read_inputs(
     judge = weights_fingerprint(config.reward_model_path) if config.reward_model_path else ""
     run = inputs.finish("ppo", {"reward_model_path": judge})
     assert prompts is not None
+    if config.reward_model_path:
+        check_judge(config.reward_model_path, inputs.renderer, prompts.report.conversations > 0)
     return Inputs(inputs.tokenizer, inputs.renderer, prompts, eval_prompts, inputs.lines, run)
 
 
 def other_base(config: PPOConfig) -> str | None:
     """The reward model's base where it is not the policy's; needs no weights."""
-    record = Path(config.reward_model_path or "") / RECORD_FILE
-    if not record.is_file():
-        return None
-    base = RewardRecord.read(record).base_model
-    return None if base == config.base_model else base
+    record = read_record(config.reward_model_path) if config.reward_model_path else None
+    return None if record is None or record.base_model == config.base_model else record.base_model
 
 
 class PPOTrainer(Trainer):
@@ -189,7 +186,7 @@ class PPOTrainer(Trainer):
         self.prompts = inputs.prompts
         self.eval_prompts = inputs.eval_prompts
         bases = load_bases(config, model, inputs.tokenizer, reward_model=reward_fn is None)
-        self.scorer = self._make_scorer(reward_fn, bases.frozen, inputs.renderer)
+        self.scorer = self._make_scorer(reward_fn, bases.frozen)
         self.policy = make_policy(config, bases)
         self.reference = make_reference(config, bases)
         self.critic = make_critic(config, self.policy, self.scorer, model, inputs.tokenizer)
@@ -431,15 +428,13 @@ class PPOTrainer(Trainer):
         write_card(folder, self.stage, self.config, shown | metrics, self.lines)
         return metrics
 
-    def _make_scorer(self, reward_fn: RewardFunction | None, frozen: Any, renderer: Any) -> Scorer:
+    def _make_scorer(self, reward_fn: RewardFunction | None, frozen: Any) -> Scorer:
         if reward_fn is not None:
             return RewardFn(reward_fn)
         assert self.config.reward_model_path is not None
-        scorer = load_reward_model(
+        return load_reward_model(
             self.config.reward_model_path,
             device=self.config.device,
             dtype=self.config.dtype,
             policy_lm=frozen,
         )
-        check_same_prompting(scorer, renderer, conversations=self.prompts.report.conversations > 0)
-        return scorer

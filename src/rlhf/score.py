@@ -25,7 +25,7 @@ from rlhf.models.remote import local_folder
 from rlhf.models.roles import (
     RECORD_FILE,
     RewardRecord,
-    check_same_prompting,
+    check_judge,
     load_reward_model,
 )
 from rlhf.predictions import json_line
@@ -86,8 +86,8 @@ def run_score(config: ScoreConfig) -> ScoreResult:
     _check_output(config.output, files)
     renderer = _renderer(config)
     total, skipped = _check_rows(files, renderer, config.on_bad_rows)
+    check_judge(config.reward_model_path, renderer)
     scorer = load_reward_model(config.reward_model_path, device=config.device, dtype=config.dtype)
-    check_same_prompting(scorer, renderer)
     figures = _Figures()
     with _WholeFile(config.output) as temporary, temporary.open("wb") as file:
         progress = ProgressLine(STAGE, total, 0, ("reward",))

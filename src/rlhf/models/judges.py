@@ -25,10 +25,6 @@ class Scorer(Protocol):
 
     shares_base: bool
 
-    @property
-    def prompting(self) -> str | None:
-        """Identity of the instruction and template it was trained with, None if it has none."""
-
     def score(
         self, prompts: Sequence[PromptText], responses: Sequence[str], batch_size: int = 32
     ) -> Tensor:
@@ -45,7 +41,6 @@ class RewardFn:
     """
 
     shares_base = False
-    prompting: str | None = None
 
     def __init__(self, function: RewardFunction) -> None:
         if not callable(function):
@@ -100,7 +95,6 @@ class SequenceClassifier:
     """
 
     shares_base = False
-    prompting: str | None = None
 
     def __init__(
         self,

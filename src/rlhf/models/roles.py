@@ -118,11 +118,6 @@ class RewardModel:
             truncation_side=record.truncation_side,
         )
 
-    @property
-    def prompting(self) -> str | None:
-        """Identity of the instruction and template it was trained with."""
-        return self.record.prompting
-
     def normalise(self, shift: float, scale: float) -> None:
         """Sets the constants of the normalised score, (raw − shift) / scale."""
         self.record = replace(self.record, shift=shift, scale=scale)
@@ -253,25 +248,41 @@ def value_from_reward(reward: RewardModel, name: str = "value") -> ScalarHead:
     return head
 
 
-def check_same_prompting(
-    scorer: Scorer, renderer: PromptRenderer, conversations: bool = True
-) -> None:
-    """Refuses a reward model that was trained on prompts written in another way.
+def read_record(path: str) -> RewardRecord | None:
+    """What a reward model was trained with; reads no weights.
+
+    Returns:
+        None for a sequence classifier, which says nothing of its prompts.
+
+    Raises:
+        InputError: There is no such folder, or its record cannot be read.
+    """
+    folder = local_folder(path) if "://" in path else Path(path)
+    if path.startswith(("/", "./", "../")) and not folder.is_dir():
+        raise InputError(f"reward_model_path: there is no folder {path}")
+    file = folder / RECORD_FILE
+    return RewardRecord.read(file) if file.is_file() else None
+
+
+def check_judge(path: str, renderer: PromptRenderer, conversations: bool = True) -> None:
+    """Refuses a reward model that is missing, or was trained on prompts written in another way.
 
     Args:
-        scorer: What will score; classifiers and callables say nothing of their prompts.
+        path: Folder or Hub id of the reward model, of which no weights are read.
         renderer: What writes the policy's prompts.
         conversations: Whether the policy's rows have `messages`; without, no template is used.
 
     Raises:
-        InputError: If its instruction or template differ from the policy's.
+        InputError: If it is not there, or its instruction or template differ from the policy's.
     """
-    if not isinstance(scorer, RewardModel):
+    record = read_record(path)
+    if record is None:
         return
-    trained = scorer.record.instruction
-    if trained != renderer.instruction:
-        difference = f"with instruction {trained!r}, but instruction is {renderer.instruction!r}"
-    elif conversations and scorer.prompting != renderer.identity:
+    if record.instruction != renderer.instruction:
+        difference = (
+            f"with instruction {record.instruction!r}, but instruction is {renderer.instruction!r}"
+        )
+    elif conversations and record.prompting != renderer.identity:
         difference = "with another chat template than that of base_model"
     else:
         return
