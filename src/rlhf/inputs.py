@@ -89,8 +89,10 @@ class StageInputs:
             return None
         self._fingerprints[name] = data.fingerprint
         self.lines += data.report.lines()
+        tokeniser = self._tokeniser()
         try:
-            lengths = self._tokeniser().check_prompts(data)
+            tokeniser.check_template(self.renderer, data.report.conversations > 0)
+            lengths = tokeniser.check_prompts(data)
         except InputError as error:
             self._limits += error.problems
             return None

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
@@ -25,6 +24,7 @@ from rlhf.models.language_model import (
     LanguageModel,
 )
 from rlhf.models.remote import local_folder
+from rlhf.models.weights import quiet_transformers
 
 SUPPORTED = "rlhf trains T5 (also v1.1 and Flan) and LLaMA models"
 
@@ -159,7 +159,7 @@ def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention
     seq2seq = issubclass(FAMILIES[config.model_type], EncoderDecoderModel)
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     try:
-        with _Quiet():
+        with quiet_transformers():
             model, info = auto.from_pretrained(
                 _existing(name),
                 revision=revision,
@@ -228,17 +228,6 @@ def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, name: str)
             f"base_model: the tokenizer of {name} has ids up to {largest}, the model only {rows} "
             "embeddings: they do not belong together"
         )
-
-
-class _Quiet:
-    """Silences transformers' advice while loading; our own errors say what matters."""
-
-    def __enter__(self) -> None:
-        self._level = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-
-    def __exit__(self, *_: object) -> None:
-        transformers.logging.set_verbosity(self._level)
 
 
 def _reason(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlhf.data.batching import TokenBatch
 from rlhf.errors import InputError
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.weights import quiet_transformers
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ORIGIN = "rlhf.json"
@@ -113,7 +114,8 @@ def save_merged(
     plain.load_state_dict(state, strict=True, assign=True)
     _tie_what_is_equal(plain, state)
     plain.generation_config = lm.module.generation_config
-    plain.save_pretrained(folder)
+    with quiet_transformers():
+        plain.save_pretrained(folder)
     _keep_head_scaling(plain, folder)
     lm.tokenizer.save_pretrained(folder)
     _write_origin(lm, folder)

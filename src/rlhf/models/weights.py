@@ -1,10 +1,13 @@
 """What can be said and done to a model's weights as they are."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 
 def fingerprint(module: PreTrainedModel) -> str:
@@ -26,3 +29,17 @@ def switch_off_dropout(module: nn.Module) -> None:
         for name in ("dropout", "attention_dropout"):
             if isinstance(getattr(part, name, None), float):
                 setattr(part, name, 0.0)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silences its bars and advice while weights are read or written; errors still come."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
