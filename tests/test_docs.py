@@ -123,3 +123,14 @@ def test_every_metric_of_ppo_is_explained(tmp_path: Path) -> None:
     for name in metrics:
         shown = re.sub(r"^(time/|train/grad_norm_).*", r"\1", name)
         assert f"`{shown}" in text, name
+
+
+def test_every_metric_of_inference_is_explained(tmp_path: Path) -> None:
+    from rlhf.predictions import Prediction, prediction_metrics
+
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    row = Prediction("in", "a b", "a c", "a b", 1.0, 0.5, 0.1, 0.1, 3, 2, 2, "eos", "eos")
+    for name in prediction_metrics([row] * 3):
+        plain = re.sub(r"^baseline_|_(low|high)$", "", name)
+        plain = re.sub(r"^tokens_.*", "tokens_mean", plain)
+        assert f"`{plain}`" in text or plain == "rows", name
