@@ -107,7 +107,6 @@ _CLAUSES = {
     "cause": ("because of the {cause}", "due to the {cause}"),
 }
 _OPENINGS = ("Long story short :", "The story again :", "To be honest :")
-_DOUBT = " (?)"
 
 
 @dataclass(frozen=True)
@@ -136,21 +135,15 @@ class Writer:
         forget: probability of leaving out a fact of the post, each on its own.
         invent: probability of getting a fact wrong, or of stating one out of thin air.
         ramble: probability of an idle opening.
-        doubt: probability of a question mark behind a fact that is right.
-        doubt_invented: the same of a fact that is not.
     """
 
     forget: float
     invent: float
     ramble: float
-    doubt: float
-    doubt_invented: float
 
 
-# Who is unsure of what he wrote says so. That gives a language model a reason to notice inventions,
-# as the regularities of real texts do; in annotated candidates the mark tells nothing.
-HURRIED = Writer(forget=0.4, invent=0.08, ramble=0.3, doubt=0.05, doubt_invented=0.6)
-CAREFUL = Writer(forget=0.0, invent=0.0, ramble=0.0, doubt=0.0, doubt_invented=0.0)
+HURRIED = Writer(forget=0.5, invent=0.03, ramble=0.3)
+CAREFUL = Writer(forget=0.0, invent=0.0, ramble=0.0)
 
 
 def make_post(rng: random.Random) -> Post:
@@ -171,13 +164,10 @@ def write_summary(rng: random.Random, facts: dict[str, str], writer: Writer) -> 
     for slot, values in FACTS.items():
         if slot in facts and rng.random() < writer.forget:
             continue
-        invented = rng.random() < writer.invent
-        if invented:
+        if rng.random() < writer.invent:
             told[slot] = rng.choice([value for value in values if value != facts.get(slot)])
         elif slot in facts:
             told[slot] = facts[slot]
-        if slot in told and rng.random() < (writer.doubt_invented if invented else writer.doubt):
-            told[slot] += _DOUBT
     words = ["{who} {action} a {object}".format(**(_VAGUE | told))]
     words += [rng.choice(_CLAUSES[slot]).format(**told) for slot in EXTRA_SLOTS if slot in told]
     if rng.random() < writer.ramble:
@@ -188,7 +178,7 @@ def write_summary(rng: random.Random, facts: dict[str, str], writer: Writer) -> 
 def vocabulary() -> list[str]:
     """Returns every word and mark that the grammar can produce, in order, and the cue."""
     by_slot = [*_EXTRA_SENTENCES.values(), *_CLAUSES.values()]
-    texts = [*_CORE_SENTENCES, *_FILLERS, *_VAGUE.values(), *_OPENINGS, _DOUBT]
+    texts = [*_CORE_SENTENCES, *_FILLERS, *_VAGUE.values(), *_OPENINGS]
     texts += [text for texts_of_slot in by_slot for text in texts_of_slot]
     values = [value for values in FACTS.values() for value in values]
     words = {word for text in texts for word in text.split() if not word.startswith("{")}
@@ -297,8 +287,8 @@ def _eval_row(rng: random.Random, post: Post) -> dict[str, object]:
 
 
 def _any_writer(rng: random.Random) -> Writer:
-    """Careful to hopeless, doubting without reason."""
-    return Writer(rng.uniform(0.0, 0.8), rng.uniform(0.0, 0.25), 0.3, 0.1, 0.1)
+    """Careful to hopeless."""
+    return Writer(rng.uniform(0.0, 0.9), rng.uniform(0.0, 0.05), 0.3)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
