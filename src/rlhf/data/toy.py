@@ -36,12 +36,12 @@ CUE = " [summary]:"
 
 COVERED = 1.0
 """Gold reward of each fact of the post that the summary tells."""
-INVENTED = -1.5
+INVENTED = -1.0
 """Gold reward of each fact in the summary that the post does not tell."""
 EXCESS_WORD = -0.15
 """Gold reward of each word beyond the budget."""
-WORD_BUDGET = 14
-"""A careful summary of a typical post fits; one of the longest pays two words for its last fact."""
+WORD_BUDGET = 16
+"""A careful summary of any post fits, give or take a word; rambling costs."""
 ANNOTATOR_SHARPNESS = 1.25
 """The annotator prefers a to b with probability sigmoid(sharpness * (gold a - gold b))."""
 
