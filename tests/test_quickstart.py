@@ -38,15 +38,15 @@ ROW = {"input_text": POST, "candidate_0": " Anna.", "candidate_1": " Boris.", "c
 def test_figures_of_hand_worked_samples():
     predictions = [
         prediction(" Anna bought a thing.", " Anna bought a lamp last May."),  # gold 2, 4
-        prediction(" Boris.", " Anna sold a lamp."),  # gold -1.5, 0.5
+        prediction(" Boris.", " Anna sold a lamp."),  # gold -1, 1
     ]
     figures = quickstart.summarise(predictions, INFERENCE, [ROW])
-    assert figures["gold_reward_before"] == pytest.approx(0.25)
-    assert figures["gold_reward_after"] == pytest.approx(2.25)
-    assert figures["gold_reward_std_before"] == pytest.approx(3.5 / 2**0.5)  # of a sample
-    assert figures["gold_gain"] == pytest.approx(2.0 / (3.5 / 2**0.5))
+    assert figures["gold_reward_before"] == pytest.approx(0.5)
+    assert figures["gold_reward_after"] == pytest.approx(2.5)
+    assert figures["gold_reward_std_before"] == pytest.approx(3.0 / 2**0.5)  # of a sample
+    assert figures["gold_gain"] == pytest.approx(2.0 / (3.0 / 2**0.5))
     assert figures["reward_model_accuracy_allowed"] == pytest.approx(
-        1 / (1 + 2.718281828 ** (-1.25 * 2.5))
+        1 / (1 + 2.718281828 ** (-1.25 * 2.0))
     )
     assert (figures["reward_before"], figures["reward_after"], figures["kl"]) == (0.0, 1.0, 2.0)
     assert (figures["tokens_before"], figures["tokens_after"]) == (4, 6)

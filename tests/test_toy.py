@@ -32,10 +32,10 @@ def corpus(tmp_path_factory):
         (" Peter painted a blanket in Havana last October and felt lonely.", 6.0),
         (" Peter painted a thing.", 2.0),
         (" Peter PETER peter, Peter!", 1.0),
-        (" Anna painted a blanket.", 2.0 - 1.5),
-        (" Anna sold a lamp in Rome.", 4 * -1.5),
-        (" word" * 14, 0.0),
-        (" word" * 16, 2 * -0.15),
+        (" Anna painted a blanket.", 2.0 - 1.0),
+        (" Anna sold a lamp in Rome.", 4 * -1.0),
+        (" word" * 16, 0.0),
+        (" word" * 18, 2 * -0.15),
         ("", 0.0),
         (" \n\t]]{}é\x00", 0.0),
     ],
@@ -92,7 +92,7 @@ def test_the_annotator_is_noisy_as_bradley_and_terry_say(corpus):
     assert 0.8 < allowed < 0.95
     assert share == pytest.approx(allowed, abs=0.05)  # 3 standard errors of 550 labels
     assert toy.preference_probability(POST, " Peter.", " Anna.") == pytest.approx(
-        1 / (1 + 2.718281828 ** (1.25 * 2.5))
+        1 / (1 + 2.718281828 ** (1.25 * 2.0))
     )
 
 
