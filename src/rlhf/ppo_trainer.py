@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -106,7 +107,7 @@ def train_ppo(
         from rlhf.models.memory import dry_run_report
 
         rows = len(inputs.prompts)
-        judge = other_base(config)
+        judge = None if _is_made_later(config) else other_base(config)
         print(dry_run_report("ppo", config, rows, inputs.lines, reward_base=judge))
         return PPOResult(config.output_dir, {})
     if inputs.run.status is Status.FINISHED:
@@ -137,9 +138,15 @@ def read_inputs(
     judge = weights_fingerprint(config.reward_model_path) if config.reward_model_path else ""
     run = inputs.finish("ppo", {"reward_model_path": judge})
     assert prompts is not None
-    if config.reward_model_path:
+    if config.reward_model_path and not _is_made_later(config):
         check_judge(config.reward_model_path, inputs.renderer, prompts.report.conversations > 0)
     return Inputs(inputs.tokenizer, inputs.renderer, prompts, eval_prompts, inputs.lines, run)
+
+
+def _is_made_later(config: PPOConfig) -> bool:
+    """In a pipeline's dry run the reward model does not exist yet."""
+    path = config.reward_model_path
+    return config.dry_run and path is not None and "://" not in path and not Path(path).exists()
 
 
 def other_base(config: PPOConfig) -> str | None:
