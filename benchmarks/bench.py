@@ -21,7 +21,7 @@ from rich.table import Table
 
 import report
 from comparisons import COMPARISONS, Comparison, quick
-from rounds import HERE, compare, environment
+from rounds import HERE, compare, entry, environment
 
 RESULTS = HERE / "results"
 PAGE = HERE / "README.md"
@@ -31,16 +31,16 @@ def main() -> int:
     """Runs what the command line asks for; 1 if any side failed."""
     options = parse()
     chosen = choose(options.only, options.device)
+    if options.quick:  # in which all points of a scaling are one and the same
+        chosen = {n: one for n, one in chosen.items() if one.group == "main" or n == "scaling_base"}
     path = RESULTS / f"{options.device}.json"
-    keep = options.only and path.is_file() and not options.quick
-    results = json.loads(path.read_text()) if keep else {"comparisons": {}}
-    results["machine"] = machine(options.device, options.threads)
+    here = machine(options.device, options.threads)
+    results = start(path, here, keep=bool(options.only) and not options.quick)
     for number, (name, comparison) in enumerate(chosen.items(), 1):
         print(f"[{number}/{len(chosen)}] {name}", file=sys.stderr)
-        entry = measure(quick(comparison) if options.quick else comparison, options)
-        results["comparisons"][name] = entry
-        known = [known for known in COMPARISONS if known in results["comparisons"]]
-        results["comparisons"] = {known: results["comparisons"][known] for known in known}
+        measured = measure(quick(comparison) if options.quick else comparison, options)
+        found = results["comparisons"] | {name: measured | {"machine": here}}
+        results["comparisons"] = {name: found[name] for name in COMPARISONS if name in found}
         if not options.quick:
             write(results, path, options.device)
     show(results, list(chosen))
@@ -77,6 +77,17 @@ def machine(device: str, threads: int) -> dict[str, Any]:
     return {"date": date, **json.loads(output.stdout)}
 
 
+def start(path: Path, here: dict[str, Any], *, keep: bool) -> dict[str, Any]:
+    """Results to add to: those of an earlier run if they are kept and of this machine."""
+    earlier = json.loads(path.read_text()) if keep and path.is_file() else None
+    same = ("device", "threads")
+    if earlier and all(earlier["machine"][name] == here[name] for name in same):
+        return {"machine": here, "comparisons": earlier["comparisons"]}
+    if earlier:
+        print(f"{path}: of another machine or other threads; starting anew", file=sys.stderr)
+    return {"machine": here, "comparisons": {}}
+
+
 def measure(comparison: Comparison, options: argparse.Namespace) -> dict[str, Any]:
     """Runs one comparison in a temporary folder; whatever goes wrong becomes its result."""
     sizes = {"rounds": options.rounds, "device": options.device, "threads": options.threads}
@@ -85,16 +96,8 @@ def measure(comparison: Comparison, options: argparse.Namespace) -> dict[str, An
             return compare(comparison, Path(folder), **sizes)
         except Exception as error:
             traceback.print_exc()
-            failed = {"rounds": [], "ours": True, "target": None, "error": str(error)}
-            lengths = {"prompt": comparison.lengths.prompt, "response": comparison.lengths.response}
-            return {
-                "group": comparison.group,
-                "baseline": None,
-                "model": comparison.model,
-                "batch": comparison.batch,
-                "lengths": lengths,
-                "sides": dict.fromkeys(comparison.sides, failed),
-            }
+            failed = {"rounds": [], "error": " ".join(str(error).split())[-300:]}
+            return entry(comparison, dict.fromkeys(comparison.sides, failed))
 
 
 def write(results: dict[str, Any], path: Path, device: str) -> None:

@@ -34,16 +34,17 @@ def comparison_rows(name: str, entry: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def phase_rows(name: str, entry: Mapping[str, Any], machine: Mapping[str, Any]) -> list[Row]:
+def phase_rows(name: str, entry: Mapping[str, Any]) -> list[Row]:
     """One row per phase of each side of ours: seconds, FLOPs, share of the measured rates."""
-    rows = []
+    rows: list[Row] = []
     for side_name, side in entry["sides"].items():
         if not (side["ours"] and side["rounds"]):
             continue
         for phase, spent in phases(side).items():
             label = [name if not rows else "", side_name]
             share = f"{100 * spent / median(seconds(side)):.0f} %"
-            rows.append([*label, phase, f"{spent:.3g} s", share, *_rates(side, phase, machine)])
+            rates = _rates(side, phase, entry["machine"])
+            rows.append([*label, phase, f"{spent:.3g} s", share, *rates])
     return rows
 
 
@@ -82,11 +83,11 @@ SCALING += ["update", "memory"]
 
 def tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[Row]]]:
     """Title, header and rows of each table."""
-    entries, machine = results["comparisons"], results["machine"]
+    entries = results["comparisons"]
     main = {name: entry for name, entry in entries.items() if entry["group"] == "main"}
     scaling = {name: entry for name, entry in entries.items() if entry["group"] == "scaling"}
     compared = [row for name, entry in main.items() for row in comparison_rows(name, entry)]
-    parts = [row for name, entry in main.items() for row in phase_rows(name, entry, machine)]
+    parts = [row for name, entry in main.items() for row in phase_rows(name, entry)]
     named = [
         ("Against the peers", MAIN, compared),
         ("Where our time goes", PHASES, parts),

@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Worker:
     """
 
     def __init__(self, side: Side, spec: Mapping[str, Any], log: Path) -> None:
-        self._log = log
+        self.log = log
         try:
             interpreter = prepare(side.environment)
         except (OSError, subprocess.CalledProcessError) as error:
@@ -90,7 +91,7 @@ class Worker:
         self._process.communicate()
 
     def _last_words(self) -> str:
-        status, last = self._process.wait(), log_tail(self._log, 1)
+        status, last = self._process.wait(), log_tail(self.log, 1)
         return f"ended with status {status}: {last[0] if last else 'no output'}"
 
 
@@ -106,6 +107,63 @@ def environment(threads: int) -> dict[str, str]:
     return {**os.environ, **fixed, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
 
 
+class Contest:
+    """The sides of a comparison, each until it fails: then it says why and takes part no more.
+
+    Args:
+        comparison: What to measure.
+        spec: What all sides are told, see `Worker`.
+    """
+
+    def __init__(self, comparison: Comparison, spec: Mapping[str, Any]) -> None:
+        self._comparison = comparison
+        self._spec = spec
+        self._workers: dict[str, Worker] = {}
+        self.sides: dict[str, dict[str, Any]] = {name: {"rounds": []} for name in comparison.sides}
+
+    def __enter__(self) -> "Contest":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers.values():
+            worker.stop()
+
+    def working(self, first: int = 0) -> list[str]:
+        """Sides that have not failed, beginning with another one for another number."""
+        names = [name for name, side in self.sides.items() if "error" not in side]
+        start = first % len(names) if names else 0
+        return names[start:] + names[:start]
+
+    def start(self, name: str) -> None:
+        """Sets a side up and lets it make its warm-up."""
+        log = Path(self._spec["folder"]) / f"{slug(name)}.log"
+        with self._failing(name, log):
+            side = self._comparison.sides[name]
+            own = {"side": slug(name), "options": dict(side.options)}
+            self._workers[name] = Worker(side, {**self._spec, **own}, log)
+            self.sides[name]["facts"] = self._workers[name].receive()["facts"]
+
+    def round(self, name: str) -> None:
+        """Lets a side make one round."""
+        with self._failing(name, self._workers[name].log):
+            answer = self._workers[name].send("round")
+            times = {part: answer[part] for part in ("seconds", "phases")}
+            self.sides[name]["rounds"].append(times)
+
+    def end(self, name: str) -> None:
+        """Asks a side for its peak memory."""
+        with self._failing(name, self._workers[name].log):
+            self.sides[name] |= self._workers[name].send("end")
+
+    @contextmanager
+    def _failing(self, name: str, log: Path) -> Iterator[None]:
+        try:
+            yield
+        except SideFailed as error:
+            print(f"{name} failed: {error}", *log_tail(log), sep="\n", file=sys.stderr)
+            self.sides[name]["error"] = str(error)
+
+
 def compare(
     comparison: Comparison, folder: Path, *, rounds: int, device: str, threads: int
 ) -> dict[str, Any]:
@@ -119,58 +177,38 @@ def compare(
         threads: Of every process.
 
     Returns:
-        Sizes, and per side its rounds (seconds and phases), facts, peaks, or its error.
+        See `entry`.
     """
     rounds = min(rounds, comparison.rounds or rounds)
-    base = {
-        "folder": str(folder),
-        "model": comparison.model,
-        "batch": comparison.batch,
-        "lengths": asdict(comparison.lengths),
-        "device": device,
-        "threads": threads,
-    }
-    make_assets(comparison, folder, base | {"steps": rounds + 1})
-    sides: dict[str, dict[str, Any]] = {name: {"rounds": []} for name in comparison.sides}
-    workers: dict[str, Worker] = {}
-    logs = {name: folder / f"{slug(name)}.log" for name in sides}
-
-    def attempt(name: str, command: str | None) -> dict[str, Any]:
-        """The answer of a side; what breaks down says so in the result and takes part no more."""
-        side = comparison.sides[name]
-        try:
-            if command is None:
-                spec = base | {"side": slug(name), "options": dict(side.options)}
-                workers[name] = Worker(side, spec, logs[name])
-                return workers[name].receive()
-            return workers[name].send(command)
-        except SideFailed as error:
-            print(f"{name} failed: {error}", *log_tail(logs[name]), sep="\n", file=sys.stderr)
-            sides[name]["error"] = str(error)
-            return {}
-
-    def working() -> list[str]:
-        return [name for name in comparison.sides if "error" not in sides[name]]
-
-    try:
-        for name in working():
-            sides[name]["facts"] = attempt(name, None).get("facts", {})
+    lengths = asdict(comparison.lengths)
+    spec = {"folder": str(folder), "model": comparison.model, "batch": comparison.batch}
+    spec |= {"lengths": lengths, "device": device, "threads": threads}
+    make_assets(comparison, folder, spec | {"steps": rounds + 1})
+    with Contest(comparison, spec) as contest:
+        for name in contest.working():
+            contest.start(name)
         for number in range(rounds):
-            names = working()
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                answer = attempt(name, "round")
-                if answer:
-                    parts = {part: answer[part] for part in ("seconds", "phases")}
-                    sides[name]["rounds"].append(parts)
-        for name in working():
-            sides[name] |= attempt(name, "end")
-    finally:
-        for worker in workers.values():
-            worker.stop()
+            for name in contest.working(first=number):
+                contest.round(name)
+        for name in contest.working():
+            contest.end(name)
+    return entry(comparison, contest.sides)
+
+
+def entry(comparison: Comparison, sides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What results keep of a comparison.
+
+    Args:
+        comparison: It.
+        sides: Per side its `rounds` (seconds and phases) and, as far as it came, `facts`,
+            `peak_mib` and `error`.
+    """
     return {
         "group": comparison.group,
         "baseline": comparison.baseline,
-        **{name: base[name] for name in ("model", "batch", "lengths", "threads")},
+        "model": comparison.model,
+        "batch": comparison.batch,
+        "lengths": asdict(comparison.lengths),
         "sides": {
             name: {"target": side.target, "ours": is_ours(side), **sides[name]}
             for name, side in comparison.sides.items()
@@ -182,7 +220,7 @@ def make_assets(comparison: Comparison, folder: Path, spec: Mapping[str, Any]) -
     """Writes the weights and data of a comparison, in a process of its own.
 
     Raises:
-        subprocess.CalledProcessError: That failed.
+        SideFailed: It broke down.
     """
     asking = {
         slug(name): side.options["config"].get("lora")
@@ -191,12 +229,15 @@ def make_assets(comparison: Comparison, folder: Path, spec: Mapping[str, Any]) -
     }
     pairs = any(side.module.endswith("_reward") for side in comparison.sides.values())
     spec = {**spec, "reward_models": asking, "pairs": pairs}
-    subprocess.run(
+    log = folder / "assets.log"
+    done = subprocess.run(
         [sys.executable, str(HERE / "assets.py"), str(folder), json.dumps(spec)],
-        check=True,
-        stdout=sys.stderr,
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
         env=environment(spec["threads"]),
     )
+    if done.returncode:
+        raise SideFailed("\n".join(["assets.py failed:", *log_tail(log)]))
 
 
 def is_ours(side: Side) -> bool:

@@ -206,7 +206,12 @@ def a_side(seconds: list[float], peak: float, **more: object) -> dict[str, objec
 @pytest.fixture
 def results() -> dict[str, object]:
     facts = {"dtype": "float32", "flops": {"update": 50e9}}
+    machine = {
+        "date": "2030-01-02", "device": "an abacus", "threads": 2, "bytes": 1e10,
+        "flops": {"float32": 1e11, "bfloat16": 4e11}, "versions": {"torch": "2"},
+    }  # fmt: skip
     main = {
+        "machine": machine,
         "group": "main",
         "baseline": "peer",
         "sides": {
@@ -218,10 +223,6 @@ def results() -> dict[str, object]:
     sizes = {"model": "llama_toy", "batch": 8, "lengths": {"prompt": 64, "response": 16}}
     scaling = {"group": "scaling", "baseline": None, **sizes}
     scaling["sides"] = {"defaults": a_side([1.0], 256, ours=True)}
-    machine = {
-        "date": "2030-01-02", "device": "an abacus", "threads": 2, "bytes": 1e10,
-        "flops": {"float32": 1e11, "bfloat16": 4e11}, "versions": {"torch": "2"},
-    }  # fmt: skip
     return {"machine": machine, "comparisons": {"race": main, "scaling_base": scaling}}
 
 

@@ -94,13 +94,28 @@ def main(spec: dict[str, Any], session: Session) -> None:
         callbacks=[Rounds(session)],
     )
     trainer.dataloader = Batches(batches, tokenizer)
+    told = [batch["lengths"] for batch in batches]
     if lengths["real"]:
-        force_lengths(trainer.policy_model, [batch["lengths"] for batch in batches], tokenizer)
+        force_lengths(trainer.policy_model, told, tokenizer)
+    else:
+        check_lengths(trainer.policy_model, lengths["response"])
     trainer.train()
 
 
+def check_lengths(policy: Any, limit: int) -> None:
+    """Makes sure that nothing ends before the limit."""
+    generate = policy.generate
+
+    def checked(**inputs: Any) -> Any:
+        output = generate(**inputs)
+        assert output.sequences.shape[1] == inputs["input_ids"].shape[1] + limit
+        return output
+
+    policy.generate = checked
+
+
 def force_lengths(policy: Any, lengths: list[list[int]], tokenizer: Any) -> None:
-    """Makes the responses of each iteration as long as it says."""
+    """Makes the responses of each iteration as long as `lengths` say, and makes sure of it."""
     generate, coming = policy.generate, itertools.cycle(lengths)
 
     def forced(**inputs: Any) -> Any:
