@@ -87,7 +87,7 @@ def test_decoding_step_by_step_is_one_forward(arch: str) -> None:
     tokens = torch.tensor([[20, 21, 22], [PAD, 23, PAD], [24, EOS[arch], 25], [26, 27, 28]])
     responses = TokenBatch(tokens, torch.full((4,), 3))
     expected = lm.response_states(prompts, responses)
-    state, first = lm.prefill(prompts)
+    state, first = lm.prefill(prompts, 4)
     states = [first, *(lm.decode(state, tokens[:, t]) for t in range(3))]
     torch.testing.assert_close(torch.stack(states, 1), expected, atol=2e-5, rtol=1e-4)
 

@@ -110,7 +110,7 @@ def letter_value(text: str) -> float:
 def first_token_distribution(trainer: PPOTrainer) -> Tensor:
     with trainer.policy.active() as lm, torch.no_grad():
         prompts = trainer.tokeniser.prompts([trainer.prompts[0].prompt])
-        _, hidden = lm.prefill(prompts)
+        _, hidden = lm.prefill(prompts, 4)
         return lm.policy_logits(hidden, torch.zeros(1), 1.0, 0).softmax(-1)[0]
 
 
@@ -170,7 +170,7 @@ def test_bandit_with_lora_reaches_what_its_rank_can_express(arch: str, tmp_path:
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 600)
     for _ in range(600):
         with exact.policy.active() as lm:
-            _, hidden = lm.prefill(exact.tokeniser.prompts([exact.prompts[0].prompt]))
+            _, hidden = lm.prefill(exact.tokeniser.prompts([exact.prompts[0].prompt]), 1)
             log_p = lm.policy_logits(hidden, torch.zeros(1), 1.0, 0).log_softmax(-1)[0]
             (log_p.exp() * (log_p - optimum.log())).sum().backward()
         optimizer.step()

@@ -18,12 +18,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    DynamicCache,
-    EncoderDecoderCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from typing_extensions import override
 
 from rlhf.config import LoRAConfig
@@ -56,19 +52,33 @@ class TokenStats:
 class DecodeState:
     """A batch in the middle of decoding; changed in place by `LanguageModel.decode`.
 
+    Keys and values are (layers, B, heads, columns, head size), with room for the whole response.
+
     Attributes:
-        cache: Keys and values of what has been read.
+        keys: Of self-attention.
+        values: Likewise.
+        prompt_bias: (B, 1, 1, P), 0 on the prompt's tokens and -inf on padding.
         prompt_lengths: (B,) tokens of each prompt.
-        prompt_mask: (B, P) bool.
-        encoder_states: (B, P, D), T5 only.
+        prompt_keys: Of attention from decoder to encoder, T5 only.
+        prompt_values: Likewise.
         steps: Response tokens read so far.
     """
 
-    cache: Any
+    keys: Tensor
+    values: Tensor
+    prompt_bias: Tensor
     prompt_lengths: Tensor
-    prompt_mask: Tensor
-    encoder_states: Tensor | None = None
+    prompt_keys: Tensor | None = None
+    prompt_values: Tensor | None = None
     steps: int = 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the given rows of the batch and forgets the others."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.prompt_bias, self.prompt_lengths = self.prompt_bias[rows], self.prompt_lengths[rows]
+        if self.prompt_keys is not None and self.prompt_values is not None:
+            self.prompt_keys = self.prompt_keys[:, rows]
+            self.prompt_values = self.prompt_values[:, rows]
 
 
 class LanguageModel(ABC):
@@ -163,8 +173,16 @@ class LanguageModel(ABC):
         """
 
     @abstractmethod
-    def prefill(self, prompts: TokenBatch) -> tuple[DecodeState, Tensor]:
-        """Reads the prompts. Returns the state and (B, D) that predicts the first token."""
+    def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
+        """Reads the prompts.
+
+        Args:
+            prompts: B prompts.
+            max_new_tokens: `decode` can read one token less than this.
+
+        Returns:
+            The state, and (B, D) that predicts the first token.
+        """
 
     @abstractmethod
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
@@ -291,6 +309,18 @@ class LanguageModel(ABC):
         with self.adapters.using(adapter):
             yield
 
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Decoding inside pays nothing for the active adapter; weights in bf16 stay as they are.
+
+        In bf16 a fold loses small updates: most of an early adapter's effect would round away.
+        """
+        if self.module.dtype == torch.float32:
+            with self.adapters.folded():
+                yield
+        else:
+            yield
+
     def named_trainable(self, adapter: str | None) -> list[tuple[str, nn.Parameter]]:
         """What training a role changes: its adapter, or (None) all weights if they are trained."""
         if adapter is not None:
@@ -337,32 +367,48 @@ class DecoderOnlyModel(LanguageModel):
         return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
 
     @override
-    def prefill(self, prompts: TokenBatch) -> tuple[DecodeState, Tensor]:
+    def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
         cache = DynamicCache(config=self.config)
         with self.autocast():
             states = self.module.model(
                 input_ids=prompts.ids, past_key_values=cache, use_cache=True
             ).last_hidden_state
         last = states[torch.arange(len(prompts), device=states.device), prompts.lengths - 1]
-        return DecodeState(cache, prompts.lengths, prompts.mask), last
+        keys, values = (
+            nn.functional.pad(torch.stack(part), (0, 0, 0, max_new_tokens))
+            for part in zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
+        )
+        return DecodeState(keys, values, _bias(prompts.mask, keys.dtype), prompts.lengths), last
 
     @override
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
-        # Cache columns: the prompt padded to P, then every response token of all rows alike.
-        # Padding columns are masked, and positions go on from each row's own prompt length.
+        # Columns of the cache: the prompts padded to P, then each response token of all rows.
+        # Positions go on from each row's own prompt length.
+        model = self.module.model
+        column = state.prompt_bias.shape[-1] + state.steps
+        bias = nn.functional.pad(state.prompt_bias, (0, state.steps + 1))
+        x = model.embed_tokens(tokens)[:, None]
+        cos, sin = model.rotary_emb(x, (state.prompt_lengths + state.steps)[:, None])
         state.steps += 1
-        read = torch.nn.functional.pad(state.prompt_mask, (0, state.steps), value=True)
-        bias = torch.zeros(read.shape, dtype=self.module.dtype, device=read.device)
-        bias.masked_fill_(~read, torch.finfo(bias.dtype).min)
         with self.autocast():
-            states = self.module.model(
-                input_ids=tokens[:, None],
-                attention_mask=bias[:, None, None, :],
-                position_ids=(state.prompt_lengths + state.steps - 1)[:, None],
-                past_key_values=state.cache,
-                use_cache=True,
-            ).last_hidden_state
-        return states[:, -1]
+            for layer, keys, values in zip(model.layers, state.keys, state.values, strict=True):
+                attention = layer.self_attn
+                h = layer.input_layernorm(x)
+                shape = (len(x), 1, -1, attention.head_dim)
+                q, k, v = (
+                    projection(h).view(shape).transpose(1, 2)
+                    for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+                )
+                q, keys[:, :, column : column + 1] = apply_rotary_pos_emb(q, k, cos, sin)
+                values[:, :, column : column + 1] = v
+                # Queries that share keys (grouped-query attention) stand side by side.
+                q = q.reshape(len(x), keys.shape[1], -1, attention.head_dim)
+                heads = nn.functional.scaled_dot_product_attention(
+                    q, keys[:, :, : column + 1], values[:, :, : column + 1], attn_mask=bias
+                )
+                x = x + attention.o_proj(heads.reshape(len(x), 1, -1))
+                x = x + layer.mlp(layer.post_attention_layernorm(x))
+            return model.norm(x)[:, 0]
 
 
 class EncoderDecoderModel(LanguageModel):
@@ -413,32 +459,49 @@ class EncoderDecoderModel(LanguageModel):
             ).last_hidden_state
 
     @override
-    def prefill(self, prompts: TokenBatch) -> tuple[DecodeState, Tensor]:
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
+        blocks = self.module.decoder.block
         with self.autocast():
             encoded = self._encode(prompts)
-        state = DecodeState(cache, prompts.lengths, prompts.mask, encoded)
-        return state, self._read(state, prompts.ids.new_full((len(prompts),), self.start_id))
+            pairs = [
+                (_split(cross.k(encoded), cross.n_heads), _split(cross.v(encoded), cross.n_heads))
+                for cross in (block.layer[1].EncDecAttention for block in blocks)
+            ]
+        prompt_keys, prompt_values = (torch.stack(part) for part in zip(*pairs, strict=True))
+        shape = (*prompt_keys.shape[:3], max_new_tokens, prompt_keys.shape[-1])
+        keys, values = prompt_keys.new_zeros(shape), prompt_keys.new_zeros(shape)
+        bias = _bias(prompts.mask, keys.dtype)
+        state = DecodeState(keys, values, bias, prompts.lengths, prompt_keys, prompt_values)
+        return state, self.decode(state, prompts.ids.new_full((len(prompts),), self.start_id))
 
     @override
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
+        decoder, step = self.module.decoder, state.steps
         state.steps += 1
-        return self._read(state, tokens)
+        assert state.prompt_keys is not None
+        assert state.prompt_values is not None
+        position_bias = (
+            decoder.block[0].layer[0].SelfAttention.compute_bias(1, step + 1, past_seen_tokens=step)
+        )
+        with self.autocast():
+            x = decoder.embed_tokens(tokens)[:, None]
+            for i, block in enumerate(decoder.block):
+                own, cross, feed_forward = block.layer
+                attention, h = own.SelfAttention, own.layer_norm(x)
+                state.keys[i, :, :, step : step + 1] = _split(attention.k(h), attention.n_heads)
+                state.values[i, :, :, step : step + 1] = _split(attention.v(h), attention.n_heads)
+                keys, values = state.keys[i, :, :, : step + 1], state.values[i, :, :, : step + 1]
+                x = x + _t5_attention(attention, h, keys, values, position_bias)
+                attention, h = cross.EncDecAttention, cross.layer_norm(x)
+                keys, values = state.prompt_keys[i], state.prompt_values[i]
+                x = x + _t5_attention(attention, h, keys, values, state.prompt_bias)
+                x = feed_forward(x)
+            return decoder.final_layer_norm(x)[:, 0]
 
     def _encode(self, prompts: TokenBatch) -> Tensor:
         return self.module.encoder(
             input_ids=prompts.ids, attention_mask=prompts.mask
         ).last_hidden_state
-
-    def _read(self, state: DecodeState, tokens: Tensor) -> Tensor:
-        with self.autocast():
-            return self.module.decoder(
-                input_ids=tokens[:, None],
-                encoder_hidden_states=state.encoder_states,
-                encoder_attention_mask=state.prompt_mask,
-                past_key_values=state.cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
 
 
 FAMILIES: dict[str, type[LanguageModel]] = {"llama": DecoderOnlyModel, "t5": EncoderDecoderModel}
@@ -448,3 +511,22 @@ def _eos_ids(eos: int, extra: int | list[int] | None) -> frozenset[int]:
     return frozenset(
         [eos, *([] if extra is None else [extra] if isinstance(extra, int) else extra)]
     )
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L) bool to (B, 1, 1, L), what attention adds to its scores."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None]
+
+
+def _split(states: Tensor, heads: int) -> Tensor:
+    """(B, L, heads·d) to (B, heads, L, d)."""
+    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _t5_attention(attention: Any, h: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """T5 does not scale its scores. (B, 1, D) to (B, 1, D)."""
+    heads = nn.functional.scaled_dot_product_attention(
+        _split(attention.q(h), attention.n_heads), keys, values, attn_mask=bias, scale=1.0
+    )
+    return attention.o(heads.transpose(1, 2).flatten(2))
