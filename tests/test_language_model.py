@@ -65,7 +65,8 @@ def test_logprobs_and_entropy_against_float64(arch: str) -> None:
     lm = make_lm(arch)
     plain = tiny_model(arch).eval()
     prompts, responses = ragged(arch)
-    stats = lm.token_logprobs(lm.response_states(prompts, responses), responses, temperature=0.7)
+    states = lm.response_states(prompts, responses)
+    stats = lm.token_logprobs(states, responses, temperature=0.7, entropy=True)
     for i, (prompt, response) in enumerate(
         zip(prompts.tolists(), responses.tolists(), strict=True)
     ):
@@ -199,7 +200,8 @@ def test_gradients_go_to_the_active_role_only(arch: str, checkpointing: bool) ->
 def policy_gradients(lm: LanguageModel, arch: str) -> list[Tensor]:
     prompts, responses = ragged(arch)
     with lm.using("policy"):
-        stats = lm.token_logprobs(lm.response_states(prompts, responses), responses)
+        states = lm.response_states(prompts, responses)
+        stats = lm.token_logprobs(states, responses, entropy=True)
         (stats.logprobs.sum() + 0.1 * stats.entropy.sum()).backward()
     return [p.grad for _, p in lm.named_trainable("policy")]
 

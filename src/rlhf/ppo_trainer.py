@@ -335,7 +335,11 @@ class PPOTrainer(Trainer):
         with self.policy.active() as lm:
             states = lm.response_states(micro.prompts, micro.responses)
             new = lm.token_logprobs(
-                states, micro.responses, config.temperature, config.min_response_length
+                states,
+                micro.responses,
+                config.temperature,
+                config.min_response_length,
+                entropy=config.entropy_coef != 0,
             )
             policy = objectives.policy_loss(
                 new.logprobs, micro.logprobs, micro.advantages, mask, config.clip_range

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import rotate_half
 from typing_extensions import override
 
 from rlhf.config import LoRAConfig
@@ -41,7 +41,8 @@ class TokenStats:
 
     Attributes:
         logprobs: (B, R) fp32, log-probability of the token; 0 past the response's end.
-        entropy: (B, R) fp32, entropy of the distribution in nats; 0 past the end.
+        entropy: (B, R) fp32, entropy of the distribution in nats; 0 past the end, and everywhere
+            if it was not asked for.
     """
 
     logprobs: Tensor
@@ -172,6 +173,26 @@ class LanguageModel(ABC):
             States past that index mean nothing.
         """
 
+    def final_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        """(B, D): the states of `response_states` at index `length`, for rewards."""
+        states = self.response_states(prompts, responses)
+        return states[torch.arange(len(states), device=states.device), responses.lengths]
+
+    @abstractmethod
+    def paired_final_states(
+        self, prompts: TokenBatch, first: TokenBatch, second: TokenBatch
+    ) -> tuple[Tensor, Tensor]:
+        """`final_states` of two responses to each prompt, which is read only once.
+
+        Args:
+            prompts: B prompts.
+            first: B responses.
+            second: B other responses to the same prompts.
+
+        Returns:
+            (B, D) and (B, D).
+        """
+
     @abstractmethod
     def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
         """Reads the prompts.
@@ -229,6 +250,8 @@ class LanguageModel(ABC):
         responses: TokenBatch,
         temperature: float = 1.0,
         min_response_length: int = 0,
+        *,
+        entropy: bool = False,
     ) -> TokenStats:
         """Log-probabilities and entropies of response tokens, computed for real tokens only.
 
@@ -237,6 +260,7 @@ class LanguageModel(ABC):
             responses: The responses those states belong to.
             temperature: Sampling temperature.
             min_response_length: The constraint that sampling had.
+            entropy: Whether to compute the entropies, which costs three passes over the logits.
         """
         mask = responses.mask
         tokens = responses.ids[mask]
@@ -246,9 +270,11 @@ class LanguageModel(ABC):
 
         def chunk(states: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.policy_logits(states, positions, temperature, min_response_length)
+            surprise = nn.functional.cross_entropy(logits, tokens, reduction="none")
+            if not entropy:
+                return -surprise, torch.zeros_like(surprise)
             logprobs = logits.log_softmax(-1)
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-            return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
+            return -surprise, -(logprobs.exp() * logprobs).sum(-1)
 
         # Recomputing a chunk's logits in backward keeps only one chunk of them alive.
         several = len(tokens) > size and torch.is_grad_enabled()
@@ -259,8 +285,8 @@ class LanguageModel(ABC):
             )
         ]
         zeros = torch.zeros(mask.shape, device=mask.device)
-        logprobs, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        return TokenStats(zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy))
+        parts = [torch.cat(part) for part in zip(*pieces, strict=True)]
+        return TokenStats(*(zeros.masked_scatter(mask, part) for part in parts))
 
     def add_adapter(
         self, name: str, lora: LoRAConfig, *, trainable: bool = True, seed: int = 0
@@ -359,12 +385,76 @@ class DecoderOnlyModel(LanguageModel):
     @override
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
         ids = join(prompts, responses)
-        with self.autocast():
-            states = self.module.model(input_ids=ids, use_cache=False).last_hidden_state
         # The prompt's last token predicts response token 0.
         offsets = torch.arange(responses.ids.shape[1] + 1, device=ids.device)
         index = (prompts.lengths[:, None] - 1 + offsets).clamp(max=ids.shape[1] - 1)
-        return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+        return self._states_at(index, ids)
+
+    @override
+    def final_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        index = (prompts.lengths + responses.lengths - 1)[:, None]
+        return self._states_at(index, join(prompts, responses))[:, 0]
+
+    @override
+    def paired_final_states(
+        self, prompts: TokenBatch, first: TokenBatch, second: TokenBatch
+    ) -> tuple[Tensor, Tensor]:
+        # One row: prompt, first, second. The second sees prompt and itself only, and its
+        # positions go on from the prompt's end as if the first were not there.
+        middle = prompts.lengths + first.lengths
+        ids = join(TokenBatch(join(prompts, first), middle), second)
+        column = torch.arange(ids.shape[1], device=ids.device)
+        in_first = (column >= prompts.lengths[:, None]) & (column < middle[:, None])
+        in_second = column >= middle[:, None]
+        hidden = in_second[:, :, None] & in_first[:, None, :]
+        visible = (column[:, None] >= column) & ~hidden
+        positions = column - in_second * first.lengths[:, None]
+        # An empty response ends where its prompt does.
+        last = torch.where(second.lengths > 0, middle + second.lengths, prompts.lengths) - 1
+        states = self._states_at(torch.stack([middle - 1, last], 1), ids, positions, visible)
+        return states[:, 0], states[:, 1]
+
+    def _states_at(
+        self,
+        index: Tensor,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """States of some columns; the last layer works for these only.
+
+        Args:
+            index: (B, N) columns wanted.
+            ids: (B, L).
+            positions: (B, L) of the tokens; None for 0, 1, 2 and so on.
+            visible: (B, L, L) bool, whether row i sees column j; None for causal attention.
+
+        Returns:
+            (B, N, D).
+        """
+        model, length = self.module.model, ids.shape[1]
+        columns = torch.arange(length, device=ids.device)
+        wanted = index[:, :, None]
+        seen = columns <= wanted if visible is None else visible.take_along_dim(wanted, 1)
+        mask = None if visible is None else visible[:, None]
+        if self.config._attn_implementation != "sdpa":  # SDPA alone is causal without being told
+            mask = columns[:, None] >= columns if mask is None else mask
+            mask = torch.zeros(mask.shape, device=ids.device).masked_fill(~mask, FORBIDDEN_LOGIT)
+        with self.autocast():
+            x = model.embed_tokens(ids)
+            rotary = model.rotary_emb(x, columns[None] if positions is None else positions)
+            for layer in model.layers[:-1]:
+                x = layer(x, attention_mask=mask, position_embeddings=rotary)
+            layer = model.layers[-1]
+            attention, h = layer.self_attn, layer.input_layernorm(x)
+            cos, sin = rotary
+            keys = _rotate(_split(attention.k_proj(h), attention.head_dim), cos, sin)
+            values = _split(attention.v_proj(h), attention.head_dim)
+            cos, sin = (part.expand(len(x), -1, -1).take_along_dim(wanted, 1) for part in rotary)
+            queries = _split(attention.q_proj(h.take_along_dim(wanted, 1)), attention.head_dim)
+            heads = _grouped_attention(_rotate(queries, cos, sin), keys, values, seen[:, None])
+            x = x.take_along_dim(wanted, 1) + attention.o_proj(heads)
+            return model.norm(x + layer.mlp(layer.post_attention_layernorm(x)))
 
     @override
     def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
@@ -394,19 +484,19 @@ class DecoderOnlyModel(LanguageModel):
             for layer, keys, values in zip(model.layers, state.keys, state.values, strict=True):
                 attention = layer.self_attn
                 h = layer.input_layernorm(x)
-                shape = (len(x), 1, -1, attention.head_dim)
                 q, k, v = (
-                    projection(h).view(shape).transpose(1, 2)
+                    _split(projection(h), attention.head_dim)
                     for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
                 )
-                q, keys[:, :, column : column + 1] = apply_rotary_pos_emb(q, k, cos, sin)
+                keys[:, :, column : column + 1] = _rotate(k, cos, sin)
                 values[:, :, column : column + 1] = v
-                # Queries that share keys (grouped-query attention) stand side by side.
-                q = q.reshape(len(x), keys.shape[1], -1, attention.head_dim)
-                heads = nn.functional.scaled_dot_product_attention(
-                    q, keys[:, :, : column + 1], values[:, :, : column + 1], attn_mask=bias
+                heads = _grouped_attention(
+                    _rotate(q, cos, sin),
+                    keys[:, :, : column + 1],
+                    values[:, :, : column + 1],
+                    bias,
                 )
-                x = x + attention.o_proj(heads.reshape(len(x), 1, -1))
+                x = x + attention.o_proj(heads)
                 x = x + layer.mlp(layer.post_attention_layernorm(x))
             return model.norm(x)[:, 0]
 
@@ -449,22 +539,25 @@ class EncoderDecoderModel(LanguageModel):
 
     @override
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-        start = responses.ids.new_full((len(responses), 1), self.start_id)
-        with self.autocast():
-            return self.module.decoder(
-                input_ids=torch.cat([start, responses.ids], dim=1),
-                encoder_hidden_states=self._encode(prompts),
-                encoder_attention_mask=prompts.mask,
-                use_cache=False,
-            ).last_hidden_state
+        return self._read(self._encode(prompts), prompts.mask, responses)
+
+    @override
+    def paired_final_states(
+        self, prompts: TokenBatch, first: TokenBatch, second: TokenBatch
+    ) -> tuple[Tensor, Tensor]:
+        both = TokenBatch.concat([first, second])
+        encoded, mask = self._encode(prompts), prompts.mask
+        states = self._read(encoded.repeat(2, 1, 1), mask.repeat(2, 1), both)
+        ends = states[torch.arange(len(both), device=states.device), both.lengths]
+        return ends[: len(prompts)], ends[len(prompts) :]
 
     @override
     def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
-        blocks = self.module.decoder.block
+        blocks, size = self.module.decoder.block, self.config.d_kv
+        encoded = self._encode(prompts)
         with self.autocast():
-            encoded = self._encode(prompts)
             pairs = [
-                (_split(cross.k(encoded), cross.n_heads), _split(cross.v(encoded), cross.n_heads))
+                (_split(cross.k(encoded), size), _split(cross.v(encoded), size))
                 for cross in (block.layer[1].EncDecAttention for block in blocks)
             ]
         prompt_keys, prompt_values = (torch.stack(part) for part in zip(*pairs, strict=True))
@@ -488,8 +581,8 @@ class EncoderDecoderModel(LanguageModel):
             for i, block in enumerate(decoder.block):
                 own, cross, feed_forward = block.layer
                 attention, h = own.SelfAttention, own.layer_norm(x)
-                state.keys[i, :, :, step : step + 1] = _split(attention.k(h), attention.n_heads)
-                state.values[i, :, :, step : step + 1] = _split(attention.v(h), attention.n_heads)
+                state.keys[i, :, :, step : step + 1] = _split(attention.k(h), self.config.d_kv)
+                state.values[i, :, :, step : step + 1] = _split(attention.v(h), self.config.d_kv)
                 keys, values = state.keys[i, :, :, : step + 1], state.values[i, :, :, : step + 1]
                 x = x + _t5_attention(attention, h, keys, values, position_bias)
                 attention, h = cross.EncDecAttention, cross.layer_norm(x)
@@ -499,9 +592,22 @@ class EncoderDecoderModel(LanguageModel):
             return decoder.final_layer_norm(x)[:, 0]
 
     def _encode(self, prompts: TokenBatch) -> Tensor:
-        return self.module.encoder(
-            input_ids=prompts.ids, attention_mask=prompts.mask
-        ).last_hidden_state
+        """(B, P, D) states of the encoder."""
+        with self.autocast():
+            return self.module.encoder(
+                input_ids=prompts.ids, attention_mask=prompts.mask
+            ).last_hidden_state
+
+    def _read(self, encoded: Tensor, mask: Tensor, responses: TokenBatch) -> Tensor:
+        """(B, R+1, D) states of the decoder."""
+        start = responses.ids.new_full((len(responses), 1), self.start_id)
+        with self.autocast():
+            return self.module.decoder(
+                input_ids=torch.cat([start, responses.ids], dim=1),
+                encoder_hidden_states=encoded,
+                encoder_attention_mask=mask,
+                use_cache=False,
+            ).last_hidden_state
 
 
 FAMILIES: dict[str, type[LanguageModel]] = {"llama": DecoderOnlyModel, "t5": EncoderDecoderModel}
@@ -519,14 +625,44 @@ def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None]
 
 
-def _split(states: Tensor, heads: int) -> Tensor:
-    """(B, L, heads·d) to (B, heads, L, d)."""
-    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+def _split(states: Tensor, size: int) -> Tensor:
+    """(B, L, heads·size) to (B, heads, L, size)."""
+    return states.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding. (B, heads, N, d) with (B or 1, N, d)."""
+    return states * cos[:, None] + rotate_half(states) * sin[:, None]
+
+
+def _grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of a few queries, of which several heads may share keys.
+
+    Args:
+        queries: (B, H, N, d).
+        keys: (B, H / G, L, d).
+        values: (B, H / G, L, d).
+        mask: (B, 1, N, L), bool or added to the scores.
+
+    Returns:
+        (B, N, H·d).
+    """
+    groups = queries.shape[1] // keys.shape[1]
+    # Heads that share keys become further queries of one head: keys are not copied.
+    stacked = queries.unflatten(1, (-1, groups)).flatten(2, 3)
+    heads = nn.functional.scaled_dot_product_attention(
+        stacked, keys, values, attn_mask=mask.repeat(1, 1, groups, 1) if groups > 1 else mask
+    )
+    return heads.reshape(queries.shape).transpose(1, 2).flatten(2)
 
 
 def _t5_attention(attention: Any, h: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
     """T5 does not scale its scores. (B, 1, D) to (B, 1, D)."""
     heads = nn.functional.scaled_dot_product_attention(
-        _split(attention.q(h), attention.n_heads), keys, values, attn_mask=bias, scale=1.0
+        _split(attention.q(h), attention.key_value_proj_dim),
+        keys,
+        values,
+        attn_mask=bias,
+        scale=1.0,
     )
     return attention.o(heads.transpose(1, 2).flatten(2))
