@@ -93,6 +93,35 @@ def test_decoding_step_by_step_is_one_forward(arch: str) -> None:
     torch.testing.assert_close(torch.stack(states, 1), expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_final_states_and_pairs_are_those_of_single_reads(arch: str, attention: str) -> None:
+    lm = make_lm(arch)
+    lm.module.set_attn_implementation(attention)
+    prompts, first = ragged(arch)
+    second = TokenBatch.from_lists([[24, 25, EOS[arch]], [], [26], [27, 28, 29, 30, 31, 32]])
+    lm.add_adapter("reward", LORA)
+    randomise_lora(lm, "reward")
+    parameters = [tensor for _, tensor in lm.named_trainable("reward")]
+    with lm.using("reward"):
+        singles = []
+        for responses in (first, second):
+            states = lm.response_states(prompts, responses)
+            expected = states[torch.arange(len(states)), responses.lengths]
+            final = lm.final_states(prompts, responses)
+            torch.testing.assert_close(final, expected, atol=1e-5, rtol=1e-5)
+            singles.append(expected)
+        pairs = lm.paired_final_states(prompts, first, second)
+        weights = torch.randn(2, *expected.shape, generator=torch.Generator().manual_seed(0))
+        gradients = [
+            torch.autograd.grad((torch.stack(list(states)) * weights).sum(), parameters)
+            for states in (singles, pairs)
+        ]
+    for ours, plain in zip(pairs, singles, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    for ours, plain in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+
+
 ROW = st.tuples(
     st.lists(st.integers(0, 119), min_size=1, max_size=9),
     st.lists(st.integers(0, 119), min_size=0, max_size=6),
