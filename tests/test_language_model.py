@@ -298,6 +298,36 @@ def test_min_response_length_forbids_eos_and_leaves_the_rest(arch: str) -> None:
     assert torch.equal(bound[:, others], free[:, others])
 
 
+def test_a_frozen_encoder_reads_each_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make_lm("t5")
+    prompts, responses = ragged("t5")
+    for name, where in (("policy", "decoder"), ("value", "decoder"), ("reward", "all")):
+        lm.add_adapter(name, LoRAConfig(rank=4, where=where))
+        randomise_lora(lm, name)
+    expected = {}
+    for role in ("policy", "value", "reward", None):
+        with lm.using(role):
+            expected[role] = lm.response_states(prompts, responses)
+    with lm.using("reward"):
+        assert lm.with_states(prompts, 2).states is None
+    with lm.using("policy"):
+        known = lm.with_states(prompts, 3)
+    runs: list[int] = []
+    lm.module.encoder.register_forward_hook(lambda *_: runs.append(1))
+    rows = [2, 0, 1]
+    for role, states in expected.items():
+        with lm.using(role):
+            again = lm.response_states(known, responses)
+            some = lm.response_states(known.select(rows), responses.select(rows))
+        mask = torch.nn.functional.pad(responses.mask, (1, 0), value=True)
+        torch.testing.assert_close(again[mask], states[mask], atol=1e-5, rtol=1e-5)
+        mask = torch.nn.functional.pad(responses.select(rows).mask, (1, 0), value=True)
+        torch.testing.assert_close(
+            some[mask], states[rows, : mask.shape[1]][mask], atol=1e-5, rtol=1e-5
+        )
+    assert len(runs) == 2  # the reward adapter's, whose encoder is another
+
+
 @pytest.mark.parametrize("where", ["decoder", "encoder"])
 def test_lora_where(arch: str, where: str) -> None:
     lm = make_lm(arch)

@@ -210,6 +210,17 @@ def test_multi_token_share_of_a_chosen_token(arch: str, tmp_path: Path) -> None:
     assert metrics["ppo/score"] / 4 >= 0.9
 
 
+def test_lora_in_the_decoder_runs_the_encoder_once_per_batch(tmp_path: Path) -> None:
+    trainer = make_trainer("t5", tmp_path, lora={"rank": 4, "where": "decoder"}, ppo_epochs=2)
+    runs: list[int] = []
+    trainer.policy.lm.module.encoder.register_forward_hook(
+        lambda module, inputs, output: runs.append(len(output.last_hidden_state))
+    )
+    metrics = trainer.step()
+    assert sum(runs) == trainer.config.batch_size
+    assert metrics["ppo/ratio_first"] < 1e-4
+
+
 # --- the experience against a slow reference -----------------------------------------------------
 
 

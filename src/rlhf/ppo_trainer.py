@@ -249,6 +249,7 @@ class PPOTrainer(Trainer):
         limit = config.target_sequence_length
         draw = self.step_index if draw is None else draw
         with self.policy.active() as lm:
+            prompts = lm.with_states(prompts, config.effective_micro_batch_size)
             generation = generate_in_chunks(
                 lm,
                 prompts,

@@ -85,6 +85,13 @@ class AdapterSet:
             for (_, old), (_, new) in pairs:
                 new.copy_(old)
 
+    def active_reaches(self, prefix: str) -> bool:
+        """Whether the active adapter has tensors under `prefix`; false without one."""
+        active = self._active
+        return active is not None and any(
+            name.startswith(prefix) for name, _ in self._parameters[active]
+        )
+
     def named_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
         """The adapter's tensors with their names, which contain the adapter's."""
         self._check(name)

@@ -11,7 +11,7 @@ Shape letters: B batch, P prompt tokens, R response tokens, V vocabulary, D hidd
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import rotate_half
 from typing_extensions import override
 
 from rlhf.config import LoRAConfig
-from rlhf.data.batching import TokenBatch, join
+from rlhf.data.batching import TokenBatch, chunks, join
 from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
 from rlhf.models.adapters import AdapterSet
@@ -157,6 +157,17 @@ class LanguageModel(ABC):
         Args:
             tokenizer: The model's tokenizer, with an EOS token.
             extra_eos: Further ids that end a response, from the generation config.
+        """
+
+    @abstractmethod
+    def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:
+        """The same prompts, for T5 with the encoder's states if the active adapter leaves it alone.
+
+        All roles that leave the encoder alone then read these instead of running it again.
+
+        Args:
+            prompts: B prompts.
+            batch_size: Rows that the encoder reads at once.
         """
 
     @abstractmethod
@@ -383,6 +394,10 @@ class DecoderOnlyModel(LanguageModel):
         return suffixes
 
     @override
+    def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:
+        return prompts
+
+    @override
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
         ids = join(prompts, responses)
         # The prompt's last token predicts response token 0.
@@ -591,8 +606,27 @@ class EncoderDecoderModel(LanguageModel):
                 x = feed_forward(x)
             return decoder.final_layer_norm(x)[:, 0]
 
+    @override
+    def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:
+        if self._encoder_changes():
+            return prompts
+        width = prompts.ids.shape[1]
+        with self.inference():
+            parts = [
+                nn.functional.pad(encoded, (0, 0, 0, width - encoded.shape[1]))
+                for rows in chunks(range(len(prompts)), batch_size)
+                for encoded in [self._encode(prompts.select(rows))]
+            ]
+        return replace(prompts, states=torch.cat(parts))
+
+    def _encoder_changes(self) -> bool:
+        """Whether training changes what the encoder makes of a prompt in the active role."""
+        return self.trainable or self.adapters.active_reaches("encoder.")
+
     def _encode(self, prompts: TokenBatch) -> Tensor:
         """(B, P, D) states of the encoder."""
+        if prompts.states is not None and not self._encoder_changes():
+            return prompts.states
         with self.autocast():
             return self.module.encoder(
                 input_ids=prompts.ids, attention_mask=prompts.mask
