@@ -4,6 +4,7 @@
 
 ARCH ?= t5
 ARGS ?=
+DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.built
@@ -13,7 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 	&& { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint moved
+.PHONY: help quickstart test lint bench moved
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +30,10 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
+
+# Peers get environments of their own below benchmarks/.peers.
+bench: $(STAMP) ## beside the peers, an hour: make bench [DEVICE=cuda] [ARGS="--only 'ppo_*'"]
+	$(BIN)/python benchmarks/bench.py --device $(DEVICE) $(ARGS)
 
 # An environment remembers absolute paths, so one whose checkout was moved is stale too.
 $(STAMP): pyproject.toml constraints.txt $(if $(filter $(CURDIR),$(shell cat $(STAMP) 2>/dev/null)),,moved)

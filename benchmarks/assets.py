@@ -1,0 +1,201 @@
+"""Random weights, texts and reward models of a comparison, the same for all of its sides.
+
+    python assets.py FOLDER SPEC        SPEC: JSON, see `rounds.make_assets`
+
+FOLDER gets model/ (which both transformers 4.44 and 5 load), prompts.jsonl and pairs.jsonl for us,
+batches.json and pairs.json with the same in token ids for peers, and reward-SIDE/ per side of ours
+that asks for a reward model.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import rlhf
+from rlhf.config import RewardModelConfig
+from rlhf.data.batching import rows_for_step
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.schema import PromptText
+from rlhf.data.tokenising import Tokeniser
+from rlhf.data.toy import vocabulary
+from rlhf.models.heads import ScalarHead
+from rlhf.models.language_model import FAMILIES
+from rlhf.models.loading import load_language_model
+from rlhf.models.roles import RewardModel
+from rlhf.reward_model import ADAPTER, make_record
+from shapes import MODELS, Lengths, Llama, Model
+
+SEED = 0
+PAIR_STEPS = 8  # training steps of pairs before they repeat
+HELD_OUT_PAIRS = 16
+
+
+def make_model(model: Model, tokenizer: PreTrainedTokenizerBase, device: str) -> PreTrainedModel:
+    """A randomly initialised model with a vocabulary that may exceed the tokenizer's."""
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(SEED)
+    with torch.device(device):
+        if isinstance(model, Llama):
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=model.vocab,
+                    hidden_size=model.hidden,
+                    intermediate_size=model.ffn,
+                    num_hidden_layers=model.layers,
+                    num_attention_heads=model.heads,
+                    num_key_value_heads=model.kv_heads,
+                    max_position_embeddings=2048,
+                    tie_word_embeddings=model.tied,
+                    bos_token_id=tokenizer.bos_token_id,
+                    **special,
+                )
+            )
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=model.vocab,
+                d_model=model.hidden,
+                d_kv=model.head_width,
+                d_ff=model.ffn,
+                num_layers=model.layers,
+                num_heads=model.heads,
+                dropout_rate=0.0,
+                decoder_start_token_id=tokenizer.pad_token_id,
+                **special,
+            )
+        )
+
+
+def save_model(model: Model, folder: Path, device: str) -> PreTrainedTokenizerBase:
+    """Writes weights (bfloat16 on a GPU, where fp32 would be too large) and a toy tokenizer."""
+    shipped = Path(rlhf.__file__).parent / "data" / "assets" / f"toy_{model.arch}"
+    tokenizer = AutoTokenizer.from_pretrained(shipped)
+    torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
+    make_model(model, tokenizer, device).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+class Texts:
+    """Texts of as many tokens as one likes.
+
+    Args:
+        tokeniser: Of the model.
+    """
+
+    def __init__(self, tokeniser: Tokeniser) -> None:
+        self.tokeniser = tokeniser
+        self._words = [
+            word for word in vocabulary() if len(tokeniser.response_ids(f" {word}")) == 2
+        ]
+        self._source = random.Random(SEED)
+
+    def of(self, tokens: int) -> str:
+        """Words, each of them one token."""
+        return "".join(f" {word}" for word in self._source.choices(self._words, k=tokens))
+
+    def prompt(self, tokens: int) -> str:
+        """A prompt; BOS (or T5's EOS) is one of its tokens."""
+        text = self.of(tokens - 1)
+        assert len(self.prompt_ids(text)) == tokens
+        return text
+
+    def response(self, tokens: int) -> str:
+        """A response; its EOS is one of its tokens."""
+        text = self.of(tokens - 1)
+        assert len(self.tokeniser.response_ids(text)) == tokens
+        return text
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Ids as our side reads them."""
+        return self.tokeniser.prompt_ids(PromptText(text, ((0, len(text)),)))
+
+
+def write_batches(folder: Path, texts: Texts, lengths: Lengths, batch: int, steps: int) -> None:
+    """Prompts, in the order of our trainer's steps, and the lengths of the responses to them."""
+    drawn = lengths.draw(steps * batch, SEED)
+    order = [rows_for_step(len(drawn), batch, step, SEED) for step in range(steps)]
+    prompts = [texts.prompt(prompt) for prompt, _ in drawn]
+    _write_rows(folder / "prompts.jsonl", [{"input_text": prompt} for prompt in prompts])
+    batches = [
+        {
+            "prompts": [texts.prompt_ids(prompts[row]) for row in rows],
+            "lengths": [drawn[row][1] for row in rows],
+        }
+        for rows in order
+    ]
+    (folder / "batches.json").write_text(json.dumps(batches))
+
+
+def write_pairs(folder: Path, texts: Texts, lengths: Lengths, batch: int) -> None:
+    """Preference pairs for us, and their ids for a peer."""
+    rows, ids = [], []
+    for number in range(PAIR_STEPS * batch + HELD_OUT_PAIRS):
+        prompt = texts.prompt(lengths.prompt)
+        pair = [texts.response(lengths.response) for _ in range(2)]
+        row = {"input_text": prompt, "candidate_0": pair[0], "candidate_1": pair[1], "choice": 0}
+        rows.append(row)
+        if number < PAIR_STEPS * batch:
+            chosen, rejected = (texts.tokeniser.response_ids(text) for text in pair)
+            prompt_ids = texts.prompt_ids(prompt)
+            both = {"chosen_ids": prompt_ids + chosen, "rejected_ids": prompt_ids + rejected}
+            ids.append(both)
+    _write_rows(folder / "pairs.jsonl", rows[: PAIR_STEPS * batch])
+    _write_rows(folder / "held_out.jsonl", rows[PAIR_STEPS * batch :])
+    (folder / "pairs.json").write_text(json.dumps(ids))
+
+
+def save_reward_model(
+    folder: Path, name: str, lora: dict[str, Any] | None, lengths: Lengths, device: str
+) -> None:
+    """Writes reward-NAME/: an untrained adapter and head on the base, in our format."""
+    config = RewardModelConfig(
+        base_model=str(folder / "model"),
+        preference_dataset="none",
+        output_dir="none",
+        device=device,
+        dtype="float32" if device == "cpu" else "bfloat16",
+        prompt_sequence_length=lengths.prompt,
+        target_sequence_length=lengths.response,
+        lora=lora or {},
+    )
+    lm = load_language_model(config, trainable=False)
+    lm.add_adapter(ADAPTER, config.lora, seed=SEED)
+    head = ScalarHead(lm.hidden_size, seed=SEED).to(lm.device)
+    record = make_record(config, lm, PromptRenderer.for_tokenizer(lm.tokenizer))
+    RewardModel(lm, ADAPTER, head, record).save(folder / f"reward-{name}")
+
+
+def main(folder: Path, spec: dict[str, Any]) -> None:
+    """Makes everything."""
+    model, lengths = MODELS[spec["model"]], Lengths(**spec["lengths"])
+    tokenizer = save_model(model, folder / "model", spec["device"])
+    layout = FAMILIES[model.arch].prompt_layout(tokenizer)
+    texts = Texts(Tokeniser(tokenizer, layout, lengths.prompt, lengths.response))
+    write_batches(folder, texts, lengths, spec["batch"], spec["steps"])
+    if spec["pairs"]:
+        write_pairs(folder, texts, lengths, spec["batch"])
+    for name, lora in spec["reward_models"].items():
+        save_reward_model(folder, name, lora, lengths, spec["device"])
+
+
+def _write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,120 @@
+"""Measures this library beside its peers and writes the tables of benchmarks/README.md.
+
+`bench.py` measures everything, `bench.py --only 'ppo_*'` some of it (other rows stay), and
+`bench.py --quick` finds out whether every side runs and keeps no figures.
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import report
+from comparisons import COMPARISONS, Comparison, quick
+from rounds import HERE, compare, environment
+
+RESULTS = HERE / "results"
+PAGE = HERE / "README.md"
+
+
+def main() -> int:
+    """Runs what the command line asks for; 1 if any side failed."""
+    options = parse()
+    chosen = choose(options.only, options.device)
+    path = RESULTS / f"{options.device}.json"
+    keep = options.only and path.is_file() and not options.quick
+    results = json.loads(path.read_text()) if keep else {"comparisons": {}}
+    results["machine"] = machine(options.device, options.threads)
+    for number, (name, comparison) in enumerate(chosen.items(), 1):
+        print(f"[{number}/{len(chosen)}] {name}", file=sys.stderr)
+        entry = measure(quick(comparison) if options.quick else comparison, options)
+        results["comparisons"][name] = entry
+        known = [known for known in COMPARISONS if known in results["comparisons"]]
+        results["comparisons"] = {known: results["comparisons"][known] for known in known}
+        if not options.quick:
+            write(results, path, options.device)
+    show(results, list(chosen))
+    sides = [side for name in chosen for side in results["comparisons"][name]["sides"].values()]
+    return int(any("error" in side for side in sides))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="after one of warm-up")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names, * matches anything")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every process")
+    parser.add_argument("--quick", action="store_true", help="tiny models, one round")
+    return parser.parse_args()
+
+
+def choose(patterns: list[str] | None, device: str) -> dict[str, Comparison]:
+    """The comparisons that match, of those that run on the device."""
+    here = {name: one for name, one in COMPARISONS.items() if device in one.devices}
+    for pattern in patterns or ():
+        if not fnmatch.filter(here, pattern):
+            sys.exit(f"--only {pattern}: expected one of {', '.join(here)}")
+    wanted = patterns or ["*"]
+    return {n: one for n, one in here.items() if any(fnmatch.fnmatch(n, p) for p in wanted)}
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """Measured rates, names and versions."""
+    command = [sys.executable, str(HERE / "machine.py"), device, str(threads)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment(threads))
+    date = datetime.now(UTC).date().isoformat()
+    return {"date": date, **json.loads(output.stdout)}
+
+
+def measure(comparison: Comparison, options: argparse.Namespace) -> dict[str, Any]:
+    """Runs one comparison in a temporary folder; whatever goes wrong becomes its result."""
+    sizes = {"rounds": options.rounds, "device": options.device, "threads": options.threads}
+    with tempfile.TemporaryDirectory(prefix="rlhf-bench-") as folder:
+        try:
+            return compare(comparison, Path(folder), **sizes)
+        except Exception as error:
+            traceback.print_exc()
+            failed = {"rounds": [], "ours": True, "target": None, "error": str(error)}
+            lengths = {"prompt": comparison.lengths.prompt, "response": comparison.lengths.response}
+            return {
+                "group": comparison.group,
+                "baseline": None,
+                "model": comparison.model,
+                "batch": comparison.batch,
+                "lengths": lengths,
+                "sides": dict.fromkeys(comparison.sides, failed),
+            }
+
+
+def write(results: dict[str, Any], path: Path, device: str) -> None:
+    """Keeps what is measured so far, raw and as tables."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(report.insert(PAGE.read_text(), device, report.markdown(results)))
+
+
+def show(results: dict[str, Any], names: list[str]) -> None:
+    """Prints the tables of these comparisons."""
+    chosen = {name: results["comparisons"][name] for name in names}
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(report.describe(results["machine"]))
+    for title, header, rows in report.tables(results | {"comparisons": chosen}):
+        table = Table(*header, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""What is compared: names are stable, sizes and lengths fixed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from environments import OURS
+from shapes import MODELS, Lengths
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way of doing the work.
+
+    Attributes:
+        module: Worker module.
+        environment: Where it runs.
+        options: For the worker.
+        target: How many times as fast as its peer it should be.
+        peer: The side that it is held against; None for the comparison's baseline.
+    """
+
+    module: str
+    environment: str = OURS
+    options: Mapping[str, Any] = field(default_factory=dict)
+    target: float | None = None
+    peer: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The same work by several sides, or our own side alone.
+
+    Attributes:
+        model: Name in shapes.MODELS.
+        batch: Rows of a round.
+        lengths: Of prompts and responses.
+        sides: By name.
+        baseline: The peer's side; None where there is none.
+        group: "main" or "scaling".
+        devices: Where it runs.
+        rounds: At most so many; None for as many as asked.
+    """
+
+    model: str
+    batch: int
+    lengths: Lengths
+    sides: Mapping[str, Side]
+    baseline: str | None = None
+    group: str = "main"
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    rounds: int | None = None
+
+
+SHORT = Lengths(128, 48)
+LONG = Lengths(448, 64)
+REAL = Lengths(512, 64, real=True)
+LARGE = Lengths(512, 64)
+
+LLAMA_LORA = {"rank": 8, "target_modules": ["q_proj", "v_proj"]}
+T5_LORA = {"rank": 8, "target_modules": ["q", "v"]}
+
+
+def ppo(target: float | None = None, reward: str = "model", **config: Any) -> Side:
+    """Our PPO with some fields of its configuration; `reward` is "model" or "function"."""
+    return Side("workers.ours_ppo", options={"reward": reward, "config": config}, target=target)
+
+
+def _ppo_llama(model: str) -> Comparison:
+    like = {"dtype": "float32", "critic": "adapter", "lora": LLAMA_LORA, "kl_coeff": 0.1}
+    sides = {
+        "TRL 1.12.0": Side("workers.trl_ppo", "trl-1.12.0"),
+        "like_for_like": ppo(1.5, **like),
+        "defaults": ppo(4.0),
+    }
+    return Comparison(model, 16, SHORT, sides, "TRL 1.12.0")
+
+
+def _reward(batch: int, lengths: Lengths, fp32: float | None, bf16: float | None) -> Comparison:
+    def ours(dtype: str, target: float | None) -> Side:
+        options = {"config": {"dtype": dtype, "lora": LLAMA_LORA}}
+        return Side("workers.ours_reward", options=options, target=target)
+
+    sides = {
+        "TRL 1.16.0": Side("workers.trl_reward", "trl-1.16.0"),
+        "float32": ours("float32", fp32),
+        "bfloat16": ours("bfloat16", bf16),
+    }
+    return Comparison("llama_15m", batch, lengths, sides, "TRL 1.16.0")
+
+
+def _generate(model: str, lora: Mapping[str, Any] | None = None) -> Comparison:
+    def side(module: str, dtype: str, target: float | None = None) -> Side:
+        return Side(f"workers.{module}", options={"dtype": dtype, "lora": lora}, target=target)
+
+    sides = {
+        "generate() float32": side("transformers_generate", "float32"),
+        "generate() bfloat16": side("transformers_generate", "bfloat16"),
+        "float32": side("ours_generate", "float32", 1.25),
+        "bfloat16": side("ours_generate", "bfloat16", 2.0),
+    }
+    return Comparison(model, 16, SHORT, sides, "generate() float32")
+
+
+def _scaling() -> dict[str, Comparison]:
+    base = Comparison(
+        "llama_15m", 16, SHORT, {"defaults": ppo()}, group="scaling", devices=("cpu",), rounds=3
+    )
+    points = {"scaling_base": base}
+    points |= {f"scaling_batch_{n}": replace(base, batch=n) for n in (8, 32)}
+    points |= {
+        f"scaling_prompt_{n}": replace(base, lengths=Lengths(n, SHORT.response))
+        for n in (64, 256, 512)
+    }
+    points |= {
+        f"scaling_response_{n}": replace(base, lengths=Lengths(SHORT.prompt, n))
+        for n in (16, 32, 64, 128)
+    }
+    return points | {f"scaling_{n}": replace(base, model=n) for n in ("llama_toy", "llama_38m")}
+
+
+def _on_gpu() -> dict[str, Comparison]:
+    options = {"dtype": "bfloat16", "lora": None}
+    ours = Side("workers.ours_generate", options=options | {"prefill": True}, target=5.0)
+    peer = Side("workers.transformers_generate", options=options)
+    rollout = {"generate() bfloat16": peer, "bfloat16": ours}
+    # What decides the memory and not the result.
+    seven = {"dtype": "bfloat16", "rollout_batch_size": 16, "micro_batch_size": 2}
+    seven |= {"gradient_checkpointing": True}
+    cuda = ("cuda",)
+    return {
+        "rollout_llama_1b": Comparison(
+            "llama_1b", 64, LARGE, rollout, "generate() bfloat16", devices=cuda
+        ),
+        "ppo_llama_1b": Comparison(
+            "llama_1b", 64, LARGE, {"bfloat16": ppo(dtype="bfloat16")}, devices=cuda
+        ),
+        "ppo_llama_7b_memory": Comparison(
+            "llama_7b", 16, LARGE, {"bfloat16": ppo(**seven)}, devices=cuda, rounds=1
+        ),
+    }
+
+
+_T5_PPO = {
+    "TRL 0.11.4": Side("workers.trl_t5_ppo", "trl-0.11.4"),
+    "like_for_like": ppo(reward="function", dtype="float32", critic="head", lora=T5_LORA),
+    "defaults": ppo(3.0, reward="function"),
+    "lora_decoder": ppo(6.0, reward="function", lora={"where": "decoder"}),
+}
+
+COMPARISONS: dict[str, Comparison] = {
+    "ppo_llama_15m": _ppo_llama("llama_15m"),
+    "ppo_llama_38m": _ppo_llama("llama_38m"),
+    "ppo_llama_15m_real_lengths": Comparison(
+        "llama_15m",
+        16,
+        REAL,
+        {"TRL 1.12.0": Side("workers.trl_ppo", "trl-1.12.0"), "defaults": ppo(5.0)},
+        "TRL 1.12.0",
+    ),
+    "ppo_t5_small": Comparison("t5_small", 16, SHORT, _T5_PPO, "TRL 0.11.4"),
+    "reward_llama_15m_448": _reward(8, LONG, 1.7, 3.0),
+    "reward_llama_15m_128": _reward(16, SHORT, None, None),
+    "generate_llama_15m": _generate("llama_15m"),
+    "generate_llama_15m_lora": _generate("llama_15m", LLAMA_LORA),
+    "generate_t5_small": _generate("t5_small"),
+    "generate_t5_small_lora": _generate("t5_small", T5_LORA),
+    **_scaling(),
+    **_on_gpu(),
+}
+
+
+def quick(comparison: Comparison) -> Comparison:
+    """The same sides at sizes that show whether they run, and nothing else."""
+    arch = MODELS[comparison.model].arch
+    lengths = replace(comparison.lengths, prompt=24, response=8)
+    return replace(comparison, model=f"{arch}_toy", batch=4, lengths=lengths, rounds=1)

@@ -1,0 +1,214 @@
+"""Arithmetic that a phase cannot do without: FLOPs of its dense matrix products.
+
+Counted as torch.utils.flop_counter counts, two per multiply-add, over real tokens only:
+
+- every role reads prompt and response once per pass through all layers;
+- the LM head sees response positions only;
+- what two responses share (a prompt, T5's encoder output) is computed once;
+- a prompt attends to itself and a response to the prompt and itself, all as full squares, although
+  a causal kernel may leave out half of a square;
+- a frozen matrix costs as much backward as forward (the gradient of its input) unless its input
+  needs no gradient; LoRA matrices and attention cost twice.
+
+So a phase at 100 % of the measured rate of matrix products could not be faster without computing
+less than this, and one that does compute less can pass 100 %.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+
+from shapes import T5, Llama, Model
+
+Matrices = Mapping[str, tuple[int, int]]
+Row = tuple[int, int]  # tokens of prompt and response
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter.
+
+    Attributes:
+        rank: Its rank.
+        targets: Names of the adapted matrices; None for all of them.
+        encoder: Whether T5's encoder has it too.
+    """
+
+    rank: int
+    targets: tuple[str, ...] | None = None
+    encoder: bool = True
+
+
+NONE = Lora(0)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of a forward pass by what they cost backward.
+
+    Attributes:
+        frozen: Products with frozen matrices.
+        leaves: The same where no gradient goes further back.
+        lora: Products with adapters.
+        attention: Scores, and sums of values.
+    """
+
+    frozen: float = 0.0
+    leaves: float = 0.0
+    lora: float = 0.0
+    attention: float = 0.0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def forward(self) -> float:
+        """FLOPs of the forward pass."""
+        return self.frozen + self.leaves + self.lora + self.attention
+
+    @property
+    def training(self) -> float:
+        """FLOPs of forward and backward pass."""
+        return self.forward + self.frozen + 2 * (self.lora + self.attention)
+
+
+def pass_over(
+    model: Model,
+    prompt: int,
+    responses: Sequence[int],
+    lora: Lora = NONE,
+    *,
+    head: bool = True,
+    decoding: bool = False,
+    encode: bool = True,
+) -> Flops:
+    """One pass over a prompt and the responses to it.
+
+    Args:
+        model: Sizes.
+        prompt: Tokens of the prompt.
+        responses: Tokens of each response.
+        lora: The active adapter.
+        head: Whether the LM head is applied to the response positions.
+        decoding: Token by token with a cache, so that a token attends to earlier ones only.
+        encode: False where T5's encoder output is at hand.
+    """
+    tokens = sum(responses)
+    squares = sum(length * length * (0.5 if decoding else 1.0) for length in responses)
+    lm_head = Flops(frozen=2.0 * tokens * model.hidden * model.vocab) if head else Flops()
+    if isinstance(model, Llama):
+        attended = prompt * prompt + tokens * prompt + squares
+        inputs = ("q_proj", "k_proj", "v_proj")
+        blocks = _blocks(model, model.block, prompt + tokens, attended, lora, inputs)
+        return blocks + lm_head
+    return (
+        lm_head
+        + _decoder(model, prompt, tokens, squares, lora, encode)
+        + (_encoder(model, prompt, lora) if encode else Flops())
+    )
+
+
+def ppo_phases(
+    model: Model,
+    rows: Iterable[Row],
+    lora: Lora,
+    *,
+    critic: str,
+    judge: Lora | None,
+    reference: bool,
+    epochs: int,
+) -> dict[str, float]:
+    """FLOPs of the phases of a PPO iteration over `rows`.
+
+    Args:
+        model: Sizes.
+        rows: Lengths of all prompts and responses.
+        lora: Adapters of policy and critic.
+        critic: "adapter", or "head" on the policy's trunk.
+        judge: The reward model's adapter on the same base; None for a function.
+        reference: Whether KL to the reference is charged.
+        epochs: Passes over the rollout.
+    """
+    phases = dict.fromkeys(("rollout", "score", "experience", "update"), 0.0)
+    # An encoder that no role changes has read the prompts in the rollout.
+    encode = lora.encoder
+    for prompt, response in rows:
+        policy = pass_over(model, prompt, [response], lora, encode=encode)
+        phases["rollout"] += pass_over(model, prompt, [response], lora, decoding=True).forward
+        phases["experience"] += policy.forward
+        phases["update"] += epochs * policy.training
+        if judge is not None:
+            phases["score"] += pass_over(model, prompt, [response], judge, head=False).forward
+        if reference:
+            phases["experience"] += pass_over(model, prompt, [response], encode=encode).forward
+        if critic == "adapter":
+            values = pass_over(model, prompt, [response], lora, head=False, encode=encode)
+            phases["experience"] += values.forward
+            phases["update"] += epochs * values.training
+    return phases
+
+
+def decode_bytes(model: Model, rows: Sequence[Row], width: int) -> float:
+    """Bytes that decoding must read: all weights at every step, and the keys and values so far.
+
+    Args:
+        model: Sizes.
+        rows: Lengths of the batch, which decodes together.
+        width: Bytes of a number.
+    """
+    steps = max(response for _, response in rows)
+    per_token = 2 * model.layers * model.kv_width
+    cached = sum(response * prompt + response * response / 2 for prompt, response in rows)
+    return width * (steps * _decoder_weights(model) + cached * per_token)
+
+
+def _blocks(
+    model: Model,
+    matrices: Matrices,
+    tokens: float,
+    attended: float,
+    lora: Lora,
+    inputs: Sequence[str],
+) -> Flops:
+    """All blocks; `inputs` are the matrices that read the embedding in the first one."""
+    frozen = 2.0 * tokens * sum(a * b for a, b in matrices.values())
+    leaves = 2.0 * tokens * sum(a * b for a, b in (matrices[name] for name in inputs))
+    return Flops(
+        frozen=model.layers * frozen - leaves,
+        leaves=leaves,
+        lora=model.layers * _lora(matrices, tokens, lora),
+        attention=model.layers * 4.0 * model.inner * attended,
+    )
+
+
+def _encoder(model: T5, prompt: int, lora: Lora) -> Flops:
+    lora = lora if lora.encoder else NONE
+    matrices = model.attention | model.feed_forward
+    return _blocks(model, matrices, prompt, prompt * prompt, lora, ("q", "k", "v"))
+
+
+def _decoder(
+    model: T5, prompt: int, tokens: int, squares: float, lora: Lora, encode: bool
+) -> Flops:
+    own = model.attention | model.feed_forward
+    result = _blocks(model, own, tokens, squares + tokens * prompt, lora, ("q", "k", "v"))
+    asks = {name: model.attention[name] for name in ("q", "o")}
+    reads = {name: model.attention[name] for name in ("k", "v")}
+    encoded = 2.0 * model.layers * prompt * sum(a * b for a, b in reads.values())
+    trained = encode and lora.encoder
+    result += Flops(**{"frozen" if trained else "leaves": encoded})
+    result += Flops(frozen=2.0 * model.layers * tokens * sum(a * b for a, b in asks.values()))
+    adapters = _lora(asks, tokens, lora) + _lora(reads, prompt, lora)
+    return result + Flops(lora=model.layers * adapters)
+
+
+def _lora(matrices: Matrices, tokens: float, lora: Lora) -> float:
+    adapted = [size for name, size in matrices.items() if not lora.targets or name in lora.targets]
+    return 2.0 * tokens * lora.rank * sum(a + b for a, b in adapted)
+
+
+def _decoder_weights(model: Model) -> float:
+    head = model.hidden * model.vocab
+    if isinstance(model, Llama):
+        return head + model.layers * sum(a * b for a, b in model.block.values())
+    once = sum(a * b for a, b in (model.attention | model.feed_forward).values())
+    return head + model.layers * (once + 2 * model.hidden * model.inner)

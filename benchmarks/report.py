@@ -1,0 +1,168 @@
+"""From measured rounds to tables."""
+
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Row = list[str]
+
+
+def median(values: Iterable[float]) -> float:
+    """The median."""
+    return statistics.median(values)
+
+
+def seconds(side: Mapping[str, Any]) -> list[float]:
+    """Seconds of every round."""
+    return [one["seconds"] for one in side["rounds"]]
+
+
+def speedups(side: Mapping[str, Any], peer: Mapping[str, Any]) -> tuple[float, float]:
+    """How many times as fast as the peer: ratio of medians, and median of the rounds' ratios."""
+    own, other = seconds(side), seconds(peer)
+    pairs = [b / a for a, b in zip(own, other, strict=False)]
+    return median(other) / median(own), median(pairs)
+
+
+def comparison_rows(name: str, entry: Mapping[str, Any]) -> list[Row]:
+    """One row per side: what, seconds, speed and memory against the peer."""
+    rows = []
+    peer = entry["sides"].get(entry["baseline"], {"rounds": []})
+    for side_name, side in entry["sides"].items():
+        rows.append([name if not rows else "", side_name, *_figures(side, peer)])
+    return rows
+
+
+def phase_rows(name: str, entry: Mapping[str, Any], machine: Mapping[str, Any]) -> list[Row]:
+    """One row per phase of each side of ours: seconds, FLOPs, share of the measured rates."""
+    rows = []
+    for side_name, side in entry["sides"].items():
+        if not (side["ours"] and side["rounds"]):
+            continue
+        for phase, spent in phases(side).items():
+            label = [name if not rows else "", side_name]
+            share = f"{100 * spent / median(seconds(side)):.0f} %"
+            rows.append([*label, phase, f"{spent:.3g} s", share, *_rates(side, phase, machine)])
+    return rows
+
+
+def phases(side: Mapping[str, Any]) -> dict[str, float]:
+    """Median seconds of every phase and, if they are several, of what is outside (overhead)."""
+    names = side["rounds"][0]["phases"]
+    found = {name: median(one["phases"][name] for one in side["rounds"]) for name in names}
+    if len(found) < 2:
+        return found
+    outside = [one["seconds"] - sum(one["phases"].values()) for one in side["rounds"]]
+    return found | {"overhead": median(outside)}
+
+
+def scaling_rows(entries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """One row per point: sizes, seconds, phases."""
+    rows = []
+    for entry in entries.values():
+        side = next(iter(entry["sides"].values()))
+        sizes = [str(entry["batch"]), str(entry["lengths"]["prompt"])]
+        sizes = [entry["model"], *sizes, str(entry["lengths"]["response"])]
+        if not side["rounds"]:
+            rows.append([*sizes, side.get("error", "")])
+            continue
+        parts = phases(side)
+        shown = (parts.get(name, 0.0) for name in ("rollout", "score", "experience", "update"))
+        memory = _memory(side.get("peak_mib"))
+        rows.append([*sizes, _range(side), *(f"{part:.2f}" for part in shown), memory])
+    return rows
+
+
+MAIN = ["comparison", "side", "seconds", "speed", "by rounds", "target", "memory", "of peer"]
+PHASES = ["comparison", "side", "phase", "seconds", "share", "GFLOP", "of matmul", "of bandwidth"]
+SCALING = ["model", "batch", "prompt", "response", "seconds", "rollout", "score", "experience"]
+SCALING += ["update", "memory"]
+
+
+def tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[Row]]]:
+    """Title, header and rows of each table."""
+    entries, machine = results["comparisons"], results["machine"]
+    main = {name: entry for name, entry in entries.items() if entry["group"] == "main"}
+    scaling = {name: entry for name, entry in entries.items() if entry["group"] == "scaling"}
+    compared = [row for name, entry in main.items() for row in comparison_rows(name, entry)]
+    parts = [row for name, entry in main.items() for row in phase_rows(name, entry, machine)]
+    named = [
+        ("Against the peers", MAIN, compared),
+        ("Where our time goes", PHASES, parts),
+        ("How our cost grows", SCALING, scaling_rows(scaling)),
+    ]
+    return [table for table in named if table[2]]
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """All tables, and what they were measured on."""
+    blocks = [describe(results["machine"])]
+    for title, header, rows in tables(results):
+        lines = [f"### {title}", "", _line(header), _line(["---"] * len(header)), *map(_line, rows)]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def describe(machine: Mapping[str, Any]) -> str:
+    """The machine in a sentence."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return (
+        f"Measured {machine['date']} on {machine['device']}, {machine['threads']} threads: "
+        f"matrix products {machine['flops']['float32'] / 1e9:.0f} GFLOP/s in float32 and "
+        f"{machine['flops']['bfloat16'] / 1e9:.0f} in bfloat16, copying "
+        f"{machine['bytes'] / 1e9:.1f} GB/s (bytes read and written). {versions}."
+    )
+
+
+def insert(page: str, device: str, text: str) -> str:
+    """The page with `text` between the device's markers."""
+    begin, end = f"<!-- {device}: begin -->", f"<!-- {device}: end -->"
+    pattern = re.compile(rf"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    return pattern.sub(lambda _: f"{begin}\n\n{text}\n{end}", page)
+
+
+def _figures(side: Mapping[str, Any], peer: Mapping[str, Any]) -> Row:
+    if not side["rounds"]:
+        return [f"failed: {side.get('error', '')}", *[""] * 5]
+    target = "" if side["target"] is None else f"{side['target']:g}x"
+    memory, ratio = _peak(side), ""
+    speed: Sequence[str] = ("", "")
+    if side is not peer and peer["rounds"]:
+        speed = [f"{value:.2f}x" for value in speedups(side, peer)]
+        if memory and _peak(peer):
+            ratio = f"{memory / _peak(peer):.2f}x"
+    note = f" (then failed: {side['error']})" if "error" in side else ""
+    return [_range(side) + note, *speed, target, _memory(memory), ratio]
+
+
+def _rates(side: Mapping[str, Any], phase: str, machine: Mapping[str, Any]) -> Row:
+    facts = side["facts"]
+    work = facts.get("flops", {}).get(phase)
+    spent = phases(side)[phase]
+    row = ["", "", ""]
+    dtype = facts.get("dtype", "float32")
+    if work:
+        row[0] = f"{work / 1e9:.3g}"
+        row[1] = f"{100 * work / spent / machine['flops'][dtype]:.0f} %"
+    if phase in ("decode", "rollout") and "decode_bytes" in facts:
+        row[2] = f"{100 * facts['decode_bytes'] / spent / machine['bytes']:.0f} %"
+    return row
+
+
+def _range(side: Mapping[str, Any]) -> str:
+    values = seconds(side)
+    return f"{median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def _peak(side: Mapping[str, Any]) -> float:
+    peak: float = side.get("cuda_peak_mib") or side.get("peak_mib") or 0.0
+    return peak
+
+
+def _memory(mib: float | None) -> str:
+    return f"{mib / 1024:.2f} GiB" if mib else ""
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"

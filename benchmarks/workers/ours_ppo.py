@@ -1,0 +1,107 @@
+"""A PPO iteration of ours."""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import flops
+from rlhf import generation, ppo_trainer
+from rlhf.config import PPOConfig
+from rlhf.models.roles import RewardModel
+from shapes import MODELS
+from worker import Session
+from workers.common import flops_lora, read_batches
+
+END = 2.0  # in the place of a uniform number: EOS comes here
+BELOW_ONE = 1 - 2**-24
+
+
+def main(spec: dict[str, Any], session: Session) -> None:
+    """Makes steps of a `PPOTrainer`."""
+    folder, lengths = Path(spec["folder"]), spec["lengths"]
+    judge = folder / f"reward-{spec['side']}"
+    config = PPOConfig(
+        base_model=str(folder / "model"),
+        prompt_dataset=str(folder / "prompts.jsonl"),
+        output_dir=str(folder / f"policy-{spec['side']}"),
+        reward_model_path=str(judge) if judge.is_dir() else None,
+        device=spec["device"],
+        batch_size=spec["batch"],
+        prompt_sequence_length=lengths["prompt"],
+        target_sequence_length=lengths["response"],
+        train_steps=1000,
+        **spec["options"]["config"],
+    )
+    batches = read_batches(folder)
+    trainer = ppo_trainer.PPOTrainer(config, reward_fn=None if judge.is_dir() else count_words)
+    eos = trainer.policy.lm.layout.eos_id
+    force_lengths([batch["lengths"] for batch in batches] if lengths["real"] else None, eos)
+    facts = {
+        "dtype": str(trainer.policy.lm.dtype).removeprefix("torch."),
+        "flops": iteration_flops(trainer, spec["model"], batches),
+    }
+    for batch in itertools.cycle(batches):
+        metrics = trainer.step()
+        told = statistics.mean(batch["lengths"])
+        assert abs(metrics["ppo/response_length"] - told) < 1e-3, metrics["ppo/response_length"]
+        named = {name: value for name, value in metrics.items() if name.startswith("time/")}
+        phases = {name.removeprefix("time/"): value for name, value in named.items()}
+        phases.pop("step")
+        session.round_done(phases, facts)
+
+
+def count_words(_: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """A reward that costs nothing."""
+    return [float(len(response.split()) % 7) for response in responses]
+
+
+def force_lengths(lengths: Sequence[Sequence[int]] | None, eos: int) -> None:
+    """Makes rollouts end where they are told to, or (None) at the limit; nowhere else.
+
+    Args:
+        lengths: Per step the lengths of the responses in the order of the rows.
+        eos: The id that ends a response.
+    """
+    uniforms, sample = ppo_trainer.rollout_uniforms, generation.sample
+
+    def forced_uniforms(seed: int, iteration: int, rows: range, limit: int) -> Tensor:
+        drawn = uniforms(seed, iteration, rows, limit)
+        if lengths is not None:
+            ends = torch.tensor(lengths[iteration % len(lengths)])
+            drawn[torch.arange(len(rows)), ends[list(rows)] - 1] = END
+        return drawn
+
+    def forced_sample(logits: Tensor, drawn: Tensor) -> Tensor:
+        tokens = sample(logits, drawn.clamp(max=BELOW_ONE))
+        tokens = torch.where(tokens == eos, eos + 1, tokens)
+        return torch.where(drawn >= END, eos, tokens)
+
+    ppo_trainer.rollout_uniforms, generation.sample = forced_uniforms, forced_sample
+
+
+def iteration_flops(
+    trainer: ppo_trainer.PPOTrainer, model: str, batches: Sequence[dict[str, Any]]
+) -> dict[str, float]:
+    """FLOPs of the phases; the mean over the batches, of which the first is the warm-up's."""
+    config, measured = trainer.config, batches[1:] or batches
+    rows = [
+        (len(prompt), length)
+        for batch in measured
+        for prompt, length in zip(batch["prompts"], batch["lengths"], strict=True)
+    ]
+    lora = flops_lora(config.lora)
+    phases = flops.ppo_phases(
+        MODELS[model],
+        rows,
+        lora,
+        critic=config.critic,
+        judge=lora if isinstance(trainer.scorer, RewardModel) else None,
+        reference=config.kl_coeff > 0,
+        epochs=config.ppo_epochs,
+    )
+    return {name: total / len(measured) for name, total in phases.items()}
