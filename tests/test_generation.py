@@ -3,10 +3,14 @@
 import pytest
 import torch
 from test_language_model import EOS, make_lm, ragged
-from tiny import tiny_model
+from tiny import randomise_lora, tiny_model
+from torch import Tensor
 
+from rlhf import generation
+from rlhf.config import LoRAConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.generation import generate, generate_in_chunks, rollout_uniforms, sample
+from rlhf.models.language_model import DecodeState
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -41,6 +45,78 @@ def test_sampling_at_the_edges_of_the_unit_interval() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]] * 2)
     edges = torch.tensor([0.0, 1 - 2**-24])
     assert sample(logits, edges).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 700])
+def test_sampling_is_the_plain_inverse_cdf(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randn(400, size, generator=generator) * 3
+    logits[:, ::3] = float("-inf")
+    logits[:, -1] = 0.0
+    uniforms = torch.rand(400, generator=generator)
+    tokens = sample(logits, uniforms)
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    above = cdf.gather(1, tokens[:, None])[:, 0]
+    below = above - logits.double().softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert (below - 1e-6 <= uniforms).all()
+    assert (uniforms <= above + 1e-6).all()
+    assert logits.gather(1, tokens[:, None]).isfinite().all()
+
+
+def test_rows_that_finish_leave_the_batch(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make_lm(arch)
+    prompts = TokenBatch.from_lists([[i, 5, 7][: 1 + i % 3] for i in range(3, 60)])
+    uniforms = rollout_uniforms(1, 0, range(len(prompts)), 100)
+    options = {"max_new_tokens": 100, "uniforms": uniforms, "temperature": 3.0}
+    sizes: list[int] = []
+    decode = lm.decode
+
+    def counting(state: DecodeState, tokens: Tensor) -> Tensor:
+        sizes.append(len(tokens))
+        return decode(state, tokens)
+
+    monkeypatch.setattr(lm, "decode", counting)
+    leaving = generate(lm, prompts, **options)
+    assert sizes[-1] < len(prompts)
+    assert sizes == sorted(sizes, reverse=True)
+    monkeypatch.setattr(generation, "DROP_AT", 0.0)
+    sizes.clear()
+    staying = generate(lm, prompts, **options)
+    assert set(sizes) == {len(prompts)}
+    assert leaving.responses.tolists() == staying.responses.tolists()
+    assert torch.equal(leaving.finished, staying.finished)
+
+
+def test_folding_the_adapter_changes_no_sample_and_leaves_no_trace(arch: str) -> None:
+    lm = make_lm(arch)
+    prompts, _ = ragged(arch)
+    lm.add_adapter("policy", LoRAConfig(rank=4))
+    randomise_lora(lm, "policy", std=0.3)
+    before = {name: tensor.clone() for name, tensor in lm.module.state_dict().items()}
+    places = {name: tensor.data_ptr() for name, tensor in lm.module.state_dict().items()}
+    uniforms = rollout_uniforms(0, 0, range(4), 10)
+    with lm.using("policy"):
+        with lm.folded():
+            folded, _ = lm.prefill(prompts, 1)
+            inside = lm.adapters.active
+        folded_run = generate(lm, prompts, max_new_tokens=10, uniforms=uniforms)
+        with lm.inference():
+            plain, _ = lm.prefill(prompts, 1)
+    assert inside is None
+    torch.testing.assert_close(folded.keys, plain.keys, atol=1e-5, rtol=1e-5)
+    base = generate(lm, prompts, max_new_tokens=10, uniforms=uniforms)
+    assert folded_run.responses.tolists() != base.responses.tolists()
+    for name, tensor in lm.module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert tensor.data_ptr() == places[name]
+
+
+def test_a_bf16_base_is_never_folded(arch: str) -> None:
+    lm = make_lm(arch)
+    lm.module.to(torch.bfloat16)
+    lm.add_adapter("policy", LoRAConfig(rank=4))
+    with lm.using("policy"), lm.folded():
+        assert lm.adapters.active == "policy"
 
 
 def test_uniforms_belong_to_seed_iteration_row_and_token() -> None:

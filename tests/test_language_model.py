@@ -65,7 +65,8 @@ def test_logprobs_and_entropy_against_float64(arch: str) -> None:
     lm = make_lm(arch)
     plain = tiny_model(arch).eval()
     prompts, responses = ragged(arch)
-    stats = lm.token_logprobs(lm.response_states(prompts, responses), responses, temperature=0.7)
+    states = lm.response_states(prompts, responses)
+    stats = lm.token_logprobs(states, responses, temperature=0.7, entropy=True)
     for i, (prompt, response) in enumerate(
         zip(prompts.tolists(), responses.tolists(), strict=True)
     ):
@@ -87,9 +88,38 @@ def test_decoding_step_by_step_is_one_forward(arch: str) -> None:
     tokens = torch.tensor([[20, 21, 22], [PAD, 23, PAD], [24, EOS[arch], 25], [26, 27, 28]])
     responses = TokenBatch(tokens, torch.full((4,), 3))
     expected = lm.response_states(prompts, responses)
-    state, first = lm.prefill(prompts)
+    state, first = lm.prefill(prompts, 4)
     states = [first, *(lm.decode(state, tokens[:, t]) for t in range(3))]
     torch.testing.assert_close(torch.stack(states, 1), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_final_states_and_pairs_are_those_of_single_reads(arch: str, attention: str) -> None:
+    lm = make_lm(arch)
+    lm.module.set_attn_implementation(attention)
+    prompts, first = ragged(arch)
+    second = TokenBatch.from_lists([[24, 25, EOS[arch]], [], [26], [27, 28, 29, 30, 31, 32]])
+    lm.add_adapter("reward", LORA)
+    randomise_lora(lm, "reward")
+    parameters = [tensor for _, tensor in lm.named_trainable("reward")]
+    with lm.using("reward"):
+        singles = []
+        for responses in (first, second):
+            states = lm.response_states(prompts, responses)
+            expected = states[torch.arange(len(states)), responses.lengths]
+            final = lm.final_states(prompts, responses)
+            torch.testing.assert_close(final, expected, atol=1e-5, rtol=1e-5)
+            singles.append(expected)
+        pairs = lm.paired_final_states(prompts, first, second)
+        weights = torch.randn(2, *expected.shape, generator=torch.Generator().manual_seed(0))
+        gradients = [
+            torch.autograd.grad((torch.stack(list(states)) * weights).sum(), parameters)
+            for states in (singles, pairs)
+        ]
+    for ours, plain in zip(pairs, singles, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+    for ours, plain in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
 
 
 ROW = st.tuples(
@@ -199,7 +229,8 @@ def test_gradients_go_to_the_active_role_only(arch: str, checkpointing: bool) ->
 def policy_gradients(lm: LanguageModel, arch: str) -> list[Tensor]:
     prompts, responses = ragged(arch)
     with lm.using("policy"):
-        stats = lm.token_logprobs(lm.response_states(prompts, responses), responses)
+        states = lm.response_states(prompts, responses)
+        stats = lm.token_logprobs(states, responses, entropy=True)
         (stats.logprobs.sum() + 0.1 * stats.entropy.sum()).backward()
     return [p.grad for _, p in lm.named_trainable("policy")]
 
@@ -265,6 +296,36 @@ def test_min_response_length_forbids_eos_and_leaves_the_rest(arch: str) -> None:
     assert torch.equal(bound[2:], free[2:])
     others = [i for i in range(120) if i != eos]
     assert torch.equal(bound[:, others], free[:, others])
+
+
+def test_a_frozen_encoder_reads_each_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = make_lm("t5")
+    prompts, responses = ragged("t5")
+    for name, where in (("policy", "decoder"), ("value", "decoder"), ("reward", "all")):
+        lm.add_adapter(name, LoRAConfig(rank=4, where=where))
+        randomise_lora(lm, name)
+    expected = {}
+    for role in ("policy", "value", "reward", None):
+        with lm.using(role):
+            expected[role] = lm.response_states(prompts, responses)
+    with lm.using("reward"):
+        assert lm.with_states(prompts, 2).states is None
+    with lm.using("policy"):
+        known = lm.with_states(prompts, 3)
+    runs: list[int] = []
+    lm.module.encoder.register_forward_hook(lambda *_: runs.append(1))
+    rows = [2, 0, 1]
+    for role, states in expected.items():
+        with lm.using(role):
+            again = lm.response_states(known, responses)
+            some = lm.response_states(known.select(rows), responses.select(rows))
+        mask = torch.nn.functional.pad(responses.mask, (1, 0), value=True)
+        torch.testing.assert_close(again[mask], states[mask], atol=1e-5, rtol=1e-5)
+        mask = torch.nn.functional.pad(responses.select(rows).mask, (1, 0), value=True)
+        torch.testing.assert_close(
+            some[mask], states[rows, : mask.shape[1]][mask], atol=1e-5, rtol=1e-5
+        )
+    assert len(runs) == 2  # the reward adapter's, whose encoder is another
 
 
 @pytest.mark.parametrize("where", ["decoder", "encoder"])

@@ -110,7 +110,7 @@ def letter_value(text: str) -> float:
 def first_token_distribution(trainer: PPOTrainer) -> Tensor:
     with trainer.policy.active() as lm, torch.no_grad():
         prompts = trainer.tokeniser.prompts([trainer.prompts[0].prompt])
-        _, hidden = lm.prefill(prompts)
+        _, hidden = lm.prefill(prompts, 4)
         return lm.policy_logits(hidden, torch.zeros(1), 1.0, 0).softmax(-1)[0]
 
 
@@ -170,7 +170,7 @@ def test_bandit_with_lora_reaches_what_its_rank_can_express(arch: str, tmp_path:
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 600)
     for _ in range(600):
         with exact.policy.active() as lm:
-            _, hidden = lm.prefill(exact.tokeniser.prompts([exact.prompts[0].prompt]))
+            _, hidden = lm.prefill(exact.tokeniser.prompts([exact.prompts[0].prompt]), 1)
             log_p = lm.policy_logits(hidden, torch.zeros(1), 1.0, 0).log_softmax(-1)[0]
             (log_p.exp() * (log_p - optimum.log())).sum().backward()
         optimizer.step()
@@ -208,6 +208,17 @@ def test_multi_token_share_of_a_chosen_token(arch: str, tmp_path: Path) -> None:
     for _ in range(60):
         metrics = trainer.step()
     assert metrics["ppo/score"] / 4 >= 0.9
+
+
+def test_lora_in_the_decoder_runs_the_encoder_once_per_batch(tmp_path: Path) -> None:
+    trainer = make_trainer("t5", tmp_path, lora={"rank": 4, "where": "decoder"}, ppo_epochs=2)
+    runs: list[int] = []
+    trainer.policy.lm.module.encoder.register_forward_hook(
+        lambda module, inputs, output: runs.append(len(output.last_hidden_state))
+    )
+    metrics = trainer.step()
+    assert sum(runs) == trainer.config.batch_size
+    assert metrics["ppo/ratio_first"] < 1e-4
 
 
 # --- the experience against a slow reference -----------------------------------------------------

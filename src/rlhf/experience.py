@@ -120,7 +120,7 @@ def evaluate_rollout(
         prompts, answers = rollout.prompts.select(rows), responses.select(rows)
         with policy.active() as lm:
             states = lm.response_states(prompts, answers)
-            own = lm.token_logprobs(states, answers, *constraint)
+            own = lm.token_logprobs(states, answers, *constraint, entropy=True)
         ref_logprobs = own.logprobs
         if reference is not None:
             with reference.active() as lm:

@@ -13,6 +13,11 @@ from torch import Tensor
 from rlhf.data.batching import TokenBatch, chunks, seeded_generator
 from rlhf.models.language_model import LanguageModel
 
+# Tokens of the vocabulary that sampling sums up at once.
+BLOCK = 256
+# Finished rows leave the batch when this share of it is left: dropping them copies the cache.
+DROP_AT = 0.75
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -48,6 +53,9 @@ def rollout_uniforms(seed: int, iteration: int, rows: range, max_new_tokens: int
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.
 
+    First the block of tokens in which that happens, then the token in it: sums over the whole
+    vocabulary, but cumulative sums over one block only.
+
     Args:
         logits: (B, V) fp32, temperature applied.
         uniforms: (B,) in [0, 1).
@@ -55,13 +63,23 @@ def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         (B,) token ids; a token of probability 0 is never drawn.
     """
-    cdf = logits.softmax(-1).cumsum(-1)
-    # Relative to the last entry, because a fp32 sum over a vocabulary is not exactly 1.
+    weights = logits.softmax(-1)
+    blocks = torch.nn.functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(
+        1, (-1, BLOCK)
+    )
+    cdf = blocks.sum(-1).cumsum(-1)
     target = uniforms[:, None] * cdf[:, -1:]
-    tokens = torch.searchsorted(cdf, target, right=True)[:, 0]
-    # u·total may round up to total, past the last token that has any mass.
-    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())[:, 0]
-    return torch.minimum(tokens, last)
+    block = _first_beyond(cdf, target)
+    before = cdf.gather(1, block) - blocks.sum(-1).gather(1, block)
+    inner = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1)
+    return (block * BLOCK + _first_beyond(inner, (target - before).clamp(min=0)))[:, 0]
+
+
+def _first_beyond(cdf: Tensor, target: Tensor) -> Tensor:
+    """(B, 1) first index whose cumulative sum exceeds the target, else the last with any mass."""
+    found = torch.searchsorted(cdf, target, right=True)
+    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())
+    return torch.minimum(found, last)
 
 
 def generate(
@@ -89,25 +107,33 @@ def generate(
     device, size = prompts.ids.device, len(prompts)
     eos = torch.tensor(sorted(lm.layout.eos_ids), device=device)
     ids = torch.zeros(size, max_new_tokens, dtype=torch.long, device=device)
-    lengths = torch.zeros(size, dtype=torch.long, device=device)
+    lengths = torch.full((size,), max_new_tokens, device=device)
     finished = torch.zeros(size, dtype=torch.bool, device=device)
     if temperature > 0 and uniforms is None:
         raise ValueError("sampling needs uniforms; pass them or temperature=0")
-    with lm.inference():
-        state, hidden = lm.prefill(prompts)
+    uniforms = None if uniforms is None else uniforms.to(device)
+    rows = torch.arange(size, device=device)  # of the result, for each row still decoded
+    with lm.inference(), lm.folded():
+        state, hidden = lm.prefill(prompts, max_new_tokens)
         for step in range(max_new_tokens):
-            positions = torch.full((size,), step, device=device)
+            positions = torch.full_like(rows, step)
             logits = lm.policy_logits(hidden, positions, temperature or 1.0, min_response_length)
             if temperature > 0:
                 assert uniforms is not None
-                tokens = sample(logits, uniforms[:, step].to(device))
+                tokens = sample(logits, uniforms[rows, step])
             else:
                 tokens = logits.argmax(-1)
-            ids[:, step] = tokens
-            lengths += ~finished
-            finished |= torch.isin(tokens, eos)
-            if finished.all() or step + 1 == max_new_tokens:
+            ids[rows, step] = tokens
+            ends = torch.isin(tokens, eos) & ~finished[rows]
+            lengths[rows[ends]] = step + 1
+            finished[rows[ends]] = True
+            going = ~finished[rows]
+            left = int(going.sum())
+            if left == 0 or step + 1 == max_new_tokens:
                 break
+            if left <= DROP_AT * len(rows):
+                state.select(going)
+                rows, tokens = rows[going], tokens[going]
             hidden = lm.decode(state, tokens)
     return Generation(TokenBatch(ids[:, : int(lengths.max())], lengths), finished)
 

@@ -249,6 +249,7 @@ class PPOTrainer(Trainer):
         limit = config.target_sequence_length
         draw = self.step_index if draw is None else draw
         with self.policy.active() as lm:
+            prompts = lm.with_states(prompts, config.effective_micro_batch_size)
             generation = generate_in_chunks(
                 lm,
                 prompts,
@@ -335,7 +336,11 @@ class PPOTrainer(Trainer):
         with self.policy.active() as lm:
             states = lm.response_states(micro.prompts, micro.responses)
             new = lm.token_logprobs(
-                states, micro.responses, config.temperature, config.min_response_length
+                states,
+                micro.responses,
+                config.temperature,
+                config.min_response_length,
+                entropy=config.entropy_coef != 0,
             )
             policy = objectives.policy_loss(
                 new.logprobs, micro.logprobs, micro.advantages, mask, config.clip_range

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import RewardModelConfig
-from rlhf.data.batching import TokenBatch, chunks, permutation, rows_for_step
+from rlhf.data.batching import chunks, permutation, rows_for_step
 from rlhf.data.pairs import Pairs
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import (
@@ -228,11 +228,8 @@ class RewardModelTrainer(Trainer):
 
     def _backward(self, micro: Pairs, count: int) -> Tensor:
         """Adds a micro-batch's part of the gradients; `count` is the pairs of the whole batch."""
-        twice = [*range(len(micro)), *range(len(micro))]
-        responses = TokenBatch.concat([micro.chosen, micro.rejected])
         with self.reward.lm.using(self.reward.adapter):
-            scores = self.reward.raw_scores(micro.prompts.select(twice), responses)
-            chosen, rejected = scores.chunk(2)
+            chosen, rejected = self.reward.raw_pair_scores(micro)
             losses = pairwise_loss(chosen, rejected, micro.margin, self.config.centering_coeff)
             (losses.sum() / count).backward()
         difference = (chosen - rejected).detach()
@@ -249,7 +246,8 @@ class RewardModelTrainer(Trainer):
         for block in chunks(range(len(held_out)), EVALUATION_BLOCK):
             rows = [held_out[row] for row in block]
             pairs = Pairs.from_rows(rows, self.reward.tokeniser)
-            first, second = (self._score(pairs.prompts, s) for s in (pairs.chosen, pairs.rejected))
+            size = self.config.effective_micro_batch_size
+            first, second = self.reward.score_pairs(pairs, size)
             if block[0] == 0:
                 self._log_pairs(rows, pairs, first, second)
             chosen.append(first)
@@ -289,11 +287,6 @@ class RewardModelTrainer(Trainer):
         shown = {n: m for n, m in self.final_metrics.items() if n.startswith("eval/")} | metrics
         write_card(folder, self.stage, self.config, shown, [*self.inputs.lines])
         return metrics
-
-    def _score(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-        return self.reward.score_tokens(
-            prompts, responses, 2 * self.config.effective_micro_batch_size
-        )
 
     def _reference_scores(self) -> Tensor:
         """(N,) raw scores of demonstrations, or of both candidates of training pairs."""

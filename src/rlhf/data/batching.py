@@ -18,10 +18,12 @@ class TokenBatch:
     Attributes:
         ids: (B, L) int64, right-padded with an arbitrary filler.
         lengths: (B,) int64, tokens of each row that count.
+        states: (B, L, D) what a frozen encoder made of the rows, if that was kept.
     """
 
     ids: Tensor
     lengths: Tensor
+    states: Tensor | None = None
 
     @classmethod
     def from_lists(
@@ -47,11 +49,13 @@ class TokenBatch:
         index = torch.as_tensor(rows, dtype=torch.long, device=self.ids.device)
         lengths = self.lengths[index]
         longest = int(lengths.max()) if len(lengths) else 0
-        return TokenBatch(self.ids[index, :longest], lengths)
+        states = None if self.states is None else self.states[index, :longest]
+        return TokenBatch(self.ids[index, :longest], lengths, states)
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """The same batch on another device."""
-        return TokenBatch(self.ids.to(device), self.lengths.to(device))
+        states = None if self.states is None else self.states.to(device)
+        return TokenBatch(self.ids.to(device), self.lengths.to(device), states)
 
     def tolists(self) -> list[list[int]]:
         """The rows as lists without padding."""

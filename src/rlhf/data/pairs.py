@@ -42,8 +42,8 @@ class Pairs:
 
     @property
     def tokens(self) -> Tensor:
-        """(B,) tokens that a model reads for each pair."""
-        return 2 * self.prompts.lengths + self.chosen.lengths + self.rejected.lengths
+        """(B,) tokens that a model reads for each pair, its prompt once."""
+        return self.prompts.lengths + self.chosen.lengths + self.rejected.lengths
 
     def select(self, rows: Sequence[int]) -> "Pairs":
         """The given pairs in the given order, trimmed to the longest of them."""

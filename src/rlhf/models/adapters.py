@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
+
+from rlhf.models.lora import LoRALinear
 
 
 class AdapterSet:
@@ -64,6 +66,9 @@ class AdapterSet:
             else:
                 self.peft_model.add_adapter(name, config)
         self._layers = [part for part in self._module.modules() if isinstance(part, LoraLayer)]
+        for layer in self._layers:
+            if type(layer) is Linear:
+                layer.__class__ = LoRALinear
         self._parameters[name] = [
             (n, p) for n, p in self._module.named_parameters() if f".{name}." in n
         ]
@@ -79,6 +84,13 @@ class AdapterSet:
             pairs = zip(self.named_parameters(source), self.named_parameters(target), strict=True)
             for (_, old), (_, new) in pairs:
                 new.copy_(old)
+
+    def active_reaches(self, prefix: str) -> bool:
+        """Whether the active adapter has tensors under `prefix`; false without one."""
+        active = self._active
+        return active is not None and any(
+            name.startswith(prefix) for name, _ in self._parameters[active]
+        )
 
     def named_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
         """The adapter's tensors with their names, which contain the adapter's."""
@@ -96,6 +108,30 @@ class AdapterSet:
             yield
         finally:
             self._switch(before)
+
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Adds the active adapter into copies of the weights it acts on, for decoding in fp32.
+
+        The copies lie in memory transposed, which a CPU multiplies few rows by a third faster.
+        Afterwards the original tensors are back, untouched.
+        """
+        name = self._active
+        if name is None:
+            yield
+            return
+        layers = [layer for layer in self._layers if name in layer.lora_A]
+        bases = [layer.get_base_layer() for layer in layers]
+        originals = [base.weight.data for base in bases]
+        try:
+            for layer, base, original in zip(layers, bases, originals, strict=True):
+                weight = original + layer.get_delta_weight(name)
+                base.weight.data = weight.t().contiguous().t()
+            with self.using(None):
+                yield
+        finally:
+            for base, original in zip(bases, originals, strict=True):
+                base.weight.data = original
 
     def _switch(self, name: str | None) -> None:
         for layer in self._layers:

@@ -11,23 +11,19 @@ Shape letters: B batch, P prompt tokens, R response tokens, V vocabulary, D hidd
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    DynamicCache,
-    EncoderDecoderCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import rotate_half
 from typing_extensions import override
 
 from rlhf.config import LoRAConfig
-from rlhf.data.batching import TokenBatch, join
+from rlhf.data.batching import TokenBatch, chunks, join
 from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
 from rlhf.models.adapters import AdapterSet
@@ -45,7 +41,8 @@ class TokenStats:
 
     Attributes:
         logprobs: (B, R) fp32, log-probability of the token; 0 past the response's end.
-        entropy: (B, R) fp32, entropy of the distribution in nats; 0 past the end.
+        entropy: (B, R) fp32, entropy of the distribution in nats; 0 past the end, and everywhere
+            if it was not asked for.
     """
 
     logprobs: Tensor
@@ -56,19 +53,33 @@ class TokenStats:
 class DecodeState:
     """A batch in the middle of decoding; changed in place by `LanguageModel.decode`.
 
+    Keys and values are (layers, B, heads, columns, head size), with room for the whole response.
+
     Attributes:
-        cache: Keys and values of what has been read.
+        keys: Of self-attention.
+        values: Likewise.
+        prompt_bias: (B, 1, 1, P), 0 on the prompt's tokens and -inf on padding.
         prompt_lengths: (B,) tokens of each prompt.
-        prompt_mask: (B, P) bool.
-        encoder_states: (B, P, D), T5 only.
+        prompt_keys: Of attention from decoder to encoder, T5 only.
+        prompt_values: Likewise.
         steps: Response tokens read so far.
     """
 
-    cache: Any
+    keys: Tensor
+    values: Tensor
+    prompt_bias: Tensor
     prompt_lengths: Tensor
-    prompt_mask: Tensor
-    encoder_states: Tensor | None = None
+    prompt_keys: Tensor | None = None
+    prompt_values: Tensor | None = None
     steps: int = 0
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the given rows of the batch and forgets the others."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.prompt_bias, self.prompt_lengths = self.prompt_bias[rows], self.prompt_lengths[rows]
+        if self.prompt_keys is not None and self.prompt_values is not None:
+            self.prompt_keys = self.prompt_keys[:, rows]
+            self.prompt_values = self.prompt_values[:, rows]
 
 
 class LanguageModel(ABC):
@@ -149,6 +160,17 @@ class LanguageModel(ABC):
         """
 
     @abstractmethod
+    def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:
+        """The same prompts, for T5 with the encoder's states if the active adapter leaves it alone.
+
+        All roles that leave the encoder alone then read these instead of running it again.
+
+        Args:
+            prompts: B prompts.
+            batch_size: Rows that the encoder reads at once.
+        """
+
+    @abstractmethod
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
         """Hidden states at and after every response token.
 
@@ -162,9 +184,37 @@ class LanguageModel(ABC):
             States past that index mean nothing.
         """
 
+    def final_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        """(B, D): the states of `response_states` at index `length`, for rewards."""
+        states = self.response_states(prompts, responses)
+        return states[torch.arange(len(states), device=states.device), responses.lengths]
+
     @abstractmethod
-    def prefill(self, prompts: TokenBatch) -> tuple[DecodeState, Tensor]:
-        """Reads the prompts. Returns the state and (B, D) that predicts the first token."""
+    def paired_final_states(
+        self, prompts: TokenBatch, first: TokenBatch, second: TokenBatch
+    ) -> tuple[Tensor, Tensor]:
+        """`final_states` of two responses to each prompt, which is read only once.
+
+        Args:
+            prompts: B prompts.
+            first: B responses.
+            second: B other responses to the same prompts.
+
+        Returns:
+            (B, D) and (B, D).
+        """
+
+    @abstractmethod
+    def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
+        """Reads the prompts.
+
+        Args:
+            prompts: B prompts.
+            max_new_tokens: `decode` can read one token less than this.
+
+        Returns:
+            The state, and (B, D) that predicts the first token.
+        """
 
     @abstractmethod
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
@@ -211,6 +261,8 @@ class LanguageModel(ABC):
         responses: TokenBatch,
         temperature: float = 1.0,
         min_response_length: int = 0,
+        *,
+        entropy: bool = False,
     ) -> TokenStats:
         """Log-probabilities and entropies of response tokens, computed for real tokens only.
 
@@ -219,6 +271,7 @@ class LanguageModel(ABC):
             responses: The responses those states belong to.
             temperature: Sampling temperature.
             min_response_length: The constraint that sampling had.
+            entropy: Whether to compute the entropies, which costs three passes over the logits.
         """
         mask = responses.mask
         tokens = responses.ids[mask]
@@ -228,9 +281,11 @@ class LanguageModel(ABC):
 
         def chunk(states: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.policy_logits(states, positions, temperature, min_response_length)
+            surprise = nn.functional.cross_entropy(logits, tokens, reduction="none")
+            if not entropy:
+                return -surprise, torch.zeros_like(surprise)
             logprobs = logits.log_softmax(-1)
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-            return logprobs.gather(-1, tokens[:, None])[:, 0], entropy
+            return -surprise, -(logprobs.exp() * logprobs).sum(-1)
 
         # Recomputing a chunk's logits in backward keeps only one chunk of them alive.
         several = len(tokens) > size and torch.is_grad_enabled()
@@ -241,8 +296,8 @@ class LanguageModel(ABC):
             )
         ]
         zeros = torch.zeros(mask.shape, device=mask.device)
-        logprobs, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        return TokenStats(zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy))
+        parts = [torch.cat(part) for part in zip(*pieces, strict=True)]
+        return TokenStats(*(zeros.masked_scatter(mask, part) for part in parts))
 
     def add_adapter(
         self, name: str, lora: LoRAConfig, *, trainable: bool = True, seed: int = 0
@@ -291,6 +346,18 @@ class LanguageModel(ABC):
         with self.adapters.using(adapter):
             yield
 
+    @contextmanager
+    def folded(self) -> Iterator[None]:
+        """Decoding inside pays nothing for the active adapter; weights in bf16 stay as they are.
+
+        In bf16 a fold loses small updates: most of an early adapter's effect would round away.
+        """
+        if self.module.dtype == torch.float32:
+            with self.adapters.folded():
+                yield
+        else:
+            yield
+
     def named_trainable(self, adapter: str | None) -> list[tuple[str, nn.Parameter]]:
         """What training a role changes: its adapter, or (None) all weights if they are trained."""
         if adapter is not None:
@@ -327,42 +394,126 @@ class DecoderOnlyModel(LanguageModel):
         return suffixes
 
     @override
+    def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:
+        return prompts
+
+    @override
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
         ids = join(prompts, responses)
-        with self.autocast():
-            states = self.module.model(input_ids=ids, use_cache=False).last_hidden_state
         # The prompt's last token predicts response token 0.
         offsets = torch.arange(responses.ids.shape[1] + 1, device=ids.device)
         index = (prompts.lengths[:, None] - 1 + offsets).clamp(max=ids.shape[1] - 1)
-        return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+        return self._states_at(index, ids)
 
     @override
-    def prefill(self, prompts: TokenBatch) -> tuple[DecodeState, Tensor]:
+    def final_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        index = (prompts.lengths + responses.lengths - 1)[:, None]
+        return self._states_at(index, join(prompts, responses))[:, 0]
+
+    @override
+    def paired_final_states(
+        self, prompts: TokenBatch, first: TokenBatch, second: TokenBatch
+    ) -> tuple[Tensor, Tensor]:
+        # One row: prompt, first, second. The second sees prompt and itself only, and its
+        # positions go on from the prompt's end as if the first were not there.
+        middle = prompts.lengths + first.lengths
+        ids = join(TokenBatch(join(prompts, first), middle), second)
+        column = torch.arange(ids.shape[1], device=ids.device)
+        in_first = (column >= prompts.lengths[:, None]) & (column < middle[:, None])
+        in_second = column >= middle[:, None]
+        hidden = in_second[:, :, None] & in_first[:, None, :]
+        visible = (column[:, None] >= column) & ~hidden
+        positions = column - in_second * first.lengths[:, None]
+        # An empty response ends where its prompt does.
+        last = torch.where(second.lengths > 0, middle + second.lengths, prompts.lengths) - 1
+        states = self._states_at(torch.stack([middle - 1, last], 1), ids, positions, visible)
+        return states[:, 0], states[:, 1]
+
+    def _states_at(
+        self,
+        index: Tensor,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """States of some columns; the last layer works for these only.
+
+        Args:
+            index: (B, N) columns wanted.
+            ids: (B, L).
+            positions: (B, L) of the tokens; None for 0, 1, 2 and so on.
+            visible: (B, L, L) bool, whether row i sees column j; None for causal attention.
+
+        Returns:
+            (B, N, D).
+        """
+        model, length = self.module.model, ids.shape[1]
+        columns = torch.arange(length, device=ids.device)
+        wanted = index[:, :, None]
+        seen = columns <= wanted if visible is None else visible.take_along_dim(wanted, 1)
+        mask = None if visible is None else visible[:, None]
+        if self.config._attn_implementation != "sdpa":  # SDPA alone is causal without being told
+            mask = columns[:, None] >= columns if mask is None else mask
+            mask = torch.zeros(mask.shape, device=ids.device).masked_fill(~mask, FORBIDDEN_LOGIT)
+        with self.autocast():
+            x = model.embed_tokens(ids)
+            rotary = model.rotary_emb(x, columns[None] if positions is None else positions)
+            for layer in model.layers[:-1]:
+                x = layer(x, attention_mask=mask, position_embeddings=rotary)
+            layer = model.layers[-1]
+            attention, h = layer.self_attn, layer.input_layernorm(x)
+            cos, sin = rotary
+            keys = _rotate(_split(attention.k_proj(h), attention.head_dim), cos, sin)
+            values = _split(attention.v_proj(h), attention.head_dim)
+            cos, sin = (part.expand(len(x), -1, -1).take_along_dim(wanted, 1) for part in rotary)
+            queries = _split(attention.q_proj(h.take_along_dim(wanted, 1)), attention.head_dim)
+            heads = _grouped_attention(_rotate(queries, cos, sin), keys, values, seen[:, None])
+            x = x.take_along_dim(wanted, 1) + attention.o_proj(heads)
+            return model.norm(x + layer.mlp(layer.post_attention_layernorm(x)))
+
+    @override
+    def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
         cache = DynamicCache(config=self.config)
         with self.autocast():
             states = self.module.model(
                 input_ids=prompts.ids, past_key_values=cache, use_cache=True
             ).last_hidden_state
         last = states[torch.arange(len(prompts), device=states.device), prompts.lengths - 1]
-        return DecodeState(cache, prompts.lengths, prompts.mask), last
+        keys, values = (
+            nn.functional.pad(torch.stack(part), (0, 0, 0, max_new_tokens))
+            for part in zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
+        )
+        return DecodeState(keys, values, _bias(prompts.mask, keys.dtype), prompts.lengths), last
 
     @override
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
-        # Cache columns: the prompt padded to P, then every response token of all rows alike.
-        # Padding columns are masked, and positions go on from each row's own prompt length.
+        # Columns of the cache: the prompts padded to P, then each response token of all rows.
+        # Positions go on from each row's own prompt length.
+        model = self.module.model
+        column = state.prompt_bias.shape[-1] + state.steps
+        bias = nn.functional.pad(state.prompt_bias, (0, state.steps + 1))
+        x = model.embed_tokens(tokens)[:, None]
+        cos, sin = model.rotary_emb(x, (state.prompt_lengths + state.steps)[:, None])
         state.steps += 1
-        read = torch.nn.functional.pad(state.prompt_mask, (0, state.steps), value=True)
-        bias = torch.zeros(read.shape, dtype=self.module.dtype, device=read.device)
-        bias.masked_fill_(~read, torch.finfo(bias.dtype).min)
         with self.autocast():
-            states = self.module.model(
-                input_ids=tokens[:, None],
-                attention_mask=bias[:, None, None, :],
-                position_ids=(state.prompt_lengths + state.steps - 1)[:, None],
-                past_key_values=state.cache,
-                use_cache=True,
-            ).last_hidden_state
-        return states[:, -1]
+            for layer, keys, values in zip(model.layers, state.keys, state.values, strict=True):
+                attention = layer.self_attn
+                h = layer.input_layernorm(x)
+                q, k, v = (
+                    _split(projection(h), attention.head_dim)
+                    for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+                )
+                keys[:, :, column : column + 1] = _rotate(k, cos, sin)
+                values[:, :, column : column + 1] = v
+                heads = _grouped_attention(
+                    _rotate(q, cos, sin),
+                    keys[:, :, : column + 1],
+                    values[:, :, : column + 1],
+                    bias,
+                )
+                x = x + attention.o_proj(heads)
+                x = x + layer.mlp(layer.post_attention_layernorm(x))
+            return model.norm(x)[:, 0]
 
 
 class EncoderDecoderModel(LanguageModel):
@@ -403,42 +554,94 @@ class EncoderDecoderModel(LanguageModel):
 
     @override
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        return self._read(self._encode(prompts), prompts.mask, responses)
+
+    @override
+    def paired_final_states(
+        self, prompts: TokenBatch, first: TokenBatch, second: TokenBatch
+    ) -> tuple[Tensor, Tensor]:
+        both = TokenBatch.concat([first, second])
+        encoded, mask = self._encode(prompts), prompts.mask
+        states = self._read(encoded.repeat(2, 1, 1), mask.repeat(2, 1), both)
+        ends = states[torch.arange(len(both), device=states.device), both.lengths]
+        return ends[: len(prompts)], ends[len(prompts) :]
+
+    @override
+    def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
+        blocks, size = self.module.decoder.block, self.config.d_kv
+        encoded = self._encode(prompts)
+        with self.autocast():
+            pairs = [
+                (_split(cross.k(encoded), size), _split(cross.v(encoded), size))
+                for cross in (block.layer[1].EncDecAttention for block in blocks)
+            ]
+        prompt_keys, prompt_values = (torch.stack(part) for part in zip(*pairs, strict=True))
+        shape = (*prompt_keys.shape[:3], max_new_tokens, prompt_keys.shape[-1])
+        keys, values = prompt_keys.new_zeros(shape), prompt_keys.new_zeros(shape)
+        bias = _bias(prompts.mask, keys.dtype)
+        state = DecodeState(keys, values, bias, prompts.lengths, prompt_keys, prompt_values)
+        return state, self.decode(state, prompts.ids.new_full((len(prompts),), self.start_id))
+
+    @override
+    def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
+        decoder, step = self.module.decoder, state.steps
+        state.steps += 1
+        assert state.prompt_keys is not None
+        assert state.prompt_values is not None
+        position_bias = (
+            decoder.block[0].layer[0].SelfAttention.compute_bias(1, step + 1, past_seen_tokens=step)
+        )
+        with self.autocast():
+            x = decoder.embed_tokens(tokens)[:, None]
+            for i, block in enumerate(decoder.block):
+                own, cross, feed_forward = block.layer
+                attention, h = own.SelfAttention, own.layer_norm(x)
+                state.keys[i, :, :, step : step + 1] = _split(attention.k(h), self.config.d_kv)
+                state.values[i, :, :, step : step + 1] = _split(attention.v(h), self.config.d_kv)
+                keys, values = state.keys[i, :, :, : step + 1], state.values[i, :, :, : step + 1]
+                x = x + _t5_attention(attention, h, keys, values, position_bias)
+                attention, h = cross.EncDecAttention, cross.layer_norm(x)
+                keys, values = state.prompt_keys[i], state.prompt_values[i]
+                x = x + _t5_attention(attention, h, keys, values, state.prompt_bias)
+                x = feed_forward(x)
+            return decoder.final_layer_norm(x)[:, 0]
+
+    @override
+    def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:
+        if self._encoder_changes():
+            return prompts
+        width = prompts.ids.shape[1]
+        with self.inference():
+            parts = [
+                nn.functional.pad(encoded, (0, 0, 0, width - encoded.shape[1]))
+                for rows in chunks(range(len(prompts)), batch_size)
+                for encoded in [self._encode(prompts.select(rows))]
+            ]
+        return replace(prompts, states=torch.cat(parts))
+
+    def _encoder_changes(self) -> bool:
+        """Whether training changes what the encoder makes of a prompt in the active role."""
+        return self.trainable or self.adapters.active_reaches("encoder.")
+
+    def _encode(self, prompts: TokenBatch) -> Tensor:
+        """(B, P, D) states of the encoder."""
+        if prompts.states is not None and not self._encoder_changes():
+            return prompts.states
+        with self.autocast():
+            return self.module.encoder(
+                input_ids=prompts.ids, attention_mask=prompts.mask
+            ).last_hidden_state
+
+    def _read(self, encoded: Tensor, mask: Tensor, responses: TokenBatch) -> Tensor:
+        """(B, R+1, D) states of the decoder."""
         start = responses.ids.new_full((len(responses), 1), self.start_id)
         with self.autocast():
             return self.module.decoder(
                 input_ids=torch.cat([start, responses.ids], dim=1),
-                encoder_hidden_states=self._encode(prompts),
-                encoder_attention_mask=prompts.mask,
+                encoder_hidden_states=encoded,
+                encoder_attention_mask=mask,
                 use_cache=False,
             ).last_hidden_state
-
-    @override
-    def prefill(self, prompts: TokenBatch) -> tuple[DecodeState, Tensor]:
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        with self.autocast():
-            encoded = self._encode(prompts)
-        state = DecodeState(cache, prompts.lengths, prompts.mask, encoded)
-        return state, self._read(state, prompts.ids.new_full((len(prompts),), self.start_id))
-
-    @override
-    def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
-        state.steps += 1
-        return self._read(state, tokens)
-
-    def _encode(self, prompts: TokenBatch) -> Tensor:
-        return self.module.encoder(
-            input_ids=prompts.ids, attention_mask=prompts.mask
-        ).last_hidden_state
-
-    def _read(self, state: DecodeState, tokens: Tensor) -> Tensor:
-        with self.autocast():
-            return self.module.decoder(
-                input_ids=tokens[:, None],
-                encoder_hidden_states=state.encoder_states,
-                encoder_attention_mask=state.prompt_mask,
-                past_key_values=state.cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
 
 
 FAMILIES: dict[str, type[LanguageModel]] = {"llama": DecoderOnlyModel, "t5": EncoderDecoderModel}
@@ -448,3 +651,52 @@ def _eos_ids(eos: int, extra: int | list[int] | None) -> frozenset[int]:
     return frozenset(
         [eos, *([] if extra is None else [extra] if isinstance(extra, int) else extra)]
     )
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L) bool to (B, 1, 1, L), what attention adds to its scores."""
+    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None]
+
+
+def _split(states: Tensor, size: int) -> Tensor:
+    """(B, L, heads·size) to (B, heads, L, size)."""
+    return states.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding. (B, heads, N, d) with (B or 1, N, d)."""
+    return states * cos[:, None] + rotate_half(states) * sin[:, None]
+
+
+def _grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of a few queries, of which several heads may share keys.
+
+    Args:
+        queries: (B, H, N, d).
+        keys: (B, H / G, L, d).
+        values: (B, H / G, L, d).
+        mask: (B, 1, N, L), bool or added to the scores.
+
+    Returns:
+        (B, N, H·d).
+    """
+    groups = queries.shape[1] // keys.shape[1]
+    # Heads that share keys become further queries of one head: keys are not copied.
+    stacked = queries.unflatten(1, (-1, groups)).flatten(2, 3)
+    heads = nn.functional.scaled_dot_product_attention(
+        stacked, keys, values, attn_mask=mask.repeat(1, 1, groups, 1) if groups > 1 else mask
+    )
+    return heads.reshape(queries.shape).transpose(1, 2).flatten(2)
+
+
+def _t5_attention(attention: Any, h: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    """T5 does not scale its scores. (B, 1, D) to (B, 1, D)."""
+    heads = nn.functional.scaled_dot_product_attention(
+        _split(attention.q(h), attention.key_value_proj_dim),
+        keys,
+        values,
+        attn_mask=bias,
+        scale=1.0,
+    )
+    return attention.o(heads.transpose(1, 2).flatten(2))

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import StageConfig
 from rlhf.data.batching import TokenBatch, chunks
+from rlhf.data.pairs import Pairs
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptText
 from rlhf.data.tokenising import Tokeniser
@@ -128,9 +129,15 @@ class RewardModel:
         A backward belongs inside `lm.using(adapter)`, so training opens that around both.
         """
         with self.lm.using(self.adapter):
-            states = self.lm.response_states(prompts, responses)
-        rows = torch.arange(len(states), device=states.device)
-        return self.head(states[rows, responses.lengths])
+            return self.head(self.lm.final_states(prompts, responses))
+
+    def raw_pair_scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """`raw_scores` of chosen and rejected responses, reading each prompt once."""
+        with self.lm.using(self.adapter):
+            chosen, rejected = self.lm.paired_final_states(
+                pairs.prompts, pairs.chosen, pairs.rejected
+            )
+        return self.head(chosen), self.head(rejected)
 
     @torch.no_grad()
     def scores(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
@@ -158,6 +165,21 @@ class RewardModel:
             batch = [side.select(rows).to(self.lm.device) for side in (prompts, responses)]
             scores[list(rows)] = self.scores(*batch).cpu()
         return scores
+
+    @torch.no_grad()
+    def score_pairs(self, pairs: Pairs, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+        """Normalised scores of chosen and rejected responses, in batches of similar length.
+
+        Returns:
+            (N,) and (N,) fp32 on the CPU, in the order given.
+        """
+        scores = torch.empty(2, len(pairs))
+        for rows in chunks(pairs.tokens.argsort().tolist(), batch_size):
+            with self.lm.inference():
+                raw = self.raw_pair_scores(pairs.select(rows).to(self.lm.device))
+            scores[:, list(rows)] = torch.stack(raw).cpu()
+        scores = (scores - self.record.shift) / self.record.scale
+        return scores[0], scores[1]
 
     def score(
         self, prompts: Sequence[PromptText], responses: Sequence[str], batch_size: int = 32

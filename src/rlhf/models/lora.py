@@ -1,0 +1,57 @@
+"""LoRA's arithmetic, y = xWᵀ + s·(xAᵀ)Bᵀ, without passes over tensors as large as y.
+
+peft's own forward multiplies and adds whole outputs, and keeps them for the backward; for a rank of
+8 these passes over memory take longer than the product with W.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear
+from torch import Tensor
+from torch.autograd import Function
+from typing_extensions import override
+
+
+class _LoRAProduct(Function):
+    """Gradients go to x, A and B; W and its bias are frozen."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        # (T, in), (out, in), (out,), (r, in), (out, r); A and B are fp32, the rest may be bf16.
+        a_used, b_used = a.to(x.dtype), b.to(x.dtype)
+        inner = (x @ a_used.t()).mul_(scale)
+        ctx.save_for_backward(x, weight, a_used, b_used, inner)
+        ctx.scale, ctx.kept = scale, a.dtype
+        return torch.nn.functional.linear(x, weight, bias).addmm_(inner, b_used.t())
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, inner = ctx.saved_tensors
+        (g,) = gradients
+        of_inner = (g @ b).mul_(ctx.scale)
+        of_x = (g @ weight).addmm_(of_inner, a) if ctx.needs_input_grad[0] else None
+        of_a = (of_inner.t() @ x).to(ctx.kept) if ctx.needs_input_grad[3] else None
+        of_b = (g.t() @ inner).to(ctx.kept) if ctx.needs_input_grad[4] else None
+        return of_x, None, None, of_a, of_b, None
+
+
+class LoRALinear(Linear):
+    """peft's linear layer with adapters, made of the function above where that applies."""
+
+    @override
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or not names:
+            return self.base_layer(x)
+        name = names[0]
+        if len(names) > 1 or not isinstance(self.lora_dropout[name], torch.nn.Identity):
+            return super().forward(x, *args, **kwargs)
+        base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+        flat = x.reshape(-1, x.shape[-1])
+        product = _LoRAProduct.apply(flat, base.weight, base.bias, a, b, self.scaling[name])
+        return product.view(*x.shape[:-1], -1)
