@@ -72,6 +72,7 @@ def _ppo_llama(model: str) -> Comparison:
         "TRL 1.12.0": Side("workers.trl_ppo", "trl-1.12.0"),
         "like_for_like": ppo(1.5, **like),
         "defaults": ppo(4.0),
+        "critic_head": ppo(critic="head"),
     }
     return Comparison(model, 16, SHORT, sides, "TRL 1.12.0")
 

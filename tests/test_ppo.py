@@ -317,8 +317,9 @@ def test_micro_batches_and_order_change_no_gradient(arch: str, critic: str, tmp_
     assert len(set(experience.responses.lengths.tolist())) > 1
     expected = gradients(trainer, experience)
     assert expected
-    for size in (1, 2, 8):
+    for size, tokens in ((1, 4096), (2, 4096), (8, 4096), (8, 30), (8, 1)):
         trainer.config.micro_batch_size = size
+        trainer.config.max_tokens_per_micro_batch = tokens
         shuffled = experience.select([5, 2, 7, 0, 1, 6, 3, 4])
         for name, gradient in gradients(trainer, shuffled).items():
             torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-3)

@@ -214,7 +214,7 @@ import json, sys
 from rlhf.data.schema import PromptText
 from rlhf.models.roles import load_reward_model
 folder, prompts, responses = json.loads(sys.argv[1])
-scorer = load_reward_model(folder, device="cpu")
+scorer = load_reward_model(folder, device="cpu", dtype="float32")
 texts = [PromptText(text, ((0, len(text)),)) for text in prompts]
 print(json.dumps(scorer.score(texts, responses).tolist()))
 """

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_language_model import EOS, LORA, make_lm, ragged
 from tiny import make_tokenizer, randomise_lora, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, BertConfig
 
-from rlhf.config import StageConfig
+from rlhf.config import LoRAConfig, StageConfig
+from rlhf.data.batching import TokenBatch
 from rlhf.errors import InputError
 from rlhf.models.language_model import FAMILIES
 from rlhf.models.loading import (
@@ -225,9 +227,15 @@ def test_sequence_limits(arch: str) -> None:
     assert all("100" in p and "128 positions" in p for p in problems)
 
 
-def test_device_and_dtype() -> None:
+def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("cpu").type == "cpu"
-    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+    for capabilities, dtype in (
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": False}, torch.float32),
+        ({}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda now=capabilities: now)
+        assert pick_dtype("auto", torch.device("cpu")) == dtype
     assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
     if not torch.cuda.is_available():
         assert pick_device("auto").type == "cpu"
@@ -258,3 +266,27 @@ def test_plain_sequence_classifier_is_not_confused_with_a_base(tmp_path: Path) -
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="'bert'"):
         load(tmp_path)
+
+
+def test_bf16_on_a_cpu_attends_in_float32_and_multiplies_in_bf16(
+    arch: str, tiny_checkpoint: Path
+) -> None:
+    config = StageConfig(base_model=str(tiny_checkpoint), output_dir="out", dtype="bfloat16")
+    lm = load_language_model(config, trainable=False)
+    seen: dict[str, set[torch.dtype]] = {"attention": set(), "linear": set()}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = str(func)
+            if "scaled_dot_product" in name or "_softmax" in name:
+                seen["attention"].add(args[0].dtype)
+            if name.startswith(("aten.mm", "aten.addmm")):
+                seen["linear"].add(args[-1].dtype)
+            return func(*args, **(kwargs or {}))
+
+    prompts = TokenBatch.from_lists([[5, 6, 7], [8, 9]])
+    responses = TokenBatch.from_lists([[10, 11], [12]])
+    lm.add_adapter("policy", LoRAConfig(rank=2))
+    with Watch(), lm.using("policy"):
+        lm.response_states(prompts, responses).float().sum().backward()
+    assert seen == {"attention": {torch.float32}, "linear": {torch.bfloat16}}

@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from rlhf.config import SFTConfig
-from rlhf.data.batching import rows_for_step, seeded_generator
+from rlhf.data.batching import micro_batches, rows_for_step, seeded_generator
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.optimization import GroupedAdamW, ParameterGroup, learning_rate_factor
 from rlhf.outputs import prepare_output
@@ -449,3 +451,20 @@ def test_metrics_that_are_not_numbers_stay_valid_json(tmp_path: Path) -> None:
     text = (tmp_path / "run" / "metrics.jsonl").read_text()
     rows = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
     assert rows[1]["toy/loss"] is None
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    size=st.integers(1, 8),
+    budget=st.integers(1, 120),
+)
+def test_micro_batches_hold_every_row_once_within_their_limits(
+    lengths: list[int], size: int, budget: int
+) -> None:
+    pieces = list(micro_batches(torch.tensor(lengths), size, budget))
+    assert sorted(row for piece in pieces for row in piece) == list(range(len(lengths)))
+    for piece in pieces:
+        assert len(piece) <= size
+        assert len(piece) == 1 or len(piece) * max(lengths[row] for row in piece) <= budget
+    visited = [lengths[row] for piece in pieces for row in piece]
+    assert visited == sorted(lengths)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf import objectives
 from rlhf.config import PPOConfig
-from rlhf.data.batching import TokenBatch, chunks
+from rlhf.data.batching import TokenBatch, micro_batches
 from rlhf.data.schema import PromptText
 from rlhf.models.actors import Actor, Critic
 
@@ -72,10 +72,10 @@ class Experience:
             self.prompts.select(index), responses, logprobs, values, advantages, returns
         )
 
-    def by_length(self) -> list[int]:
-        """Rows from short to long, so that micro-batches have little padding."""
-        lengths = self.prompts.lengths + self.responses.lengths
-        return lengths.argsort(stable=True).tolist()
+    @property
+    def tokens(self) -> Tensor:
+        """(B,) tokens that a model reads for each row."""
+        return self.prompts.lengths + self.responses.lengths
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def evaluate_rollout(
     """
     responses = rollout.responses
     result = torch.zeros(4, *responses.ids.shape, device=responses.ids.device)
-    order = (rollout.prompts.lengths + responses.lengths).argsort(stable=True).tolist()
+    tokens = rollout.prompts.lengths + responses.lengths
     constraint = (config.temperature, config.min_response_length)
-    for rows in chunks(order, config.effective_micro_batch_size):
+    for rows in micro_batches(tokens, *config.micro_batch_limits):
         prompts, answers = rollout.prompts.select(rows), responses.select(rows)
         with policy.active() as lm:
             states = lm.response_states(prompts, answers)
@@ -131,7 +131,7 @@ def evaluate_rollout(
                 states = lm.response_states(prompts, answers)
         values = critic.values(states) * answers.mask
         parts = torch.stack([own.logprobs, ref_logprobs, values, own.entropy])
-        result[:, list(rows), : answers.ids.shape[1]] = parts
+        result[:, rows, : answers.ids.shape[1]] = parts
     return result[0], result[1], result[2], result[3]
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import objectives
 from rlhf.config import PPOConfig
-from rlhf.data.batching import chunks, permutation, rows_for_step
+from rlhf.data.batching import chunks, micro_batches, permutation, rows_for_step
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import PromptData, load_prompts
 from rlhf.data.schema import PromptRow
@@ -325,7 +325,7 @@ class PPOTrainer(Trainer):
         """Gradients of the mean loss over the minibatch's tokens, micro-batch by micro-batch."""
         count = int(minibatch.responses.lengths.sum())
         total = Minibatch(tokens=count)
-        for rows in chunks(minibatch.by_length(), self.config.effective_micro_batch_size):
+        for rows in micro_batches(minibatch.tokens, *self.config.micro_batch_limits):
             total = total + self._backward(minibatch.select(rows), count)
         self.count_tokens(count + int(minibatch.prompts.lengths.sum()))
         return total

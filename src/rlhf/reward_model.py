@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import RewardModelConfig
-from rlhf.data.batching import chunks, permutation, rows_for_step
+from rlhf.data.batching import chunks, micro_batches, permutation, rows_for_step
 from rlhf.data.pairs import Pairs
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import (
@@ -219,8 +219,7 @@ class RewardModelTrainer(Trainer):
             Mean loss, accuracy, margin and score of the pairs.
         """
         totals = torch.zeros(4, device=self.reward.lm.device)
-        order = pairs.tokens.argsort(stable=True).tolist()
-        for rows in chunks(order, self.config.effective_micro_batch_size):
+        for rows in micro_batches(pairs.tokens, *self.config.micro_batch_limits):
             totals += self._backward(pairs.select(rows).to(totals.device), len(pairs))
         names = ("loss", "accuracy", "margin", "score")
         means = (totals / len(pairs)).tolist()

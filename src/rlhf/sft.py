@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import SFTConfig
-from rlhf.data.batching import TokenBatch, chunks, rows_for_step
+from rlhf.data.batching import TokenBatch, chunks, micro_batches, rows_for_step
 from rlhf.data.reading import PromptData, load_prompts
 from rlhf.data.schema import PromptRow
 from rlhf.data.tokenising import Tokeniser
@@ -240,8 +240,7 @@ class SFTTrainer(Trainer):
         """
         count = int(batch.responses.lengths.sum())
         total = torch.zeros((), device=self.lm.device)
-        order = batch.tokens.argsort(stable=True).tolist()
-        for rows in chunks(order, self.config.effective_micro_batch_size):
+        for rows in micro_batches(batch.tokens, *self.config.micro_batch_limits):
             with self.lm.using(self.adapter):
                 nll = self.negative_log_likelihood(batch.select(rows))
                 (nll / count).backward()

@@ -182,6 +182,13 @@ class TrainingConfig(StageConfig):
         affects_result=False,
         ge=1,
     )
+    max_tokens_per_micro_batch: int = option(
+        4096,
+        "Tokens of a forward and backward pass, padding included; rows of like length go "
+        "together. Smaller saves memory and changes no result.",
+        affects_result=False,
+        ge=1,
+    )
     train_steps: int | None = option(
         None, "Training steps of batch_size rows; data repeats, reshuffled. Or num_epochs.", ge=1
     )
@@ -268,6 +275,11 @@ class TrainingConfig(StageConfig):
     def effective_micro_batch_size(self) -> int:
         """`micro_batch_size`, or its default; rows."""
         return self.micro_batch_size or min(self.batch_size, 16)
+
+    @property
+    def micro_batch_limits(self) -> tuple[int, int]:
+        """Most rows and most tokens of a forward and backward pass."""
+        return self.effective_micro_batch_size, self.max_tokens_per_micro_batch
 
     @property
     def effective_learning_rate(self) -> float:

@@ -122,3 +122,22 @@ def chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """Consecutive pieces of at most `size` rows."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
+
+
+def micro_batches(tokens: Tensor, size: int, max_tokens: int) -> Iterator[list[int]]:
+    """Rows from short to long, in pieces that fit into memory and have little padding.
+
+    Args:
+        tokens: (B,) tokens that a model reads for each row.
+        size: Most rows of a piece.
+        max_tokens: Most tokens of a piece, padding included; a longer row comes alone.
+    """
+    piece: list[int] = []
+    lengths = tokens.tolist()
+    for row in tokens.argsort(stable=True).tolist():
+        if piece and (len(piece) == size or (len(piece) + 1) * lengths[row] > max_tokens):
+            yield piece
+            piece = []
+        piece.append(row)
+    if piece:
+        yield piece

@@ -27,6 +27,7 @@ from rlhf.data.batching import TokenBatch, chunks, join
 from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
 from rlhf.models.adapters import AdapterSet
+from rlhf.models.attention import widened
 from rlhf.models.weights import fingerprint, switch_off_dropout
 
 # Logits of one chunk: 2^25 fp32 numbers are 128 MiB, so (B, R, V) never exists for large V.
@@ -452,7 +453,7 @@ class DecoderOnlyModel(LanguageModel):
         wanted = index[:, :, None]
         seen = columns <= wanted if visible is None else visible.take_along_dim(wanted, 1)
         mask = None if visible is None else visible[:, None]
-        if self.config._attn_implementation != "sdpa":  # SDPA alone is causal without being told
+        if self.config._attn_implementation == "eager":  # SDPA is causal without being told
             mask = columns[:, None] >= columns if mask is None else mask
             mask = torch.zeros(mask.shape, device=ids.device).masked_fill(~mask, FORBIDDEN_LOGIT)
         with self.autocast():
@@ -681,13 +682,14 @@ def _grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tens
     Returns:
         (B, N, H·d).
     """
-    groups = queries.shape[1] // keys.shape[1]
+    groups, dtype = queries.shape[1] // keys.shape[1], queries.dtype
+    queries, keys, values = widened(queries, keys, values)
     # Heads that share keys become further queries of one head: keys are not copied.
     stacked = queries.unflatten(1, (-1, groups)).flatten(2, 3)
     heads = nn.functional.scaled_dot_product_attention(
         stacked, keys, values, attn_mask=mask.repeat(1, 1, groups, 1) if groups > 1 else mask
     )
-    return heads.reshape(queries.shape).transpose(1, 2).flatten(2)
+    return heads.to(dtype).reshape(queries.shape).transpose(1, 2).flatten(2)
 
 
 def _t5_attention(attention: Any, h: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from transformers import (
 from rlhf.config import StageConfig
 from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
+from rlhf.models.attention import SDPA_FLOAT32
 from rlhf.models.language_model import (
     FAMILIES,
     EncoderDecoderModel,
@@ -46,10 +47,13 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that has it natively, else float32."""
+    """`auto` is bfloat16 where the hardware multiplies matrices in it, else float32."""
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # AMX; what other CPUs have is no faster than float32 with LoRA around it
+        native = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
     return torch.bfloat16 if native else torch.float32
 
 
@@ -123,6 +127,9 @@ def load_language_model(
         raise InputError(f"model: {model.config.model_type!r} is not supported; {SUPPORTED}")
     _check_tokenizer(tokenizer, name)
     _check_vocabulary(model, tokenizer, name)
+    sdpa = model.config._attn_implementation == "sdpa"
+    if sdpa and device.type == "cpu" and model.dtype == torch.bfloat16:
+        model.set_attn_implementation(SDPA_FLOAT32)
     lm = FAMILIES[model.config.model_type](
         model.to(device),
         tokenizer,

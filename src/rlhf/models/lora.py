@@ -36,7 +36,7 @@ class _LoRAProduct(Function):
         of_inner = (g @ b).mul_(ctx.scale)
         of_x = (g @ weight).addmm_(of_inner, a) if ctx.needs_input_grad[0] else None
         of_a = (of_inner.t() @ x).to(ctx.kept) if ctx.needs_input_grad[3] else None
-        of_b = (g.t() @ inner).to(ctx.kept) if ctx.needs_input_grad[4] else None
+        of_b = (inner.t() @ g).t().to(ctx.kept) if ctx.needs_input_grad[4] else None
         return of_x, None, None, of_a, of_b, None
 
 

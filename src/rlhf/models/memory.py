@@ -158,8 +158,10 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
     prompt, response = stage.prompt_sequence_length, stage.target_sequence_length
     encoder, decoder = _layers(config)
     read = response if encoder else prompt + response
-    rows = stage.effective_micro_batch_size
-    if isinstance(stage, RewardModelConfig):
+    rows, tokens = stage.micro_batch_limits
+    pair = isinstance(stage, RewardModelConfig)
+    rows = max(1, min(rows, tokens // (prompt + (2 if pair else 1) * response)))
+    if pair:
         rows *= 2  # both candidates of a pair
     hidden = int(config.hidden_size)
     # T5's position bias keeps its attention matrices alive; LLaMA's kernels never store them.
