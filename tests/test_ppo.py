@@ -170,8 +170,9 @@ def test_bandit_with_lora_reaches_what_its_rank_can_express(arch: str, tmp_path:
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 600)
     for _ in range(600):
         with exact.policy.active() as lm:
-            _, hidden = lm.prefill(exact.tokeniser.prompts([exact.prompts[0].prompt]), 1)
-            log_p = lm.policy_logits(hidden, torch.zeros(1), 1.0, 0).log_softmax(-1)[0]
+            prompt = exact.tokeniser.prompts([exact.prompts[0].prompt])
+            first = lm.response_states(prompt, TokenBatch.from_lists([[]]))[:, 0]
+            log_p = lm.policy_logits(first, torch.zeros(1), 1.0, 0).log_softmax(-1)[0]
             (log_p.exp() * (log_p - optimum.log())).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
