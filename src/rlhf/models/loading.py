@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -129,7 +130,9 @@ def load_language_model(
     _check_vocabulary(model, tokenizer, name)
     sdpa = model.config._attn_implementation == "sdpa"
     if sdpa and device.type == "cpu" and model.dtype == torch.bfloat16:
-        model.set_attn_implementation(SDPA_FLOAT32)
+        for part in model.modules():  # T5's encoder and decoder have configurations of their own
+            if isinstance(part, PreTrainedModel):
+                part.config._attn_implementation = SDPA_FLOAT32
     lm = FAMILIES[model.config.model_type](
         model.to(device),
         tokenizer,
