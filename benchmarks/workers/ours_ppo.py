@@ -15,7 +15,7 @@ from rlhf.config import PPOConfig
 from rlhf.models.roles import RewardModel
 from shapes import MODELS
 from worker import Session
-from workers.common import flops_lora, read_batches
+from workers.common import flops_lora, read_batches, training_fields
 
 END = 2.0  # in the place of a uniform number: EOS comes here
 BELOW_ONE = 1 - 2**-24
@@ -26,16 +26,10 @@ def main(spec: dict[str, Any], session: Session) -> None:
     folder, lengths = Path(spec["folder"]), spec["lengths"]
     judge = folder / f"reward-{spec['side']}"
     config = PPOConfig(
-        base_model=str(folder / "model"),
         prompt_dataset=str(folder / "prompts.jsonl"),
         output_dir=str(folder / f"policy-{spec['side']}"),
         reward_model_path=str(judge) if judge.is_dir() else None,
-        device=spec["device"],
-        batch_size=spec["batch"],
-        prompt_sequence_length=lengths["prompt"],
-        target_sequence_length=lengths["response"],
-        train_steps=1000,
-        **spec["options"]["config"],
+        **training_fields(spec),
     )
     batches = read_batches(folder)
     trainer = ppo_trainer.PPOTrainer(config, reward_fn=None if judge.is_dir() else count_words)

@@ -8,23 +8,17 @@ from rlhf.config import RewardModelConfig
 from rlhf.reward_model import RewardModelTrainer
 from shapes import MODELS
 from worker import Session
-from workers.common import flops_lora
+from workers.common import flops_lora, training_fields
 
 
 def main(spec: dict[str, Any], session: Session) -> None:
     """Makes steps of a `RewardModelTrainer`."""
     folder, lengths = Path(spec["folder"]), spec["lengths"]
     config = RewardModelConfig(
-        base_model=str(folder / "model"),
         preference_dataset=str(folder / "pairs.jsonl"),
         eval_dataset=str(folder / "held_out.jsonl"),
         output_dir=str(folder / f"reward-{spec['side']}"),
-        device=spec["device"],
-        batch_size=spec["batch"],
-        prompt_sequence_length=lengths["prompt"],
-        target_sequence_length=lengths["response"],
-        train_steps=1000,
-        **spec["options"]["config"],
+        **training_fields(spec),
     )
     trainer = RewardModelTrainer(config)
     responses = [lengths["response"]] * 2

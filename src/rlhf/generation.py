@@ -67,10 +67,11 @@ def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
     blocks = torch.nn.functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(
         1, (-1, BLOCK)
     )
-    cdf = blocks.sum(-1).cumsum(-1)
+    sums = blocks.sum(-1)
+    cdf = sums.cumsum(-1)
     target = uniforms[:, None] * cdf[:, -1:]
     block = _first_beyond(cdf, target)
-    before = cdf.gather(1, block) - blocks.sum(-1).gather(1, block)
+    before = cdf.gather(1, block) - sums.gather(1, block)
     inner = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1)
     return (block * BLOCK + _first_beyond(inner, (target - before).clamp(min=0)))[:, 0]
 

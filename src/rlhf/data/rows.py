@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 import weakref
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,8 +141,9 @@ class RowData(Sequence[RowT], Generic[RowT]):
     def _source(self, columns: dict[str, Any]) -> str:
         return f"{self._store.files[columns['file']]}:{columns['line']}"
 
+    @abstractmethod
     def _row(self, columns: dict[str, Any], number: int) -> RowT:
-        raise NotImplementedError
+        """Row `number` from its columns in the store."""
 
 
 class PromptData(RowData[PromptRow]):
