@@ -19,7 +19,6 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.llama.modeling_llama import rotate_half
 from typing_extensions import override
 
 from rlhf.config import LoRAConfig
@@ -27,7 +26,13 @@ from rlhf.data.batching import TokenBatch, chunks, join
 from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
 from rlhf.models.adapters import AdapterSet
-from rlhf.models.attention import widened
+from rlhf.models.attention import (
+    grouped_attention,
+    padding_bias,
+    rotate,
+    split_heads,
+    t5_attention,
+)
 from rlhf.models.weights import fingerprint, switch_off_dropout
 
 # Logits of one chunk: 2^25 fp32 numbers are 128 MiB, so (B, R, V) never exists for large V.
@@ -464,11 +469,11 @@ class DecoderOnlyModel(LanguageModel):
             layer = model.layers[-1]
             attention, h = layer.self_attn, layer.input_layernorm(x)
             cos, sin = rotary
-            keys = _rotate(_split(attention.k_proj(h), attention.head_dim), cos, sin)
-            values = _split(attention.v_proj(h), attention.head_dim)
+            keys = rotate(split_heads(attention.k_proj(h), attention.head_dim), cos, sin)
+            values = split_heads(attention.v_proj(h), attention.head_dim)
             cos, sin = (part.expand(len(x), -1, -1).take_along_dim(wanted, 1) for part in rotary)
-            queries = _split(attention.q_proj(h.take_along_dim(wanted, 1)), attention.head_dim)
-            heads = _grouped_attention(_rotate(queries, cos, sin), keys, values, seen[:, None])
+            queries = split_heads(attention.q_proj(h.take_along_dim(wanted, 1)), attention.head_dim)
+            heads = grouped_attention(rotate(queries, cos, sin), keys, values, seen[:, None])
             x = x.take_along_dim(wanted, 1) + attention.o_proj(heads)
             return model.norm(x + layer.mlp(layer.post_attention_layernorm(x)))
 
@@ -484,7 +489,9 @@ class DecoderOnlyModel(LanguageModel):
             nn.functional.pad(torch.stack(part), (0, 0, 0, max_new_tokens))
             for part in zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
         )
-        return DecodeState(keys, values, _bias(prompts.mask, keys.dtype), prompts.lengths), last
+        return DecodeState(
+            keys, values, padding_bias(prompts.mask, keys.dtype), prompts.lengths
+        ), last
 
     @override
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
@@ -501,13 +508,13 @@ class DecoderOnlyModel(LanguageModel):
                 attention = layer.self_attn
                 h = layer.input_layernorm(x)
                 q, k, v = (
-                    _split(projection(h), attention.head_dim)
+                    split_heads(projection(h), attention.head_dim)
                     for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
                 )
-                keys[:, :, column : column + 1] = _rotate(k, cos, sin)
+                keys[:, :, column : column + 1] = rotate(k, cos, sin)
                 values[:, :, column : column + 1] = v
-                heads = _grouped_attention(
-                    _rotate(q, cos, sin),
+                heads = grouped_attention(
+                    rotate(q, cos, sin),
                     keys[:, :, : column + 1],
                     values[:, :, : column + 1],
                     bias,
@@ -573,13 +580,13 @@ class EncoderDecoderModel(LanguageModel):
         encoded = self._encode(prompts)
         with self.autocast():
             pairs = [
-                (_split(cross.k(encoded), size), _split(cross.v(encoded), size))
+                (split_heads(cross.k(encoded), size), split_heads(cross.v(encoded), size))
                 for cross in (block.layer[1].EncDecAttention for block in blocks)
             ]
         prompt_keys, prompt_values = (torch.stack(part) for part in zip(*pairs, strict=True))
         shape = (*prompt_keys.shape[:3], max_new_tokens, prompt_keys.shape[-1])
         keys, values = prompt_keys.new_zeros(shape), prompt_keys.new_zeros(shape)
-        bias = _bias(prompts.mask, keys.dtype)
+        bias = padding_bias(prompts.mask, keys.dtype)
         state = DecodeState(keys, values, bias, prompts.lengths, prompt_keys, prompt_values)
         return state, self.decode(state, prompts.ids.new_full((len(prompts),), self.start_id))
 
@@ -597,13 +604,15 @@ class EncoderDecoderModel(LanguageModel):
             for i, block in enumerate(decoder.block):
                 own, cross, feed_forward = block.layer
                 attention, h = own.SelfAttention, own.layer_norm(x)
-                state.keys[i, :, :, step : step + 1] = _split(attention.k(h), self.config.d_kv)
-                state.values[i, :, :, step : step + 1] = _split(attention.v(h), self.config.d_kv)
+                state.keys[i, :, :, step : step + 1] = split_heads(attention.k(h), self.config.d_kv)
+                state.values[i, :, :, step : step + 1] = split_heads(
+                    attention.v(h), self.config.d_kv
+                )
                 keys, values = state.keys[i, :, :, : step + 1], state.values[i, :, :, : step + 1]
-                x = x + _t5_attention(attention, h, keys, values, position_bias)
+                x = x + t5_attention(attention, h, keys, values, position_bias)
                 attention, h = cross.EncDecAttention, cross.layer_norm(x)
                 keys, values = state.prompt_keys[i], state.prompt_values[i]
-                x = x + _t5_attention(attention, h, keys, values, state.prompt_bias)
+                x = x + t5_attention(attention, h, keys, values, state.prompt_bias)
                 x = feed_forward(x)
             return decoder.final_layer_norm(x)[:, 0]
 
@@ -652,53 +661,3 @@ def _eos_ids(eos: int, extra: int | list[int] | None) -> frozenset[int]:
     return frozenset(
         [eos, *([] if extra is None else [extra] if isinstance(extra, int) else extra)]
     )
-
-
-def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, L) bool to (B, 1, 1, L), what attention adds to its scores."""
-    bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None]
-
-
-def _split(states: Tensor, size: int) -> Tensor:
-    """(B, L, heads·size) to (B, heads, L, size)."""
-    return states.unflatten(-1, (-1, size)).transpose(1, 2)
-
-
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding. (B, heads, N, d) with (B or 1, N, d)."""
-    return states * cos[:, None] + rotate_half(states) * sin[:, None]
-
-
-def _grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention of a few queries, of which several heads may share keys.
-
-    Args:
-        queries: (B, H, N, d).
-        keys: (B, H / G, L, d).
-        values: (B, H / G, L, d).
-        mask: (B, 1, N, L), bool or added to the scores.
-
-    Returns:
-        (B, N, H·d).
-    """
-    groups, dtype = queries.shape[1] // keys.shape[1], queries.dtype
-    queries, keys, values = widened(queries, keys, values)
-    # Heads that share keys become further queries of one head: keys are not copied.
-    stacked = queries.unflatten(1, (-1, groups)).flatten(2, 3)
-    heads = nn.functional.scaled_dot_product_attention(
-        stacked, keys, values, attn_mask=mask.repeat(1, 1, groups, 1) if groups > 1 else mask
-    )
-    return heads.to(dtype).reshape(queries.shape).transpose(1, 2).flatten(2)
-
-
-def _t5_attention(attention: Any, h: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """T5 does not scale its scores. (B, 1, D) to (B, 1, D)."""
-    heads = nn.functional.scaled_dot_product_attention(
-        _split(attention.q(h), attention.key_value_proj_dim),
-        keys,
-        values,
-        attn_mask=bias,
-        scale=1.0,
-    )
-    return attention.o(heads.transpose(1, 2).flatten(2))
