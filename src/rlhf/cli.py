@@ -5,6 +5,7 @@ else. torch is imported only after the configuration is known to be good.
 """
 
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -25,7 +26,15 @@ from rlhf.config import (
     SFTConfig,
 )
 from rlhf.errors import InputError, StoppedBySignal
-from rlhf.flags import CONTEXT, PLAIN_CONTEXT, ConfigCommand, config_options, read_config
+from rlhf.flags import (
+    CONTEXT,
+    PLAIN_CONTEXT,
+    ConfigCommand,
+    config_options,
+    given_flags,
+    read_config,
+    unknown_flags,
+)
 
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command may be given again
@@ -99,6 +108,71 @@ def quickstart(arch: Literal["t5", "llama"], output_dir: str | None, seed: int) 
     from rlhf.quickstart import run_quickstart
 
     run_quickstart(arch=arch, output_dir=output_dir, seed=seed)
+
+
+@cli.group()
+def vertex() -> None:
+    """Run the stages on Vertex AI (extra `vertex`)."""
+
+
+@config_options(PipelineConfig)
+@vertex.command("submit", cls=ConfigCommand, context_settings=CONTEXT)
+@click.option(
+    "--parameters",
+    metavar="FILE.json",
+    help="The pipeline's parameters, such as those of Google's rlhf_pipeline; not with --config.",
+)
+@click.option("--wait", is_flag=True, help="Follow the run until it ends.")
+@click.pass_context
+def vertex_submit(ctx: click.Context, /, parameters: str | None, wait: bool, **_: Any) -> int:
+    """Run reward model, PPO and inference as a pipeline of custom jobs.
+
+    Takes the file of `rlhf run`; output_dir is a gs:// folder and the section `vertex` says where
+    and on what. --dry_run prints the exact request and sends nothing.
+    """
+    _needs_vertex()
+    from rlhf.vertex.submit import read_parameters, submit
+
+    if parameters is None:
+        config = read_config(ctx, PipelineConfig)
+    elif ctx.params["config"] is not None:
+        raise InputError("config, parameters: give one of them, not both")
+    else:
+        config = read_parameters(parameters, given_flags(ctx), unknown_flags(ctx))
+    return submit(config, wait=wait)
+
+
+@vertex.command("compile")
+@click.argument("output", metavar="OUTPUT.yaml")
+def vertex_compile(output: str) -> None:
+    """Write the pipeline's YAML, for the console or for other tools of KFP."""
+    _needs_vertex()
+    from rlhf.vertex.pipeline import compile_pipeline
+
+    if not output.endswith(".yaml"):
+        raise InputError(f"OUTPUT.yaml: expected a name ending in .yaml, got {output}")
+    compile_pipeline(output)
+
+
+def _needs_vertex() -> None:
+    """Raise InputError where the extra `vertex` is not installed."""
+    missing = [
+        name
+        for name in ("kfp", "google_cloud_pipeline_components", "google.cloud.aiplatform")
+        if not _installed(name)
+    ]
+    if missing:
+        raise InputError(
+            f"{', '.join(missing)} not installed; pip install 'rlhf-ppo[vertex]' (from a checkout: "
+            "pip install -c constraints.txt '.[vertex]')"
+        )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 @cli.group()
@@ -181,7 +255,7 @@ def _imported(address: str) -> Callable[..., Any]:
     return function
 
 
-def _quiet_third_parties() -> None:
+def quiet_third_parties() -> None:
     """Keep libraries' progress bars and advice out of what the user reads."""
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
@@ -207,10 +281,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What follows `rlhf`; None for those of the process.
     """
-    _quiet_third_parties()
+    quiet_third_parties()
     given = list(sys.argv[1:] if arguments is None else arguments)
+    return exit_code(lambda: cli.main(given or ["--help"], prog_name="rlhf", standalone_mode=False))
+
+
+def exit_code(command: Callable[[], Any]) -> int:
+    """Run a click command (not standalone), say what is wrong, and return the exit code."""
     try:
-        return cli.main(given or ["--help"], prog_name="rlhf", standalone_mode=False) or 0
+        return command() or 0
     except InputError as error:
         _complain(error.problems)
         return EXIT_BAD_INPUT

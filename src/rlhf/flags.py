@@ -104,6 +104,8 @@ def _default_words(field: FieldInfo, needed: bool) -> str:
 def _group(cls: type[BaseModel], name: str) -> str:
     if name.startswith("lora."):
         return "LoRA adapters"
+    if name.startswith("vertex."):
+        return "Vertex AI"
     if name in TrainingConfig.model_fields and name not in StageConfig.model_fields:
         return "Training"
     own = name in cls.__annotations__ or name not in StageConfig.model_fields
@@ -117,7 +119,7 @@ def config_options(cls: type[Schema]) -> Callable[[click.Command], click.Command
         for name, field in leaf_fields(cls)
         if not (cls is PipelineConfig and name in STAGE_CLASSES)
     ]
-    headings = ["This stage", "Every stage", "Training", "LoRA adapters"]
+    headings = ["This stage", "Every stage", "Training", "LoRA adapters", "Vertex AI"]
     options.sort(key=lambda option: headings.index(option.group))
     if cls is PipelineConfig:
         options += [
@@ -149,19 +151,24 @@ def read_config(ctx: click.Context, cls: type[ConfigT], required: tuple[str, ...
     Raises:
         InputError: All unknown flags and all problems of the fields.
     """
-    overrides = {}
-    for option in ctx.command.params:
-        given = ctx.params.get(option.name or "")
-        if isinstance(option, ConfigOption) and given not in (None, ()):
-            overrides[option.config_name] = option.value_of(given)
     problems = unknown_flags(ctx)
     try:
-        config = load_config(cls, ctx.params["config"], overrides, required)
+        config = load_config(cls, ctx.params["config"], given_flags(ctx), required)
     except InputError as error:
         raise InputError(problems + error.problems) from None
     if problems:
         raise InputError(problems)
     return config
+
+
+def given_flags(ctx: click.Context) -> dict[str, Any]:
+    """Return the fields that the running command's flags give, by dotted name."""
+    given = {}
+    for option in ctx.command.params:
+        value = ctx.params.get(option.name or "")
+        if isinstance(option, ConfigOption) and value not in (None, ()):
+            given[option.config_name] = option.value_of(value)
+    return given
 
 
 def unknown_flags(ctx: click.Context) -> list[str]:

@@ -190,7 +190,7 @@ def _comparison(row: Prediction) -> str:
     lines = [
         "| | before | after |",
         "| --- | --- | --- |",
-        f"| **response** | {_cell(row.baseline)} | {_cell(row.prediction)} |",
+        f"| **response** | {table_cell(row.baseline)} | {table_cell(row.prediction)} |",
     ]
     if row.reward is not None and row.baseline_reward is not None:
         lines.append(f"| reward | {row.baseline_reward:.3f} | {row.reward:.3f} |")
@@ -216,7 +216,8 @@ def _quote(text: str) -> str:
     return "".join(f"> {_escape(line)}  \n" for line in text.strip().splitlines() or [""])
 
 
-def _cell(text: str) -> str:
+def table_cell(text: str) -> str:
+    """Markdown of a text that stays inside its table cell, whatever a model wrote."""
     lines = text.strip().splitlines()
     return "<br>".join(_escape(line).replace("|", "\\|") for line in lines) or "*(empty)*"
 

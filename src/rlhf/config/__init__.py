@@ -26,6 +26,7 @@ from rlhf.config.stages import (
     ScoreConfig,
     SFTConfig,
 )
+from rlhf.config.vertex import VertexConfig
 
 __all__ = [
     "BASE_LEARNING_RATES",
@@ -40,6 +41,7 @@ __all__ = [
     "ScoreConfig",
     "StageConfig",
     "TrainingConfig",
+    "VertexConfig",
     "config_to_yaml",
     "load_config",
     "result_fields",

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from rlhf.config.common import Paths, Schema, TrainingConfig, option
 from rlhf.config.loading import InnerFieldsError, merged, validation_problems
 from rlhf.config.stages import InferenceConfig, PPOConfig, RewardModelConfig, SFTConfig
+from rlhf.config.vertex import VertexConfig
 
 STAGE_CLASSES: dict[str, type[Schema]] = {
     "sft": SFTConfig,
@@ -55,6 +56,10 @@ class PipelineConfig(TrainingConfig):
     reward_model: dict[str, Any] = _section("reward_model")
     ppo: dict[str, Any] = _section("ppo")
     inference: dict[str, Any] = _section("inference")
+    vertex: VertexConfig = Field(
+        default_factory=VertexConfig,
+        description="Where the stages run with `rlhf vertex submit`; ignored by `rlhf run`.",
+    )
 
     @field_validator(*STAGE_CLASSES)
     @classmethod

@@ -1,0 +1,11 @@
+"""Submit a run to Vertex AI; the same as `rlhf vertex submit`.
+
+    python kfp/submit_pipeline.py --config configs/vertex_tldr.yaml --dry_run
+"""
+
+import sys
+
+from rlhf.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["vertex", "submit", *sys.argv[1:]]))

@@ -1,0 +1,5 @@
+"""The same stages on Vertex AI: a pipeline of custom jobs, and what runs inside them.
+
+Nothing outside this package imports kfp or google-cloud-aiplatform (extra `vertex`), and no stage
+knows that it exists.
+"""

@@ -1,0 +1,42 @@
+"""The model names of Google's `rlhf_pipeline`, and what they stand for on the Hugging Face Hub."""
+
+from rlhf.config.describe import nearest
+
+# Google's T5 checkpoints are Flan-T5's; its llama-2 ones are Meta's.
+HUB_NAMES = {
+    "t5-small": "google/flan-t5-small",
+    "t5-large": "google/flan-t5-large",
+    "t5-xl": "google/flan-t5-xl",
+    "t5-xxl": "google/flan-t5-xxl",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-2-13b-chat": "meta-llama/Llama-2-13b-chat-hf",
+}
+# Models that only Google can run: their weights cannot be downloaded.
+_CLOSED = ("bison", "gecko", "otter", "unicorn", "elephant", "gemini", "palm")
+
+
+def hub_name(reference: str) -> str:
+    """Return the address of a base model: what Google's name means, or the address itself.
+
+    Args:
+        reference: `t5-small`, `llama-2-7b`, …, a Hub id, or a local, `gs://` or `/gcs/` folder.
+
+    Raises:
+        ValueError: The model's weights are not available, or a bare name is unknown.
+    """
+    if reference in HUB_NAMES:
+        return HUB_NAMES[reference]
+    bare = reference.split("/")[-1].split("@")[0].lower()
+    if "/" not in reference and any(name in bare for name in _CLOSED):
+        raise ValueError(
+            f"{reference} cannot be tuned here, its weights are not available; give one of "
+            f"{', '.join(HUB_NAMES)}, a Hub id such as meta-llama/Llama-3.2-1B, or a gs:// folder"
+        )
+    if "/" not in reference:
+        raise ValueError(
+            f"unknown model {reference!r}{nearest(reference, HUB_NAMES)}; expected one of "
+            f"{', '.join(HUB_NAMES)}, a Hub id such as google/flan-t5-base, or a gs:// folder"
+        )
+    return reference

@@ -1,0 +1,79 @@
+"""The two Google Cloud services that a job itself calls: Secret Manager and the Model Registry."""
+
+import os
+import re
+
+from rlhf.errors import InputError
+
+
+def export_huggingface_token(secret: str, project: str) -> None:
+    """Read a Hugging Face token as the job's service account; transformers finds it in HF_TOKEN.
+
+    Args:
+        secret: NAME, projects/P/secrets/NAME or …/versions/V.
+        project: Where a bare NAME lives.
+
+    Raises:
+        InputError: There is no such secret, or this service account may not read it.
+    """
+    from google.api_core.exceptions import GoogleAPICallError
+    from google.cloud import secretmanager
+
+    name = secret if "/" in secret else f"projects/{project}/secrets/{secret}"
+    if "/versions/" not in name:
+        name += "/versions/latest"
+    try:
+        client = secretmanager.SecretManagerServiceClient()
+        payload = client.access_secret_version(name=name).payload.data
+    except GoogleAPICallError as error:
+        raise InputError(
+            f"huggingface_token_secret: {name} cannot be read: {error.message}; the job's service "
+            "account needs roles/secretmanager.secretAccessor on it"
+        ) from error
+    os.environ["HF_TOKEN"] = payload.decode().strip()
+
+
+def register_model(
+    *,
+    project: str,
+    location: str,
+    display_name: str,
+    run_directory: str,
+    model_path: str,
+    serving_image: str,
+    encryption_key: str,
+) -> str:
+    """Upload a model to the Model Registry, or find it there from an earlier attempt.
+
+    Args:
+        project: Project of the registry.
+        location: Its region.
+        display_name: Name shown in the console.
+        run_directory: gs:// folder of the run; makes the entry's identity.
+        model_path: gs:// folder of merged/.
+        serving_image: Container image that serves it.
+        encryption_key: Customer-managed key; "" for none.
+
+    Returns:
+        Resource name of the model.
+    """
+    from google.api_core.exceptions import NotFound
+    from google.cloud import aiplatform
+
+    aiplatform.init(project=project, location=location)
+    # A job may be restarted after the upload: the same run must not make a second entry.
+    identity = re.sub(r"[^a-z0-9-]+", "-", run_directory.removeprefix("gs://").lower())[-55:]
+    identity = f"rlhf-{identity.strip('-')}"
+    try:
+        return str(aiplatform.Model(identity).resource_name)
+    except NotFound:
+        pass
+    model = aiplatform.Model.upload(
+        model_id=identity,
+        display_name=display_name,
+        artifact_uri=model_path,
+        serving_container_image_uri=serving_image,
+        encryption_spec_key_name=encryption_key or None,
+        labels={"made-by": "rlhf"},
+    )
+    return str(model.resource_name)

@@ -1,0 +1,90 @@
+"""What KFP hands to a task and expects back: the executor input, and the files that answer it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+
+from rlhf.errors import InputError
+
+
+def as_url(path: str) -> str:
+    """Vertex mounts gs://bucket as /gcs/bucket; the storage library's own way knows retries."""
+    return f"gs://{path.removeprefix('/gcs/')}" if path.startswith("/gcs/") else path
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a whole file, local or in a bucket."""
+    with fsspec.open(as_url(path), "w", encoding="utf-8", auto_mkdir=True) as file:
+        file.write(text)
+
+
+@dataclass
+class Task:
+    """One task of a pipeline, as its container sees it.
+
+    Attributes:
+        inputs: Parameter name to value.
+        parameter_files: Output parameter name to the file that takes its value.
+        artifacts: Output artifact name to what KFP says of it (`name`, `uri`, `type`).
+        output_file: Where the executor output goes; "" where KFP gave none.
+        values: Output parameters so far.
+        metadata: Metadata of output artifacts so far.
+    """
+
+    inputs: Mapping[str, Any]
+    parameter_files: Mapping[str, str] = field(default_factory=dict)
+    artifacts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    output_file: str = ""
+    values: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def from_executor_input(cls, text: str) -> "Task":
+        """Read KFP's executor input.
+
+        Raises:
+            InputError: It is not the JSON that KFP writes.
+        """
+        try:
+            data = json.loads(text)
+            inputs = data.get("inputs", {}).get("parameterValues", {})
+            outputs = data.get("outputs", {})
+            return cls(
+                inputs=dict(inputs),
+                parameter_files={
+                    name: value["outputFile"]
+                    for name, value in outputs.get("parameters", {}).items()
+                },
+                artifacts={
+                    name: value["artifacts"][0]
+                    for name, value in outputs.get("artifacts", {}).items()
+                },
+                output_file=outputs.get("outputFile", ""),
+            )
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+            raise InputError(f"executor_input: is not what KFP writes: {error!r}") from error
+
+    def write_artifact(self, name: str, text: str) -> None:
+        """Write the content of an output artifact, such as a Markdown page."""
+        if name in self.artifacts:
+            write_file(self.artifacts[name]["uri"], text)
+
+    def answer(self) -> None:
+        """Write the output parameters, and the executor output with them and the metadata.
+
+        Each in its own file too, because the console and later tasks read one or the other.
+        """
+        for name, path in self.parameter_files.items():
+            value = self.values.get(name, "")
+            write_file(path, value if isinstance(value, str) else json.dumps(value))
+        if not self.output_file:
+            return
+        artifacts = {
+            name: {"artifacts": [{**artifact, "metadata": self.metadata.get(name, {})}]}
+            for name, artifact in self.artifacts.items()
+        }
+        answer = {"parameterValues": self.values, "artifacts": artifacts}
+        write_file(self.output_file, json.dumps(answer, ensure_ascii=False))

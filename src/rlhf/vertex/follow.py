@@ -1,0 +1,140 @@
+"""What a submitted pipeline is doing, said as it changes, and why it failed if it did."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from google.api_core.exceptions import GoogleAPICallError
+from google.cloud import aiplatform
+from google.cloud.aiplatform_v1.types import JobState, PipelineState, PipelineTaskDetail
+
+from rlhf.config import PipelineConfig
+from rlhf.outputs import join
+from rlhf.tracking import say
+from rlhf.vertex.failure import read_failure
+
+POLL_SECONDS = 30.0
+_DONE = {
+    PipelineState.PIPELINE_STATE_SUCCEEDED,
+    PipelineState.PIPELINE_STATE_FAILED,
+    PipelineState.PIPELINE_STATE_CANCELLED,
+}
+_WAITING = {JobState.JOB_STATE_QUEUED, JobState.JOB_STATE_PENDING}
+# The jobs of the pipeline and the folder of each.
+_FOLDERS = {
+    "validate": "validate",
+    "reward_model": "reward_model",
+    "ppo": "policy",
+    "inference": "inference",
+}
+
+
+@dataclass
+class _Seen:
+    """What was said already, so that only changes are."""
+
+    lines: dict[str, str] = field(default_factory=dict)
+
+    def say(self, name: str, line: str) -> None:
+        if self.lines.get(name) != line:
+            self.lines[name] = line
+            say(f"{time.strftime('%H:%M:%S')} {name}: {line}")
+
+
+def follow(job: aiplatform.PipelineJob, config: PipelineConfig) -> int:
+    """Say what a pipeline is doing until it ends.
+
+    Returns:
+        0 if it succeeded, else 1.
+    """
+    seen = _Seen()
+    run_name = config.output_dir.rstrip("/").rsplit("/", 1)[-1]
+    started = time.time()
+    while True:
+        state, details = _read(job)
+        seen.say("pipeline", state.name.removeprefix("PIPELINE_STATE_").lower())
+        for stage in _FOLDERS:
+            custom_job = _custom_job(run_name, stage, started)
+            if custom_job is not None:
+                seen.say(stage, _words(custom_job, config))
+        if state in _DONE:
+            break
+        time.sleep(POLL_SECONDS)
+    if state == PipelineState.PIPELINE_STATE_SUCCEEDED:
+        say(f"everything is in {config.output_dir}")
+        return 0
+    for line in why(details, config, started):
+        say(line)
+    return 1
+
+
+def _read(job: aiplatform.PipelineJob) -> tuple[Any, Any]:
+    resource = job.api_client.get_pipeline_job(name=job.resource_name, retry=_retry())
+    return resource.state, resource
+
+
+def _retry() -> Any:
+    """The client library's own policy for calls that may be repeated."""
+    from google.api_core.retry import Retry
+
+    return Retry(timeout=600.0)
+
+
+def _custom_job(run_name: str, stage: str, since: float) -> aiplatform.CustomJob | None:
+    """The newest job of a stage that this submission started; found by its name."""
+    try:
+        jobs = aiplatform.CustomJob.list(
+            filter=f'display_name="{run_name}-{stage}"', order_by="create_time desc"
+        )
+    except GoogleAPICallError:  # a glance that failed; the next one comes
+        return None
+    recent = [job for job in jobs if job.create_time.timestamp() > since - 60]
+    return recent[0] if recent else None
+
+
+def _words(job: aiplatform.CustomJob, config: PipelineConfig) -> str:
+    """State of a job, and what it waits for."""
+    state = job.gca_resource.state
+    words = f"{state.name.removeprefix('JOB_STATE_').lower()} ({job.resource_name})"
+    if state not in _WAITING:
+        return words
+    spec = job.gca_resource.job_spec
+    machine = spec.worker_pool_specs[0].machine_spec
+    wanted = machine.machine_type
+    if machine.accelerator_count:
+        kind = machine.accelerator_type.name
+        wanted += f" with {machine.accelerator_count} x {kind}"
+    strategy = spec.scheduling.strategy.name or config.vertex.strategy
+    place = config.vertex.tuning_location or config.vertex.location
+    reason = job.gca_resource.error.message
+    return f"{words}: waits for {wanted} in {place}, {strategy}" + (
+        f"; Vertex says: {reason}" if reason else ""
+    )
+
+
+def why(resource: Any, config: PipelineConfig, since: float) -> list[str]:
+    """What is known about a pipeline that did not succeed, and where to read more."""
+    lines = []
+    if resource.error.message:
+        lines.append(f"pipeline: {resource.error.message}")
+    failed = [
+        task
+        for task in resource.job_detail.task_details
+        if task.state == PipelineTaskDetail.State.FAILED
+    ]
+    lines += [f"failed: {task.task_name}: {task.error.message or 'no message'}" for task in failed]
+    names = {task.task_name.replace("-", "_") for task in failed}
+    run_name = config.output_dir.rstrip("/").rsplit("/", 1)[-1]
+    project = aiplatform.initializer.global_config.project
+    for stage, folder in _FOLDERS.items():
+        if stage not in names:
+            continue
+        custom_job = _custom_job(run_name, stage, since)
+        found = read_failure(join(config.output_dir, folder))
+        if found is not None:
+            lines += [f"cause: {found.cause}", f"fix: {found.fix}"]
+        if custom_job is not None:
+            number = custom_job.resource_name.rsplit("/", 1)[-1]
+            query = f'resource.type="ml_job" AND resource.labels.job_id="{number}"'
+            lines.append(f"logs: gcloud logging read '{query}' --project={project} --limit=200")
+    return lines

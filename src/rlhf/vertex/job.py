@@ -1,0 +1,213 @@
+"""What the container runs as a task of the pipeline: Vertex's surroundings around a stage.
+
+    python -m rlhf.vertex.job STAGE --executor_input=JSON
+
+Everything comes in through KFP's executor input and the AIP_* variables; the stage itself gets its
+ordinary configuration and knows of neither. Exit codes are those of the command `rlhf`.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+import fsspec
+
+from rlhf.cli import EXIT_STOPPED, exit_code, quiet_third_parties
+from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import STAGE_CLASSES
+from rlhf.errors import InputError, StoppedBySignal
+from rlhf.outputs import join
+from rlhf.pipeline import STAGES, check_inputs
+from rlhf.tracking import say
+from rlhf.vertex import failure
+from rlhf.vertex.cloud import export_huggingface_token, register_model
+from rlhf.vertex.executor import Task, as_url, write_file
+from rlhf.vertex.machines import choose_machine
+from rlhf.vertex.parameters import to_config
+from rlhf.vertex.summary import markdown, numbers, result_metrics
+
+DEPLOY_NOTE = (
+    "deploy_model: nothing is deployed, because an endpoint costs money until it is deleted; "
+    "docs/vertex.md has the command"
+)
+
+
+def validate(task: Task) -> None:
+    """Check everything that can be checked without a GPU, and decide what the jobs get.
+
+    Raises:
+        InputError: All problems of parameters, rows, base models, output folder and machine.
+    """
+    config = to_config(task.inputs)
+    lines = check_inputs(config)
+    check_writable(config.output_dir)
+    machine, why = choose_machine(config)
+    notes = [*lines, why]
+    if config.vertex.deploy_model:
+        notes.append(DEPLOY_NOTE)
+    for line in notes:
+        say(line)
+    task.values |= {
+        f"resolved_{stage}_config": json.dumps(stage_settings(config, stage), ensure_ascii=False)
+        for stage in ("reward_model", "ppo", "inference")
+    }
+    task.values |= {
+        "resolved_machine_type": machine.machine_type,
+        "resolved_accelerator_type": machine.accelerator_type,
+        "resolved_accelerator_count": machine.accelerator_count,
+        "resolved_tuning_location": config.vertex.tuning_location or config.vertex.location,
+        "resolved_run_directory": as_url(config.output_dir),
+        "resolved_output_prediction_gcs_path": _predictions(config) if config.eval_dataset else "",
+    }
+    task.write_artifact("summary", "# validate\n\n" + "\n".join(f"- {note}" for note in notes))
+
+
+def stage_settings(config: PipelineConfig, stage: str) -> dict[str, Any]:
+    """A stage's own configuration, as plain data; folders as gs:// addresses."""
+    data: dict[str, Any] = config.stage_config(stage).model_dump(mode="json", exclude_unset=True)
+    for name in ("output_dir", "policy_path", "reward_model_path", "base_model"):
+        if data.get(name):
+            data[name] = as_url(data[name])
+    return data
+
+
+def check_writable(folder: str) -> None:
+    """Write and remove a small file.
+
+    Raises:
+        InputError: The job's identity may not write there.
+    """
+    probe = join(folder, ".rlhf-write-test")
+    try:
+        write_file(probe, "")
+        filesystem, path = fsspec.core.url_to_fs(as_url(probe))
+        filesystem.rm_file(path)
+    except Exception as error:  # every store raises its own
+        raise InputError(
+            f"output_directory: {folder} cannot be written: {error}; the job's service account "
+            "needs roles/storage.objectAdmin on the bucket"
+        ) from error
+
+
+def run_stage(stage: str, task: Task) -> None:
+    """Run one stage of the library and tell KFP what came out.
+
+    Raises:
+        InputError: As the stage does.
+        StoppedBySignal: As the stage does.
+    """
+    config: Any = STAGE_CLASSES[stage].model_validate_json(task.inputs["config"])
+    logs = os.environ.get("AIP_TENSORBOARD_LOG_DIR", "")
+    if logs and "tensorboard_dir" in type(config).model_fields:
+        config = config.model_copy(update={"tensorboard_dir": as_url(logs)})
+    STAGES[stage](config)
+    folder = config.output_dir
+    notes = [f"everything is in {folder}"]
+    if stage == "reward_model":
+        task.values["reward_model_path"] = folder
+    if stage == "ppo":
+        task.values |= _ppo_outputs(config, task)
+        if task.inputs.get("deploy_model"):
+            notes.append(DEPLOY_NOTE)
+    if stage == "inference":
+        task.values["output_prediction_gcs_path"] = join(folder, "predictions.jsonl")
+    metrics = result_metrics(folder)
+    task.metadata["metrics"] = dict(numbers(metrics))
+    task.write_artifact("summary", markdown(stage, folder, metrics, notes))
+    failure.clear_failure(folder)
+
+
+def _ppo_outputs(config: Any, task: Task) -> dict[str, str]:
+    """Where the tuned model is, and its entry in the Model Registry if one was asked for."""
+    model_path = join(config.output_dir, "merged")
+    resource = ""
+    if task.inputs.get("serving_container_image"):
+        resource = register_model(
+            project=task.inputs["project"],
+            location=task.inputs["location"],
+            display_name=task.inputs.get("model_display_name") or task.inputs["run_name"],
+            run_directory=config.output_dir,
+            model_path=model_path,
+            serving_image=task.inputs["serving_container_image"],
+            encryption_key=task.inputs.get("encryption_spec_key_name", ""),
+        )
+    return {
+        "output_model_path": model_path,
+        "output_adapter_path": join(config.output_dir, "adapter") if config.lora.rank else "",
+        "model_resource_name": resource,
+        "endpoint_resource_name": "",
+    }
+
+
+def _predictions(config: PipelineConfig) -> str:
+    return as_url(join(config.stage_dir("inference"), "predictions.jsonl"))
+
+
+def _folder(stage: str, task: Task) -> str:
+    """Where a failure of this task is left; "" where even that is not known."""
+    try:
+        if stage == "validate":
+            directory, name = task.inputs["output_directory"], task.inputs["run_name"]
+            return join(as_url(directory), name, "validate") if directory and name else ""
+        return str(json.loads(task.inputs["config"])["output_dir"])
+    except (KeyError, ValueError):
+        return ""
+
+
+def _attempt(stage: str, task: Task) -> None:
+    """Run the task unless it is known to fail again; leave `failure.json` if it does."""
+    folder, attempt = _folder(stage, task), failure.fingerprint(sys.argv)
+    if folder and stage != "validate" and (earlier := failure.repeated_failure(folder, attempt)):
+        raise InputError(
+            [
+                *earlier.cause.splitlines(),
+                f"this job failed so before, at {earlier.time}, and has got no further since; it "
+                f"is not tried again. {earlier.fix}",
+            ]
+        )
+    try:
+        if secret := task.inputs.get("huggingface_token_secret"):
+            export_huggingface_token(secret, task.inputs.get("project", ""))
+        run: Callable[[], None] = (
+            (lambda: validate(task)) if stage == "validate" else (lambda: run_stage(stage, task))
+        )
+        run()
+    except (StoppedBySignal, SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if folder:
+            _leave(folder, failure.describe(error, folder, attempt))
+        raise
+    task.answer()
+
+
+def _leave(folder: str, found: failure.Failure) -> None:
+    try:
+        failure.write_failure(folder, found)
+    except Exception as error:  # the cause matters more than that it could not be written down
+        say(f"failure.json cannot be written to {folder}: {error}")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("stage", type=click.Choice(["validate", "reward_model", "ppo", "inference"]))
+@click.option("--executor_input", required=True, help="KFP's executor input, JSON.")
+def command(stage: str, executor_input: str) -> None:
+    """Run one task of the pipeline `rlhf-pipeline`."""
+    _attempt(stage, Task.from_executor_input(executor_input))
+
+
+def main() -> int:
+    """Run the task and return the process's exit code."""
+    quiet_third_parties()
+    # Before and after the training loop, which saves first, there is nothing to save; and as
+    # process 1 of a container the default would be to ignore the signal.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
+    return exit_code(lambda: command.main(standalone_mode=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""What the console shows of a step: its figures, and samples from before and after."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf.outputs import Output, read_json
+from rlhf.predictions import table_cell
+
+SHOWN_ROWS = 8
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers among a stage's metrics, under names that KFP's Metrics takes."""
+    return {
+        name.replace("/", "_"): float(value)
+        for name, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def markdown(stage: str, folder: str, metrics: Mapping[str, Any], notes: list[str]) -> str:
+    """A page on a finished stage.
+
+    Args:
+        stage: reward_model, ppo or inference.
+        folder: Its folder.
+        metrics: Its final metrics.
+        notes: Lines for the top: where things are, warnings.
+    """
+    output = Output(folder)
+    output.fetch("samples.md", "samples.jsonl")
+    parts = [f"# {stage}", "\n".join(f"- {note}" for note in notes), "## Metrics", _table(metrics)]
+    page = output.path / "samples.md"
+    if page.exists():
+        parts.append(page.read_text(encoding="utf-8").replace("# Samples", "## Samples", 1))
+    elif (output.path / "samples.jsonl").exists():
+        lines = (output.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        parts.append(_first_and_last([json.loads(line) for line in lines]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def result_metrics(folder: str) -> dict[str, Any]:
+    """A finished stage's metrics.json."""
+    output = Output(folder)
+    output.fetch("metrics.json")
+    return read_json(output.path / "metrics.json") or {}
+
+
+def _table(metrics: Mapping[str, Any]) -> str:
+    rows = [f"| {name} | {value:.6g} |" for name, value in numbers(metrics).items()]
+    return "\n".join(["| metric | value |", "| --- | --- |", *rows])
+
+
+def _first_and_last(rows: list[dict[str, Any]]) -> str:
+    """The logged samples of the first and of the last step, side by side in time."""
+    if not rows:
+        return ""
+    parts = []
+    steps = sorted({row["step"] for row in rows})
+    for title, step in dict(zip(("Before", "After"), (steps[0], steps[-1]), strict=True)).items():
+        chosen = [row for row in rows if row["step"] == step][:SHOWN_ROWS]
+        names = [name for name in chosen[0] if name != "step"]
+        parts += [
+            f"## {title}: samples of step {step}",
+            "\n".join(
+                [
+                    f"| {' | '.join(names)} |",
+                    f"|{' --- |' * len(names)}",
+                    *(
+                        f"| {' | '.join(_cell(row.get(name)) for name in names)} |"
+                        for row in chosen
+                    ),
+                ]
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else table_cell(str(value))
