@@ -57,4 +57,4 @@ if __name__ == "__main__":
         os.environ["RLHF_ISOLATED"] = "1"
     # Google's libraries would look for a metadata server at its fixed address.
     os.environ["NO_GCE_CHECK"] = "true"
-    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])  # noqa: S606 (the caller's command)
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])

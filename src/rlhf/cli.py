@@ -24,7 +24,7 @@ from rlhf.config import (
     ScoreConfig,
     SFTConfig,
 )
-from rlhf.errors import InputError, StoppedBySignal
+from rlhf.errors import InputError, StoppedBySignal, StorageError
 from rlhf.flags import CONTEXT, PLAIN_CONTEXT, ConfigCommand, config_options, read_config
 
 EXIT_BAD_INPUT = 2
@@ -223,6 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StoppedBySignal as error:
         _complain([str(error)])
         return EXIT_STOPPED
+    except StorageError as error:
+        _complain([str(error)])
+        return 1
     except click.Abort:
         _complain(["interrupted"])
         return 1
