@@ -132,6 +132,10 @@ class ObjectStore:
         """Sends half of the answer's body and closes the connection."""
         self._add("cut", when, times)
 
+    def pass_by(self, times: int = 1, when: str = "") -> None:
+        """Leaves requests alone, so that later faults meet those that follow."""
+        self._add("none", when, times)
+
     def slow(self, seconds: float, times: int = 1, when: str = "") -> None:
         """Sends the answer in pieces that take so long together."""
         self._add("slow", when, times, seconds=seconds)
@@ -171,10 +175,11 @@ class ObjectStore:
         """For the proxy: the fault that a request meets, which is then one fewer."""
         with self._lock:
             fault = next((f for f in self._faults if f.times and f.when.search(text)), None)
-            self.requests.append(f"{text} [{fault.kind}]" if fault else text)
             if fault is not None:
                 fault.times -= 1
-                self.faults_served += 1
+                fault = None if fault.kind == "none" else fault
+            self.faults_served += fault is not None
+            self.requests.append(f"{text} [{fault.kind}]" if fault else text)
             return fault
 
     def _direct(self, method: str, path: str, body: bytes | None = None) -> bytes:
@@ -232,6 +237,9 @@ def running_store(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[ObjectSto
 def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # Head and body in packets of their own would wait 40 ms for each other.
+        disable_nagle_algorithm = True
+        wbufsize = 2**16
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

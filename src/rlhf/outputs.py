@@ -165,7 +165,6 @@ class _Copy:
     def names(self) -> list[str]:
         """Relative paths of the files that are there."""
         try:
-            self._filesystem.invalidate_cache()
             found = find_files(self._filesystem, self._root)
         # Every file system raises its own kinds of errors; all mean the same to the user.
         except Exception as error:

@@ -66,8 +66,6 @@ def open_store(path: str, **options: Any) -> tuple[Any, str]:
             **options,
         }
     filesystem, root = fsspec.core.url_to_fs(path, **options)
-    # File systems are kept for the life of the process, and other processes write too.
-    filesystem.invalidate_cache()
     return filesystem, str(root)
 
 
@@ -114,6 +112,8 @@ def open_file(filesystem: Any, root: str) -> IO[bytes]:
 
 def find_files(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
     """Details of all files below a folder, by their paths in the store."""
+    # File systems and their listings are kept for the life of the process; others write too.
+    filesystem.invalidate_cache()
     found = filesystem.find(root, detail=True)
     # Google's console marks an empty folder with an object whose name ends in a slash.
     return {

@@ -99,6 +99,7 @@ def _similar(path: str) -> str:
 
 def _remote_matches(path: str) -> list[str]:
     def find(filesystem: Any, root: str) -> list[str]:
+        filesystem.invalidate_cache()  # listings are kept for the life of the process
         if glob.has_magic(root):
             found = filesystem.glob(root, detail=True)
             # Google's console marks an empty folder with an object whose name ends in a slash.
