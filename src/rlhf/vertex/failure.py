@@ -6,11 +6,11 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 
-import fsspec
 import torch
 
 from rlhf.errors import InputError
 from rlhf.outputs import Output, join
+from rlhf.storage import open_store
 from rlhf.vertex.executor import as_url, write_file
 
 FAILURE_FILE = "failure.json"
@@ -109,8 +109,9 @@ def newest_checkpoint(folder: str) -> str:
 def read_failure(folder: str) -> Failure | None:
     """The failure that a stage's folder holds, if any."""
     try:
-        with fsspec.open(as_url(join(folder, FAILURE_FILE)), encoding="utf-8", mode="r") as file:
-            return Failure(**json.load(file))
+        filesystem, path = open_store(as_url(join(folder, FAILURE_FILE)))
+        filesystem.invalidate_cache()
+        return Failure(**json.loads(filesystem.cat_file(path)))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -123,6 +124,6 @@ def write_failure(folder: str, failure: Failure) -> None:
 
 def clear_failure(folder: str) -> None:
     """Remove an earlier attempt's failure after success."""
-    filesystem, path = fsspec.core.url_to_fs(as_url(join(folder, FAILURE_FILE)))
+    filesystem, path = open_store(as_url(join(folder, FAILURE_FILE)))
     if filesystem.exists(path):
         filesystem.rm_file(path)
