@@ -38,6 +38,22 @@ def is_remote(path: str) -> bool:
     return "://" in locate(path)
 
 
+def exists(path: str) -> bool:
+    """True if there is a file or a folder with something in it.
+
+    Raises:
+        StorageError: If the store cannot tell.
+    """
+    if not is_remote(path):
+        return os.path.exists(path)
+    filesystem, root = open_store(path)
+    with storage_errors(f"{path} cannot be read"):
+        try:
+            return bool(find_files(filesystem, root))
+        except FileNotFoundError:  # the whole bucket
+            return False
+
+
 def open_store(path: str, **options: Any) -> tuple[Any, str]:
     """The file system of an address, and the address as that file system writes it.
 
