@@ -131,12 +131,8 @@ def find_files(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
     # File systems and their listings are kept for the life of the process; others write too.
     filesystem.invalidate_cache()
     found = filesystem.find(root, detail=True)
-    # Google's console marks an empty folder with an object whose name ends in a slash.
-    return {
-        name: details
-        for name, details in found.items()
-        if details["type"] == "file" and not name.endswith("/")
-    }
+    # Not those with which Google's console marks empty folders.
+    return {name: details for name, details in found.items() if details["type"] == "file"}
 
 
 @contextmanager
