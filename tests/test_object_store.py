@@ -37,6 +37,7 @@ from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_prompts
 from rlhf.errors import InputError, StoppedBySignal, StorageError
 from rlhf.inference import run_inference
+from rlhf.models.loading import load_tokenizer, read_model_config
 from rlhf.models.policy import weights_fingerprint
 from rlhf.models.remote import local_folder
 from rlhf.outputs import Output, Status, prepare_output
@@ -520,3 +521,21 @@ def test_a_real_run_with_trouble_stops_at_sigterm_and_goes_on(
     assert {"metrics.json", "adapter/adapter_model.safetensors"} <= set(names)
     assert not [name for name in names if name.startswith("checkpoints/")]
     assert not Path("/gcs").exists()
+
+
+def test_checks_of_a_checkpoint_in_a_bucket_leave_its_weights_there(
+    object_store: ObjectStore, tiny_checkpoint: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    base = f"{object_store.bucket()}/model"
+    for file in tiny_checkpoint.iterdir():
+        object_store.write(f"{base}/{file.name}", file.read_bytes())
+    assert read_model_config(base).vocab_size == 120
+    assert load_tokenizer(base).eos_token == "</s>"
+    assert not any("safetensors?alt" in line for line in object_store.requests)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    folder = local_folder(base)
+    assert (folder / "model.safetensors").read_bytes() == (
+        tiny_checkpoint / "model.safetensors"
+    ).read_bytes()
+    assert local_folder(base, weights=False) == folder

@@ -267,6 +267,8 @@ def quiet_third_parties() -> None:
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+        # peft looks at the cached copy's path; weights are told apart by their fingerprint.
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path` was renamed")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("rlhf")
