@@ -116,6 +116,11 @@ class ObjectStore:
         query = urllib.parse.urlencode({"uploadType": "media", "name": name})
         self._direct("POST", f"/upload/storage/v1/b/{bucket}/o?{query}", content)
 
+    def delete(self, address: str) -> None:
+        """Removes an object, straight on the server."""
+        bucket, _, name = address.removeprefix("gs://").partition("/")
+        self._direct("DELETE", f"/storage/v1/b/{bucket}/o/{urllib.parse.quote(name, safe='')}")
+
     def fail(self, status: int, times: int = 1, when: str = "") -> None:
         """Answers with an error; the server never hears of the request."""
         self._add("fail", when, times, status=status)
