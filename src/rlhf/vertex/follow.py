@@ -54,7 +54,7 @@ def follow(job: aiplatform.PipelineJob, config: PipelineConfig) -> int:
         state, details = _read(job)
         seen.say("pipeline", state.name.removeprefix("PIPELINE_STATE_").lower())
         for stage in _FOLDERS:
-            custom_job = _custom_job(run_name, stage, started)
+            custom_job = _custom_job(run_name, stage, started, _place(stage, config))
             if custom_job is not None:
                 seen.say(stage, _words(custom_job, config))
         if state in _DONE:
@@ -80,11 +80,21 @@ def _retry() -> Any:
     return Retry(timeout=600.0)
 
 
-def _custom_job(run_name: str, stage: str, since: float) -> aiplatform.CustomJob | None:
+def _place(stage: str, config: PipelineConfig) -> str:
+    """The region of a stage's job, in which alone it is listed."""
+    vertex = config.vertex
+    return vertex.location if stage == "validate" else vertex.tuning_location or vertex.location
+
+
+def _custom_job(
+    run_name: str, stage: str, since: float, location: str
+) -> aiplatform.CustomJob | None:
     """The newest job of a stage that this submission started; found by its name."""
     try:
         jobs = aiplatform.CustomJob.list(
-            filter=f'display_name="{run_name}-{stage}"', order_by="create_time desc"
+            filter=f'display_name="{run_name}-{stage}"',
+            order_by="create_time desc",
+            location=location,
         )
     except GoogleAPICallError:  # a glance that failed; the next one comes
         return None
@@ -129,7 +139,7 @@ def why(resource: Any, config: PipelineConfig, since: float) -> list[str]:
     for stage, folder in _FOLDERS.items():
         if stage not in names:
             continue
-        custom_job = _custom_job(run_name, stage, since)
+        custom_job = _custom_job(run_name, stage, since, _place(stage, config))
         found = read_failure(join(config.output_dir, folder))
         if found is not None:
             lines += [f"cause: {found.cause}", f"fix: {found.fix}"]
