@@ -45,6 +45,10 @@ def phase_rows(name: str, entry: Mapping[str, Any]) -> list[Row]:
             share = f"{100 * spent / median(seconds(side)):.0f} %"
             rates = _rates(side, phase, entry["machine"])
             rows.append([*label, phase, f"{spent:.3g} s", share, *rates])
+        outside = side["facts"].get("outside_model_calls")
+        if outside is not None:
+            row = ["", side_name, "outside model calls", "", f"{100 * outside:.1f} %"]
+            rows.append([*row, *[""] * 3])
     return rows
 
 
