@@ -247,7 +247,9 @@ def results() -> dict[str, object]:
     sizes = {"model": "llama_toy", "batch": 8, "lengths": {"prompt": 64, "response": 16}}
     scaling = {"group": "scaling", "baseline": None, **sizes}
     scaling["sides"] = {"defaults": a_side([1.0], 256, ours=True)}
-    return {"machine": machine, "comparisons": {"race": main, "scaling_base": scaling}}
+    larger = scaling | {"batch": 16, "sides": {"defaults": a_side([2.5], 512, ours=True)}}
+    comparisons = {"race": main, "scaling_base": scaling, "scaling_batch_16": larger}
+    return {"machine": machine, "comparisons": comparisons}
 
 
 def test_tables_say_what_was_measured(results: dict[str, object]) -> None:
@@ -262,7 +264,9 @@ def test_tables_say_what_was_measured(results: dict[str, object]) -> None:
     assert "|  | ours | update | 1.5 s | 50 % | 50 | 33 % |  |" in text
     assert "|  | ours | overhead | 0.75 s | 25 % |  |  |  |" in text
     assert "|  | ours | outside model calls |  | 2.5 % |  |  |  |" in text
-    assert "| llama_toy | 8 | 64 | 16 | 1 (1 to 1) | 0.25 | 0.00 | 0.00 | 0.50 | 0.25 GiB |" in text
+    row = "| llama_toy | 8 | 64 | 16 | 1 (1 to 1) | 1.00x | 0.25 | 0.00 | 0.00 | 0.50 | 0.25 GiB |"
+    assert row in text
+    assert "| llama_toy | 16 | 64 | 16 | 2.5 (2.5 to 2.5) | 2.50x | 0.62 | 0.00 |" in text
 
 
 def test_tables_go_between_the_markers_of_their_device(results: dict[str, object]) -> None:
