@@ -198,6 +198,9 @@ class PPOTrainer(Trainer):
         self.reference = make_reference(config, bases)
         self.critic = make_critic(config, self.policy, self.scorer, model, inputs.tokenizer)
         lm = self.policy.lm
+        if config.compile_decode:
+            rows, width = config.effective_rollout_batch_size, config.prompt_sequence_length
+            lm.compile_decoding(rows, width)
         self.device = lm.device
         self.tokeniser = Tokeniser(
             inputs.tokenizer,
