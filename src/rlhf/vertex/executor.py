@@ -17,6 +17,8 @@ def as_url(path: str) -> str:
 
 def write_file(path: str, text: str) -> None:
     """Write a whole file, local or in a bucket."""
+    # Half of a surrogate pair, which JSON's escapes allow in a row, is not UTF-8: it stays escaped.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     with fsspec.open(as_url(path), "w", encoding="utf-8", auto_mkdir=True) as file:
         file.write(text)
 
