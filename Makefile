@@ -5,6 +5,8 @@
 ARCH ?= t5
 ARGS ?=
 DEVICE ?= cpu
+# torch's build in the image, by PyTorch's name for it: cpu, cu126, cu130.
+VARIANT ?= cu126
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.built
@@ -14,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 	&& { echo $$p; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint bench moved
+.PHONY: help quickstart test lint bench image imagetest moved
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,8 +25,9 @@ quickstart: $(STAMP) ## all stages on the embedded corpus: make quickstart ARCH=
 	$(BIN)/rlhf quickstart --arch $(ARCH) $(ARGS)
 
 # Two processes of one thread each: tiny models gain nothing from more.
+# isolated.py takes the network away, so that no test can come to need it.
 test: $(STAMP) ## all tests with coverage; make test ARGS="-m 'not slow'" for the fast ones
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "" -n 2 --cov --cov-report=term $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/isolated.py -m pytest -m "" -n 2 --cov --cov-report=term $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
@@ -34,6 +37,16 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 # Peers get environments of their own below benchmarks/.peers.
 bench: $(STAMP) ## beside the peers, an hour: make bench [DEVICE=cuda] [ARGS="--only 'ppo_*'"]
 	$(BIN)/python benchmarks/bench.py --device $(DEVICE) $(ARGS)
+
+image: ## the container image rlhf:VARIANT, with Docker: make image [VARIANT=cpu|cu126|cu130]
+	@command -v docker >/dev/null || { echo "make image needs Docker, and there is no docker command \
+	here; containers/cloudbuild.yaml builds the image without it" >&2; exit 1; }
+	docker build --build-arg VARIANT=$(VARIANT) --build-arg REVISION=$$(git rev-parse HEAD) \
+		--tag rlhf:$(VARIANT) .
+
+# Apart from `test`, because pip needs a network.
+imagetest: $(STAMP) ## the Dockerfile's steps as a script, without Docker; needs a package index
+	$(BIN)/python -m pytest -m "" -rs tests/test_container.py $(ARGS)
 
 # An environment remembers absolute paths, so one whose checkout was moved is stale too.
 $(STAMP): pyproject.toml constraints.txt $(if $(filter $(CURDIR),$(shell cat $(STAMP) 2>/dev/null)),,moved)

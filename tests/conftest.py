@@ -2,12 +2,15 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny models gain nothing from threads, and two test processes would fight over the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when gcsfs is imported, which any test may do first; see object_store.py.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from object_store import ObjectStore, running_store
 from tiny import make_tokenizer
 from tiny import tiny_model as make_model
 
@@ -61,6 +65,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def tiny_checkpoint(arch: str, checkpoints: dict[str, Path]) -> Path:
     """A folder that plain transformers can load; do not write into it."""
     return checkpoints[arch]
+
+
+@pytest.fixture
+def object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """An object store for gs://, empty and without faults."""
+    with running_store(tmp_path, monkeypatch) as store:
+        yield store
 
 
 @pytest.fixture(scope="session")

@@ -227,9 +227,8 @@ def test_manifests_go_after_their_files_and_the_finished_mark_last(
 ) -> None:
     output = Output("memory://bucket/order")
     sent: list[str] = []
-    monkeypatch.setattr(
-        output._filesystem, "put_file", lambda _, remote: sent.append(Path(remote).name)
-    )
+    store = fsspec.filesystem("memory")
+    monkeypatch.setattr(store, "put_file", lambda _, remote: sent.append(Path(remote).name))
     save_checkpoint(output.path, checkpoint(1), keep=1)
     for name in ("metrics.json", "metrics.jsonl", "zebra.txt", ".hidden"):
         (output.path / name).write_text("{}")
@@ -256,6 +255,6 @@ def test_remote_folders_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError("no access to this bucket")
 
-    monkeypatch.setattr(output._filesystem, "exists", refuse)
+    monkeypatch.setattr(fsspec.filesystem("memory"), "find", refuse)
     with pytest.raises(InputError, match="cannot read memory://bucket/forbidden: no access"):
         output.names()

@@ -25,7 +25,7 @@ from rlhf.config import (
     ScoreConfig,
     SFTConfig,
 )
-from rlhf.errors import InputError, StoppedBySignal
+from rlhf.errors import InputError, StoppedBySignal, StorageError
 from rlhf.flags import (
     CONTEXT,
     PLAIN_CONTEXT,
@@ -302,6 +302,9 @@ def exit_code(command: Callable[[], Any]) -> int:
     except StoppedBySignal as error:
         _complain([str(error)])
         return EXIT_STOPPED
+    except StorageError as error:
+        _complain([str(error)])
+        return 1
     except click.Abort:
         _complain(["interrupted"])
         return 1

@@ -15,6 +15,10 @@ class InputError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class StorageError(OSError):
+    """An object store failed for longer than its library retries: the command line exits with 1."""
+
+
 class StoppedBySignal(Exception):  # noqa: N818 - stopping when asked is no error
     """A signal asked the run to stop and its state is saved: exit code 75 (try again).
 

@@ -10,24 +10,28 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from rlhf import storage
 from rlhf.config import StageConfig, config_to_yaml, result_fields
 from rlhf.errors import InputError
+from rlhf.storage import find_files, open_store, reason, storage_errors, upload
 
 RUN_FILE = "run.json"
 RESULT_FILE = "metrics.json"
-# What a folder may hold already and still count as empty: a shell's log of this very run, say.
-IGNORED = (".*", "*.log")
+# What a folder may hold already and still count as empty: a shell's log of this very run, say, or
+# what the Vertex entry point says of an attempt that failed.
+IGNORED = (".*", "*.log", "failure.json")
 
 
 def is_remote(folder: str) -> bool:
     """True for a folder that must be published rather than written in place."""
-    return "://" in folder or folder.startswith("/gcs/")
+    return "://" in folder or folder.startswith(f"{storage.MOUNT}/")
 
 
 def join(folder: str, *names: str) -> str:
@@ -87,18 +91,19 @@ class Output:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.remote = is_remote(folder)
-        self._sent: dict[str, tuple[int, int]] = {}
+        self._copies: list[_Copy] = []
         if not self.remote:
             self.path = Path(folder)
             return
         self._temporary = tempfile.TemporaryDirectory(prefix="rlhf-output-")
         self.path = Path(self._temporary.name)
-        self._filesystem, self._root = _filesystem(folder)
+        self._store = _Copy(self.path, folder, "output_dir")
+        self._copies.append(self._store)
 
     def names(self) -> list[str]:
         """Relative paths of all files that are there, ignored ones left out."""
         if self.remote:
-            files = list(self._remote_files())
+            files = self._store.names()
         else:
             files = [
                 path.relative_to(self.path).as_posix()
@@ -111,60 +116,94 @@ class Output:
         """Copies remote files whose relative path matches a pattern into the working copy."""
         if not self.remote:
             return
-        for name in self._remote_files():
-            target = self.path / name
-            if target.exists() or not any(fnmatch(name, pattern) for pattern in patterns):
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._filesystem.get_file(f"{self._root}/{name}", str(target))
-            self._sent[name] = _signature(target)
+        for name in self._store.names():
+            if any(fnmatch(name, pattern) for pattern in patterns):
+                self._store.fetch(name)
+
+    def also_publish(self, part: str, folder: str) -> None:
+        """Has `publish` send a part of this folder, such as "tensorboard", to another folder too.
+
+        Raises:
+            InputError: If that folder's file system is unknown or its package is not installed.
+        """
+        source = self.path / part
+        if is_remote(folder) or Path(folder).resolve() != source.resolve():
+            self._copies.append(_Copy(source, folder, f"{part}_dir"))
 
     def publish(self) -> None:
         """Uploads what changed since the last call and removes remotely what is gone locally.
 
         A checkpoint's manifest goes after its other files and the final metrics go last, so that
         what looks complete is complete.
+
+        Raises:
+            StorageError: If the store fails for longer than its library retries. What was complete
+                there before is so still.
         """
-        if not self.remote:
+        for copy in self._copies:
+            copy.send()
+
+
+class _Copy:
+    """A folder elsewhere that is to have the files of a local one.
+
+    Args:
+        source: The local folder; need not exist yet.
+        folder: The other one, an fsspec URL or a path.
+        field: Configuration field that names it, for messages.
+    """
+
+    def __init__(self, source: Path, folder: str, field: str) -> None:
+        self.source, self.folder, self.field = source, folder, field
+        self._sent: dict[str, tuple[int, int]] = {}
+        try:
+            self._filesystem, root = open_store(folder)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"{field}: cannot write to {folder}: {error}") from error
+        self._root = root.rstrip("/")
+
+    def names(self) -> list[str]:
+        """Relative paths of the files that are there."""
+        try:
+            found = find_files(self._filesystem, self._root)
+        # Every file system raises its own kinds of errors; all mean the same to the user.
+        except Exception as error:
+            raise InputError(f"{self.field}: cannot read {self.folder}: {reason(error)}") from error
+        return [str(PurePosixPath(name).relative_to(self._root)) for name in found]
+
+    def fetch(self, name: str) -> None:
+        """Brings a file here, unless there is one of its name already."""
+        target = self.source / name
+        if target.exists():
             return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with storage_errors(f"{self.field}: cannot read {join(self.folder, name)}"):
+            self._filesystem.get_file(f"{self._root}/{name}", str(target))
+        self._sent[name] = _signature(target)
+
+    def send(self) -> None:
+        """Uploads what changed since the last call, removes there what has gone here since."""
         present = {
-            path.relative_to(self.path).as_posix(): path
-            for path in self.path.rglob("*")
+            path.relative_to(self.source).as_posix(): path
+            for path in self.source.rglob("*")
             if path.is_file()
         }
         present = {name: path for name, path in present.items() if not _ignored(name)}
         for name in sorted(present, key=_publishing_order):
             signature = _signature(present[name])
             if self._sent.get(name) != signature:
-                remote = f"{self._root}/{name}"
-                self._filesystem.makedirs(str(PurePosixPath(remote).parent), exist_ok=True)
-                self._filesystem.put_file(str(present[name]), remote)
+                with self._writing(name):
+                    upload(self._filesystem, str(present[name]), f"{self._root}/{name}")
                 self._sent[name] = signature
         for name in sorted(set(self._sent) - set(present), key=_publishing_order, reverse=True):
-            if self._filesystem.exists(f"{self._root}/{name}"):
+            # A store that loses its answer and is asked again has nothing to remove.
+            with self._writing(name), suppress(FileNotFoundError):
                 self._filesystem.rm_file(f"{self._root}/{name}")
             del self._sent[name]
 
-    def _remote_files(self) -> list[str]:
-        try:
-            self._filesystem.invalidate_cache()
-            if not self._filesystem.exists(self._root):
-                return []
-            found = self._filesystem.find(self._root)
-        # Every file system raises its own kinds of errors; all mean the same to the user.
-        except Exception as error:
-            raise InputError(f"output_dir: cannot read {self.folder}: {error}") from error
-        return [str(PurePosixPath(name).relative_to(self._root)) for name in found]
-
-
-def _filesystem(folder: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        filesystem, root = fsspec.core.url_to_fs(folder)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"output_dir: cannot write to {folder}: {error}") from error
-    return filesystem, str(root).rstrip("/")
+    def _writing(self, name: str) -> AbstractContextManager[None]:
+        hint = "what was saved there before is whole; the same command continues from it"
+        return storage_errors(f"{self.field}: cannot write {join(self.folder, name)}", hint)
 
 
 def _ignored(name: str) -> bool:

@@ -41,6 +41,7 @@ from rlhf.models.roles import (
 )
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.outputs import Run, Status
+from rlhf.storage import is_remote
 from rlhf.tracking import say
 from rlhf.training import Callback, ParameterGroup, Trainer
 
@@ -146,7 +147,7 @@ def read_inputs(
 def _is_made_later(config: PPOConfig) -> bool:
     """In a pipeline's dry run the reward model does not exist yet."""
     path = config.reward_model_path
-    return config.dry_run and path is not None and "://" not in path and not Path(path).exists()
+    return config.dry_run and path is not None and not is_remote(path) and not Path(path).exists()
 
 
 def other_base(config: PPOConfig) -> str | None:

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from rlhf.config import ScoreConfig
@@ -29,6 +28,7 @@ from rlhf.models.roles import (
     load_reward_model,
 )
 from rlhf.predictions import json_line
+from rlhf.storage import is_remote, locate, open_store, storage_errors, upload
 from rlhf.tracking import ProgressLine, say
 
 STAGE = "score"
@@ -113,7 +113,7 @@ def _renderer(config: ScoreConfig) -> PromptRenderer:
     from transformers import AutoTokenizer
 
     path = config.reward_model_path
-    folder = local_folder(path) if "://" in path else Path(path)
+    folder = local_folder(path)
     record = folder / RECORD_FILE
     instruction = config.instruction
     if record.is_file() and "instruction" not in config.model_fields_set:
@@ -243,7 +243,7 @@ class _WholeFile:
 
     def __init__(self, target: str) -> None:
         self.target = target
-        self.remote = "://" in target
+        self.remote = is_remote(target)
 
     def __enter__(self) -> Path:
         if self.remote:
@@ -257,8 +257,9 @@ class _WholeFile:
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None and self.remote:
-            filesystem, root = fsspec.core.url_to_fs(self.target)
-            filesystem.put_file(str(self.path), root)
+            with storage_errors(f"output: cannot write {self.target}"):
+                filesystem, root = open_store(self.target)
+                upload(filesystem, str(self.path), root)
         elif kind is None:
             self.path.replace(self.target)
         self.path.unlink(missing_ok=True)
@@ -266,12 +267,12 @@ class _WholeFile:
 
 def _check_output(output: str, files: Sequence[str]) -> None:
     """Refuses an output that cannot be written, or would replace what is read."""
-    if "://" in output:
+    if is_remote(output):
         try:
-            fsspec.core.url_to_fs(output)
+            open_store(output)
         except (ImportError, ValueError) as error:
             raise InputError(f"output: cannot write to {output}: {error}") from error
-        same = output in files
+        same = locate(output) in files
     else:
         path = Path(output)
         if path.is_dir():

@@ -97,6 +97,8 @@ class Trainer(ABC):
         self.num_rows = num_rows
         self.run = run or prepare_output(config, {}, stage=self.stage)
         self.output_path = self.run.output.path
+        if config.tensorboard_dir is not None:
+            self.run.output.also_publish("tensorboard", config.tensorboard_dir)
         self.callbacks = callbacks
         self.total_steps = config.total_steps(num_rows)
         self.step_index = 0

@@ -226,6 +226,12 @@ class TrainingConfig(StageConfig):
         f"Trackers: {', '.join(TRACKERS)}; `none` for none.",
         affects_result=False,
     )
+    tensorboard_dir: NonEmpty | None = option(
+        None,
+        "Folder that gets the TensorBoard files too, local or gs://. "
+        "Default: only output_dir/tensorboard.",
+        affects_result=False,
+    )
     eval_every: int | None = option(
         None, "Training steps between evaluations. Default: a tenth of the run.", ge=1
     )

@@ -110,6 +110,8 @@ class PipelineConfig(TrainingConfig):
             for name, value in self.model_dump(exclude_unset=True).items()
             if name in cls.model_fields
         }
+        if common.get("tensorboard_dir"):  # runs that share a folder are drawn as one
+            common["tensorboard_dir"] = f"{self.tensorboard_dir}/{_FOLDERS[stage]}"
         data = merged(merged(common, self._handed_over(stage)), fields)
         data = merged(data, getattr(self, stage))
         return cls.model_validate(data | {"output_dir": self.stage_dir(stage)})

@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf.data.files import expand_paths, is_remote, open_file, read_json_lines
+from rlhf import storage
+from rlhf.data.files import expand_paths, open_file, read_json_lines
 from rlhf.data.schema import RowChecker, describe
 from rlhf.errors import InputError
+from rlhf.storage import is_remote, open_store, upload
 
 MAX_PROBLEMS = 20
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
@@ -148,17 +150,17 @@ def _array(path: str) -> tuple[list[Any] | None, str]:
 def _whole_file(path: str) -> Iterator[IO[bytes]]:
     """A file to write that appears under its name only when it is complete."""
     if is_remote(path):
-        import fsspec
-
         with tempfile.TemporaryDirectory(prefix="rlhf-convert-") as folder:
             partial = Path(folder) / "rows.jsonl"
             with partial.open("wb") as file:
                 yield file
             try:
-                filesystem, root = fsspec.core.url_to_fs(path)
-                filesystem.put_file(str(partial), root)
+                filesystem, root = open_store(path)
+                upload(filesystem, str(partial), root)
             except Exception as error:  # every store raises its own
-                raise InputError(f"output_path: {path} cannot be written: {error}") from error
+                raise InputError(
+                    f"output_path: {path} cannot be written: {storage.reason(error)}"
+                ) from error
         return
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from rlhf import storage
 from rlhf.errors import InputError
+from rlhf.storage import is_remote, locate, open_store, reason
 
 MAX_LINE_BYTES = 16 * 2**20
 # Half an emoji, where JavaScript or Java cut a text; neither Arrow nor a tokenizer takes it.
@@ -42,11 +44,6 @@ class JsonLine:
     mended: bool = False
 
 
-def is_remote(path: str) -> bool:
-    """True for an address such as gs://bucket/rows.jsonl."""
-    return "://" in path
-
-
 def expand_paths(paths: str | Sequence[str], name: str) -> list[str]:
     """Turns paths and globs into the files they stand for.
 
@@ -63,7 +60,7 @@ def expand_paths(paths: str | Sequence[str], name: str) -> list[str]:
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files: list[str] = []
     problems: list[str] = [] if listed else [f"{name}: names no file, expected at least one"]
-    for path in map(str, listed):
+    for path in map(locate, map(str, listed)):
         try:
             files += _remote_matches(path) if is_remote(path) else _local_matches(path)
         except InputError as error:
@@ -102,10 +99,16 @@ def _similar(path: str) -> str:
 
 def _remote_matches(path: str) -> list[str]:
     def find(filesystem: Any, root: str) -> list[str]:
+        filesystem.invalidate_cache()  # listings are kept for the life of the process
         if glob.has_magic(root):
             found = filesystem.glob(root, detail=True)
-            return sorted(name for name, info in found.items() if info["type"] == "file")
-        return [root] if filesystem.isfile(root) else []
+            # Google's console marks an empty folder with an object whose name ends in a slash.
+            files = (name for name, info in found.items() if info["type"] == "file")
+            return sorted(name for name in files if not name.endswith("/"))
+        try:  # `isfile` says False to every error
+            return [root] if filesystem.info(root)["type"] == "file" else []
+        except FileNotFoundError:
+            return []
 
     found = _with_filesystem(path, find)
     if not found:
@@ -116,22 +119,20 @@ def _remote_matches(path: str) -> list[str]:
 
 def _with_filesystem(path: str, use: Any) -> Any:
     """Calls `use(filesystem, root)`; a bucket that refuses our credentials is tried without."""
-    import fsspec
-
     attempts: list[dict[str, Any]] = [{}]
     if path.startswith(("gs://", "gcs://")):
         attempts.append({"token": "anon"})
     problem: Exception | None = None
     for options in attempts:
         try:
-            result = use(*fsspec.core.url_to_fs(path, **options))
+            result = use(*open_store(path, **options))
             if result:
                 return result
         except Exception as error:  # every store raises its own
             # The first refusal tells more than what an anonymous visitor is told.
             problem = problem or error
     if problem is not None:
-        raise InputError(f"{path} cannot be read: {problem or type(problem).__name__}") from problem
+        raise InputError(f"{path} cannot be read: {reason(problem)}") from problem
     return None
 
 
@@ -141,8 +142,9 @@ def open_file(path: str) -> IO[bytes]:
     Raises:
         InputError: If it cannot be opened.
     """
+    path = locate(path)
     if is_remote(path):
-        stream: IO[bytes] = _with_filesystem(path, lambda fs, root: fs.open(root, "rb"))
+        stream: IO[bytes] = _with_filesystem(path, storage.open_file)
         return stream
     try:
         return open(path, "rb")

@@ -27,6 +27,7 @@ from rlhf.models.language_model import (
 )
 from rlhf.models.remote import local_folder
 from rlhf.models.weights import quiet_transformers
+from rlhf.storage import is_remote
 
 SUPPORTED = "rlhf trains T5 (also v1.1 and Flan) and LLaMA models"
 
@@ -207,7 +208,7 @@ def _hint(name: str) -> str:
 
 
 def _existing(name: str) -> str:
-    if name.startswith("gs://"):
+    if is_remote(name):
         return str(local_folder(name))
     path = Path(name)
     looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1

@@ -12,6 +12,7 @@ from rlhf.data.files import open_file
 from rlhf.errors import InputError
 from rlhf.models.remote import local_folder
 from rlhf.models.saving import ADAPTER_WEIGHTS, ORIGIN, read_origin
+from rlhf.storage import is_remote
 
 _HASHED_BYTES = 1 << 20  # of each end of a file of weights: reading 14 GB takes half a minute
 
@@ -95,7 +96,7 @@ def _full(folder: Path, settings: Mapping[str, Any]) -> PolicySource:
 
 def _localise(path: str) -> tuple[Path, Mapping[str, Any]]:
     """A local folder, and the stage's settings where those do not come with it."""
-    if "://" not in path:
+    if not is_remote(path):
         return Path(path).expanduser().resolve(), {}
     # A stage's folder also holds checkpoints and the merged model: fetch the adapter alone.
     stage = path.rstrip("/").removesuffix("/adapter").removesuffix("/merged")

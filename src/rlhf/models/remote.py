@@ -2,49 +2,68 @@
 
 import hashlib
 import os
+import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-
-import fsspec
+from typing import Any
 
 from rlhf.errors import InputError
+from rlhf.storage import find_files, is_remote, open_store, storage_errors
 
 
-def local_folder(url: str) -> Path:
-    """Copies a remote folder such as gs://bucket/model into the cache, once per content.
+def local_folder(path: str) -> Path:
+    """The local folder that has what is under a path; what is remote is copied, once per content.
 
-    The cache is `$RLHF_CACHE` or ~/.cache/rlhf; a changed object (size or checksum) makes a new
-    copy.
+    The copies lie in `$RLHF_CACHE` or ~/.cache/rlhf; a changed object (size or checksum) makes a
+    new one.
 
     Args:
-        url: Folder in any store that fsspec knows.
+        path: Local folder, which is returned as it is, or one in any store that fsspec knows.
 
     Raises:
-        InputError: There is no such folder, or it cannot be read.
+        InputError: There is no such store, or nothing under this address.
+        StorageError: It cannot be read.
     """
-    url = url.rstrip("/")
+    if not is_remote(path):
+        return Path(path)
+    url = path.rstrip("/")
     try:
-        filesystem, root = fsspec.core.url_to_fs(url)
-        found = {
-            path: details
-            for path, details in filesystem.find(root, detail=True).items()
-            if details["type"] == "file"
-        }
-    except Exception as error:  # each store raises its own
+        filesystem, root = open_store(url)
+    except (ImportError, ValueError) as error:
         raise InputError(f"{url} cannot be read: {error}") from error
-    if not found:
-        raise InputError(f"{url}: there is nothing under this address")
-    marks = sorted(
-        f"{path} {d['size']} {d.get('etag') or d.get('md5Hash') or d.get('mtime') or ''}"
-        for path, d in found.items()
-    )
-    name = hashlib.sha256("\n".join([url, *marks]).encode()).hexdigest()[:24]
-    cache = Path(os.environ.get("RLHF_CACHE", Path.home() / ".cache" / "rlhf")) / "folders"
-    target = cache / name
-    if not target.is_dir():
-        partial = cache / f"{name}.{os.getpid()}.partial"
-        for path in found:
-            local = partial / Path(path).relative_to(root)
-            local.parent.mkdir(parents=True, exist_ok=True)
-            filesystem.get_file(path, str(local))
-        partial.rename(target)
+    with storage_errors(f"{url} cannot be read"):
+        try:
+            found = find_files(filesystem, root)
+        except FileNotFoundError:  # the whole bucket
+            found = {}
+        if not found:
+            raise InputError(f"{url}: there is nothing under this address")
+        marks = sorted(
+            f"{path} {d['size']} {d.get('etag') or d.get('md5Hash') or d.get('mtime') or ''}"
+            for path, d in found.items()
+        )
+        name = hashlib.sha256("\n".join([url, *marks]).encode()).hexdigest()[:24]
+        cache = Path(os.environ.get("RLHF_CACHE", Path.home() / ".cache" / "rlhf")) / "folders"
+        target = cache / name
+        if not target.is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            _download(filesystem, root, list(found), target)
     return target
+
+
+def _download(filesystem: Any, root: str, names: Sequence[str], target: Path) -> None:
+    """Copies files to a folder that appears when it is whole, whoever else is at it."""
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        for name in names:
+            local = partial / Path(name).relative_to(root)
+            local.parent.mkdir(parents=True, exist_ok=True)
+            filesystem.get_file(name, str(local))
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

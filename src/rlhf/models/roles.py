@@ -26,6 +26,7 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model, pick_device, pick_dtype
 from rlhf.models.remote import local_folder
 from rlhf.models.saving import load_adapter, save_adapter, save_merged
+from rlhf.storage import is_remote
 
 RECORD_FILE = "reward_model.json"
 HEAD_FILE = "head.safetensors"
@@ -228,10 +229,10 @@ def load_reward_model(
     Raises:
         InputError: If it cannot be loaded, or belongs to another base.
     """
-    folder = local_folder(path) if "://" in path else Path(path)
+    folder = local_folder(path)
     device = pick_device(str(device))
     if not (folder / RECORD_FILE).is_file():
-        source = str(folder) if "://" in path else path
+        source = str(folder) if is_remote(path) else path
         return SequenceClassifier(source, device, pick_dtype(dtype, device))
     record = RewardRecord.read(folder / RECORD_FILE)
     full = not (folder / "adapter").is_dir()
@@ -279,7 +280,7 @@ def read_record(path: str) -> RewardRecord | None:
     Raises:
         InputError: There is no such folder, or its record cannot be read.
     """
-    folder = local_folder(path) if "://" in path else Path(path)
+    folder = local_folder(path)
     if path.startswith(("/", "./", "../")) and not folder.is_dir():
         raise InputError(f"reward_model_path: there is no folder {path}")
     file = folder / RECORD_FILE

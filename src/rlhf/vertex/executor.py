@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
-
 from rlhf.errors import InputError
+from rlhf.storage import open_store, storage_errors
 
 
 def as_url(path: str) -> str:
@@ -17,10 +16,10 @@ def as_url(path: str) -> str:
 
 def write_file(path: str, text: str) -> None:
     """Write a whole file, local or in a bucket."""
-    # Half of a surrogate pair, which JSON's escapes allow in a row, is not UTF-8: it stays escaped.
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    with fsspec.open(as_url(path), "w", encoding="utf-8", auto_mkdir=True) as file:
-        file.write(text)
+    with storage_errors(f"{path} cannot be written"):
+        filesystem, root = open_store(as_url(path), auto_mkdir=True)
+        # Half of a surrogate pair, which JSON's escapes allow in a row, is not UTF-8.
+        filesystem.pipe_file(root, text.encode("utf-8", "backslashreplace"))
 
 
 @dataclass

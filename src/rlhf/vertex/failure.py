@@ -7,11 +7,11 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 
-import fsspec
 import torch
 
 from rlhf.errors import InputError
 from rlhf.outputs import Output, join
+from rlhf.storage import open_store
 from rlhf.vertex.executor import as_url, write_file
 
 FAILURE_FILE = "failure.json"
@@ -125,15 +125,17 @@ def _transient(error: BaseException | None) -> bool:
         # By name, because every client library has classes of its own.
         if _TRANSIENT & {cls.__name__ for cls in type(error).__mro__}:
             return True
-        error = error.__cause__ or error.__context__
+        hidden = error.__suppress_context__
+        error = error.__cause__ or (None if hidden else error.__context__)
     return False
 
 
 def read_failure(folder: str) -> Failure | None:
     """The failure that a stage's folder holds, if any."""
     try:
-        with fsspec.open(as_url(join(folder, FAILURE_FILE)), encoding="utf-8", mode="r") as file:
-            return Failure(**json.load(file))
+        filesystem, path = open_store(as_url(join(folder, FAILURE_FILE)))
+        filesystem.invalidate_cache()
+        return Failure(**json.loads(filesystem.cat_file(path)))
     except Exception:  # missing, half, or out of reach: every store raises its own
         return None
 
@@ -146,6 +148,6 @@ def write_failure(folder: str, failure: Failure) -> None:
 
 def clear_failure(folder: str) -> None:
     """Remove an earlier attempt's failure after success."""
-    filesystem, path = fsspec.core.url_to_fs(as_url(join(folder, FAILURE_FILE)))
+    filesystem, path = open_store(as_url(join(folder, FAILURE_FILE)))
     if filesystem.exists(path):
         filesystem.rm_file(path)

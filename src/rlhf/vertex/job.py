@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-import fsspec
 
 from rlhf.cli import EXIT_STOPPED, exit_code, quiet_third_parties
 from rlhf.config import PipelineConfig
@@ -22,6 +21,7 @@ from rlhf.config.pipeline import STAGE_CLASSES
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.outputs import join
 from rlhf.pipeline import STAGES, check_inputs
+from rlhf.storage import open_store
 from rlhf.tracking import say
 from rlhf.vertex import failure
 from rlhf.vertex.cloud import export_huggingface_token, register_model
@@ -84,7 +84,7 @@ def check_writable(folder: str) -> None:
     probe = join(folder, ".rlhf-write-test")
     try:
         write_file(probe, "")
-        filesystem, path = fsspec.core.url_to_fs(as_url(probe))
+        filesystem, path = open_store(as_url(probe))
         filesystem.rm_file(path)
     except Exception as error:  # every store raises its own
         raise InputError(
