@@ -113,9 +113,13 @@ class VertexConfig(Schema):
     def _from_text(cls, value: Any) -> Any:
         """A flag can only bring text."""
         try:
-            return json.loads(value) if isinstance(value, str) else value
+            labels = json.loads(value) if isinstance(value, str) else value
         except ValueError:
             raise ValueError(f'expected JSON such as {{"team": "nlp"}}, got {value!r}') from None
+        for name, text in labels.items() if isinstance(labels, dict) else ():
+            if not isinstance(text, str):
+                raise ValueError(f"{name}: expected text, got {text!r:.200}; put it in quotes")
+        return labels
 
     def cross_problems(self) -> list[str]:
         """Say what Vertex would refuse, or accept and then not do."""

@@ -15,6 +15,7 @@ from rlhf.storage import open_store
 from rlhf.vertex.executor import as_url, write_file
 
 FAILURE_FILE = "failure.json"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 _CHECKPOINT = re.compile(r"checkpoints/step-(\d+)/manifest\.json")
 # Builtins, requests, httpx and google-auth, aiohttp, google-api-core.
 _TRANSIENT = {
@@ -107,7 +108,7 @@ def describe(error: BaseException, folder: str, attempt: str) -> Failure:
         permanent=permanent,
         attempt=attempt,
         checkpoint=checkpoint,
-        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        time=time.strftime(TIME_FORMAT, time.gmtime()),
         details=details,
     )
 

@@ -21,7 +21,7 @@ from rlhf.vertex.base_models import AMBIGUOUS, HUB_NAMES, hub_name
 
 REQUIRED = object()
 # It becomes part of folder and job names.
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Sections whose remaining fields travel as JSON, by the parameter that carries them.
 SECTIONS = {
     "reward_model_config": "reward_model",
@@ -354,7 +354,7 @@ def _meant(name: str, value: Any) -> Any:
             raise ValueError(f"expected gs://BUCKET/FOLDER, got {value!r:.200}")
     if name == "run_name" and not value:
         raise ValueError("is required, but not given")
-    if name == "run_name" and not _RUN_NAME.fullmatch(value):
+    if name == "run_name" and not RUN_NAME.fullmatch(value):
         raise ValueError(f"expected letters, digits, ., - and _, at most 100, got {value!r:.200}")
     return value
 
