@@ -8,8 +8,8 @@
 import shutil
 from pathlib import Path
 
+from rlhf.vertex import TEMPLATE
 from rlhf.vertex.pipeline import compile_pipeline, rlhf_pipeline
-from rlhf.vertex.submit import TEMPLATE
 
 HERE = Path(__file__).parent
 __all__ = ["rlhf_pipeline"]  # what kfp's own command looks for

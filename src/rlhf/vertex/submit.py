@@ -21,13 +21,13 @@ from rlhf.config.loading import merged, nested, validation_problems
 from rlhf.errors import InputError
 from rlhf.pipeline import check_inputs
 from rlhf.tracking import say
+from rlhf.vertex import TEMPLATE
 from rlhf.vertex.executor import as_url
 from rlhf.vertex.follow import follow
 from rlhf.vertex.job import DEPLOY_NOTE
 from rlhf.vertex.machines import choose_machine
 from rlhf.vertex.parameters import RUN_NAME, to_config, to_parameters
 
-TEMPLATE = "rlhf_pipeline.yaml"
 # Fields that hold files or folders which the jobs read.
 _PATHS = (
     "preference_dataset",
