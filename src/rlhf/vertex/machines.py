@@ -93,7 +93,8 @@ def choose_machine(config: PipelineConfig) -> tuple[Machine, str]:
             )
     raise InputError(
         f"machine_type: {stage} of {base} ({size / 1e9:.1f} B parameters) needs about "
-        f"{needed / GIB:.0f} GiB, more than one {TABLE[-1].accelerator_type} has; lower "
+        f"{needed / GIB:.0f} GiB, and {HEADROOM - 1:.0%} to spare because that is an estimate; "
+        f"{TABLE[-1].accelerator_type} has {TABLE[-1].memory}; lower "
         "micro_batch_size, max_tokens_per_micro_batch or rollout_batch_size, set "
         "gradient_checkpointing, use LoRA, or give a machine_type"
     )
