@@ -120,6 +120,8 @@ def test_memory_decides_not_the_name(bases):
     with pytest.raises(InputError, match="reward_model of"):  # all weights of 7 B, with AdamW
         choose_machine(roomy)
     assert choose_machine(run_config(bases / "t5-xl", dtype="float32"))[0] == A100_80
+    with pytest.raises(InputError, match="about 70 GiB, and 30% to spare"):  # of 80
+        choose_machine(run_config(bases / "13b"))
     thrifty = run_config(bases / "13b", gradient_checkpointing=True)
     assert choose_machine(thrifty)[0] == A100_80
     tight = {
