@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from rlhf.config.describe import nearest, type_name
+from rlhf.config.loading import InnerFieldsError
 
 # Learning rates at `learning_rate_multiplier` 1.0, by what is trained and whether it is LoRA
 # (`lora.rank` > 0) or all weights. The only place where they are set.
@@ -76,7 +77,7 @@ class Schema(BaseModel):
     def _check_together(self) -> Self:
         problems = self.cross_problems()
         if problems:
-            raise ValueError("\n".join(problems))
+            raise InnerFieldsError("\n".join(problems))
         return self
 
     def cross_problems(self) -> list[str]:

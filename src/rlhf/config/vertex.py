@@ -11,12 +11,31 @@ from typing import Annotated, Any, Literal
 from pydantic import StringConstraints, field_validator
 
 from rlhf.config.common import Schema, option
+from rlhf.config.describe import nearest
 
 # Labels of Google Cloud: lower case, digits, - and _; at most 63 characters.
 _LABEL = re.compile(r"[a-z0-9_-]{0,63}")
 _TENSORBOARD = re.compile(r"projects/[^/]+/locations/[^/]+/tensorboards/[^/]+")
 _KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
 _SECRET = re.compile(r"[A-Za-z0-9_-]+|projects/[^/]+/secrets/[^/]+(/versions/[^/]+)?")
+
+# Vertex's names, those of its TPUs apart; a test compares them with its client library's.
+ACCELERATORS = (
+    "NVIDIA_L4",
+    "NVIDIA_TESLA_A100",
+    "NVIDIA_A100_80GB",
+    "NVIDIA_H100_80GB",
+    "NVIDIA_H100_MEGA_80GB",
+    "NVIDIA_H200_141GB",
+    "NVIDIA_B200",
+    "NVIDIA_GB200",
+    "NVIDIA_RTX_PRO_6000",
+    "NVIDIA_TESLA_T4",
+    "NVIDIA_TESLA_V100",
+    "NVIDIA_TESLA_P100",
+    "NVIDIA_TESLA_P4",
+    "NVIDIA_TESLA_K80",
+)
 
 Seconds = Annotated[str, StringConstraints(pattern=r"^\d+s$")]
 
@@ -94,9 +113,13 @@ class VertexConfig(Schema):
     def _from_text(cls, value: Any) -> Any:
         """A flag can only bring text."""
         try:
-            return json.loads(value) if isinstance(value, str) else value
+            labels = json.loads(value) if isinstance(value, str) else value
         except ValueError:
             raise ValueError(f'expected JSON such as {{"team": "nlp"}}, got {value!r}') from None
+        for name, text in labels.items() if isinstance(labels, dict) else ():
+            if not isinstance(text, str):
+                raise ValueError(f"{name}: expected text, got {text!r:.200}; put it in quotes")
+        return labels
 
     def cross_problems(self) -> list[str]:
         """Say what Vertex would refuse, or accept and then not do."""
@@ -105,6 +128,12 @@ class VertexConfig(Schema):
             problems.append(
                 f"accelerator_type: {self.accelerator_type} cannot be used, the code runs on GPU "
                 "and CPU; give GPU, or an accelerator such as NVIDIA_L4"
+            )
+        elif self.accelerator_type not in ("GPU", "CPU", *ACCELERATORS):
+            known = nearest(self.accelerator_type.upper(), ("GPU", "CPU", *ACCELERATORS))
+            problems.append(
+                f"accelerator_type: unknown accelerator {self.accelerator_type!r}{known}; "
+                f"expected GPU, CPU or one of {', '.join(ACCELERATORS)}"
             )
         if self.accelerator_type == "CPU" and self.accelerator_count:
             problems.append("accelerator_count: a CPU job has none; leave it out")

@@ -13,6 +13,8 @@ HUB_NAMES = {
     "llama-2-13b": "meta-llama/Llama-2-13b-hf",
     "llama-2-13b-chat": "meta-llama/Llama-2-13b-chat-hf",
 }
+# Names that are other models' on the Hub: the original T5, not Flan-T5.
+AMBIGUOUS = frozenset({"t5-small", "t5-large"})
 # Models that only Google can run: their weights cannot be downloaded.
 _CLOSED = ("bison", "gecko", "otter", "unicorn", "elephant", "gemini", "palm")
 
@@ -26,8 +28,9 @@ def hub_name(reference: str) -> str:
     Raises:
         ValueError: The model's weights are not available, or a bare name is unknown.
     """
-    if reference in HUB_NAMES:
-        return HUB_NAMES[reference]
+    # Google's pipeline takes LLAMA_2_7B too.
+    if (google := reference.lower().replace("_", "-")) in HUB_NAMES:
+        return HUB_NAMES[google]
     bare = reference.split("/")[-1].split("@")[0].lower()
     if "/" not in reference and any(name in bare for name in _CLOSED):
         raise ValueError(

@@ -1,5 +1,6 @@
 """The two Google Cloud services that a job itself calls: Secret Manager and the Model Registry."""
 
+import hashlib
 import os
 import re
 
@@ -16,7 +17,8 @@ def export_huggingface_token(secret: str, project: str) -> None:
     Raises:
         InputError: There is no such secret, or this service account may not read it.
     """
-    from google.api_core.exceptions import GoogleAPICallError
+    from google.api_core.exceptions import GoogleAPIError
+    from google.auth.exceptions import GoogleAuthError
     from google.cloud import secretmanager
 
     name = secret if "/" in secret else f"projects/{project}/secrets/{secret}"
@@ -25,10 +27,11 @@ def export_huggingface_token(secret: str, project: str) -> None:
     try:
         client = secretmanager.SecretManagerServiceClient()
         payload = client.access_secret_version(name=name).payload.data
-    except GoogleAPICallError as error:
+    except (GoogleAPIError, GoogleAuthError) as error:
         raise InputError(
-            f"huggingface_token_secret: {name} cannot be read: {error.message}; the job's service "
-            "account needs roles/secretmanager.secretAccessor on it"
+            f"huggingface_token_secret: {name} cannot be read: "
+            f"{getattr(error, 'message', error)}; the job's service account needs "
+            "roles/secretmanager.secretAccessor on it"
         ) from error
     os.environ["HF_TOKEN"] = payload.decode().strip()
 
@@ -62,8 +65,10 @@ def register_model(
 
     aiplatform.init(project=project, location=location)
     # A job may be restarted after the upload: the same run must not make a second entry.
-    identity = re.sub(r"[^a-z0-9-]+", "-", run_directory.removeprefix("gs://").lower())[-55:]
-    identity = f"rlhf-{identity.strip('-')}"
+    # Its folder is its identity; two long ones may end alike, hence the hash.
+    words = re.sub(r"[^a-z0-9]+", "-", run_directory.removeprefix("gs://").lower())[-40:]
+    digest = hashlib.sha256(run_directory.rstrip("/").encode()).hexdigest()[:12]
+    identity = f"rlhf-{words.strip('-')}-{digest}"
     try:
         return str(aiplatform.Model(identity).resource_name)
     except NotFound:

@@ -18,7 +18,8 @@ def write_file(path: str, text: str) -> None:
     """Write a whole file, local or in a bucket."""
     with storage_errors(f"{path} cannot be written"):
         filesystem, root = open_store(as_url(path), auto_mkdir=True)
-        filesystem.pipe_file(root, text.encode())
+        # Half of a surrogate pair, which JSON's escapes allow in a row, is not UTF-8.
+        filesystem.pipe_file(root, text.encode("utf-8", "backslashreplace"))
 
 
 @dataclass

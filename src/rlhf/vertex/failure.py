@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import time
 import traceback
 from dataclasses import asdict, dataclass
@@ -14,6 +15,19 @@ from rlhf.storage import open_store
 from rlhf.vertex.executor import as_url, write_file
 
 FAILURE_FILE = "failure.json"
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+_CHECKPOINT = re.compile(r"checkpoints/step-(\d+)/manifest\.json")
+# Builtins, requests, httpx and google-auth, aiohttp, google-api-core.
+_TRANSIENT = {
+    "ConnectionError",
+    "TimeoutError",
+    "Timeout",
+    "TransportError",
+    "ClientConnectionError",
+    "ServerError",
+    "TooManyRequests",
+    "RetryError",
+}
 
 
 @dataclass(frozen=True)
@@ -57,12 +71,12 @@ def repeated_failure(folder: str, attempt: str) -> Failure | None:
 def describe(error: BaseException, folder: str, attempt: str) -> Failure:
     """Say why an attempt failed and whether a restart can help.
 
-    Bad input and too little memory are permanent. Anything else (a network that broke down, a
-    library's bug) is tried once more; the same failure again, with no checkpoint in between, is
-    permanent too.
+    Bad input and too little memory are permanent. Anything else (a network that broke down, even
+    where it shows as an input that cannot be read; a library's bug) is tried once more; the same
+    failure again, with no checkpoint in between, is permanent too.
     """
     details = ""
-    if isinstance(error, InputError):
+    if isinstance(error, InputError) and not _transient(error):
         fix, permanent = "Correct what the cause names and submit again.", True
     elif isinstance(error, torch.OutOfMemoryError | MemoryError):
         fix = (
@@ -75,7 +89,10 @@ def describe(error: BaseException, folder: str, attempt: str) -> Failure:
         details = "".join(traceback.format_exception(error))
         permanent = False
     cause = str(error) or type(error).__name__
-    checkpoint = newest_checkpoint(folder)
+    try:
+        checkpoint = newest_checkpoint(folder)
+    except InputError:  # the folder cannot be read, which may be the very error
+        checkpoint = ""
     earlier = read_failure(folder)
     if earlier is not None and not permanent:
         permanent = (earlier.attempt, earlier.checkpoint, earlier.kind, earlier.cause) == (
@@ -91,19 +108,27 @@ def describe(error: BaseException, folder: str, attempt: str) -> Failure:
         permanent=permanent,
         attempt=attempt,
         checkpoint=checkpoint,
-        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        time=time.strftime(TIME_FORMAT, time.gmtime()),
         details=details,
     )
 
 
 def newest_checkpoint(folder: str) -> str:
     """Name of the newest complete checkpoint of a stage; "" for none."""
-    steps = [
-        int(name.split("/")[1].removeprefix("step-"))
-        for name in Output(as_url(folder)).names()
-        if name.startswith("checkpoints/step-") and name.endswith("/manifest.json")
-    ]
+    found = map(_CHECKPOINT.fullmatch, Output(as_url(folder)).names())
+    steps = [int(match[1]) for match in found if match]
     return f"step-{max(steps)}" if steps else ""
+
+
+def _transient(error: BaseException | None) -> bool:
+    """Whether the network or a service was behind an error, however it was put into words."""
+    while error is not None:
+        # By name, because every client library has classes of its own.
+        if _TRANSIENT & {cls.__name__ for cls in type(error).__mro__}:
+            return True
+        hidden = error.__suppress_context__
+        error = error.__cause__ or (None if hidden else error.__context__)
+    return False
 
 
 def read_failure(folder: str) -> Failure | None:
@@ -112,7 +137,7 @@ def read_failure(folder: str) -> Failure | None:
         filesystem, path = open_store(as_url(join(folder, FAILURE_FILE)))
         filesystem.invalidate_cache()
         return Failure(**json.loads(filesystem.cat_file(path)))
-    except (OSError, ValueError, TypeError):
+    except Exception:  # missing, half, or out of reach: every store raises its own
         return None
 
 

@@ -4,16 +4,19 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from google.api_core.exceptions import GoogleAPICallError
+from google.api_core.exceptions import GoogleAPIError
+from google.api_core.retry import Retry
+from google.auth.exceptions import GoogleAuthError
 from google.cloud import aiplatform
 from google.cloud.aiplatform_v1.types import JobState, PipelineState, PipelineTaskDetail
 
 from rlhf.config import PipelineConfig
 from rlhf.outputs import join
 from rlhf.tracking import say
-from rlhf.vertex.failure import read_failure
+from rlhf.vertex.failure import TIME_FORMAT, read_failure
 
 POLL_SECONDS = 30.0
+_UNREACHABLE = (GoogleAPIError, GoogleAuthError, OSError)
 _DONE = {
     PipelineState.PIPELINE_STATE_SUCCEEDED,
     PipelineState.PIPELINE_STATE_FAILED,
@@ -48,13 +51,20 @@ def follow(job: aiplatform.PipelineJob, config: PipelineConfig) -> int:
         0 if it succeeded, else 1.
     """
     seen = _Seen()
-    run_name = config.output_dir.rstrip("/").rsplit("/", 1)[-1]
-    started = time.time()
     while True:
-        state, details = _read(job)
+        try:
+            # The client library's own policy for calls that may be repeated.
+            resource = job.api_client.get_pipeline_job(
+                name=job.resource_name, retry=Retry(timeout=600.0)
+            )
+        except _UNREACHABLE as error:
+            say(f"cannot be followed any longer: {error}")
+            say(f"the run itself goes on: {job.resource_name}")
+            return 1
+        state = resource.state
         seen.say("pipeline", state.name.removeprefix("PIPELINE_STATE_").lower())
         for stage in _FOLDERS:
-            custom_job = _custom_job(run_name, stage, started, _place(stage, config))
+            custom_job = _custom_job(stage, config, resource)
             if custom_job is not None:
                 seen.say(stage, _words(custom_job, config))
         if state in _DONE:
@@ -63,42 +73,26 @@ def follow(job: aiplatform.PipelineJob, config: PipelineConfig) -> int:
     if state == PipelineState.PIPELINE_STATE_SUCCEEDED:
         say(f"everything is in {config.output_dir}")
         return 0
-    for line in why(details, config, started):
+    for line in why(resource, config):
         say(line)
     return 1
 
 
-def _read(job: aiplatform.PipelineJob) -> tuple[Any, Any]:
-    resource = job.api_client.get_pipeline_job(name=job.resource_name, retry=_retry())
-    return resource.state, resource
-
-
-def _retry() -> Any:
-    """The client library's own policy for calls that may be repeated."""
-    from google.api_core.retry import Retry
-
-    return Retry(timeout=600.0)
-
-
-def _place(stage: str, config: PipelineConfig) -> str:
-    """The region of a stage's job, in which alone it is listed."""
-    vertex = config.vertex
-    return vertex.location if stage == "validate" else vertex.tuning_location or vertex.location
-
-
-def _custom_job(
-    run_name: str, stage: str, since: float, location: str
-) -> aiplatform.CustomJob | None:
+def _custom_job(stage: str, config: PipelineConfig, pipeline: Any) -> aiplatform.CustomJob | None:
     """The newest job of a stage that this submission started; found by its name."""
+    run_name = config.output_dir.rstrip("/").rsplit("/", 1)[-1]
+    vertex = config.vertex
+    location = vertex.location if stage == "validate" else vertex.tuning_location or vertex.location
     try:
         jobs = aiplatform.CustomJob.list(
             filter=f'display_name="{run_name}-{stage}"',
             order_by="create_time desc",
             location=location,
         )
-    except GoogleAPICallError:  # a glance that failed; the next one comes
+    except _UNREACHABLE:  # a glance that failed; the next one comes
         return None
-    recent = [job for job in jobs if job.create_time.timestamp() > since - 60]
+    # An earlier submission of the same run had jobs of the same names.
+    recent = [job for job in jobs if job.create_time >= pipeline.create_time]
     return recent[0] if recent else None
 
 
@@ -114,15 +108,16 @@ def _words(job: aiplatform.CustomJob, config: PipelineConfig) -> str:
     if machine.accelerator_count:
         kind = machine.accelerator_type.name
         wanted += f" with {machine.accelerator_count} x {kind}"
-    strategy = spec.scheduling.strategy.name or config.vertex.strategy
-    place = config.vertex.tuning_location or config.vertex.location
+    strategy = spec.scheduling.strategy
+    asked = strategy.name if strategy else config.vertex.strategy
+    place = job.resource_name.split("/")[3]
     reason = job.gca_resource.error.message
-    return f"{words}: waits for {wanted} in {place}, {strategy}" + (
+    return f"{words}: waits for {wanted} in {place}, {asked}" + (
         f"; Vertex says: {reason}" if reason else ""
     )
 
 
-def why(resource: Any, config: PipelineConfig, since: float) -> list[str]:
+def why(resource: Any, config: PipelineConfig) -> list[str]:
     """What is known about a pipeline that did not succeed, and where to read more."""
     lines = []
     if resource.error.message:
@@ -134,14 +129,14 @@ def why(resource: Any, config: PipelineConfig, since: float) -> list[str]:
     ]
     lines += [f"failed: {task.task_name}: {task.error.message or 'no message'}" for task in failed]
     names = {task.task_name.replace("-", "_") for task in failed}
-    run_name = config.output_dir.rstrip("/").rsplit("/", 1)[-1]
     project = aiplatform.initializer.global_config.project
     for stage, folder in _FOLDERS.items():
         if stage not in names:
             continue
-        custom_job = _custom_job(run_name, stage, since, _place(stage, config))
+        custom_job = _custom_job(stage, config, resource)
         found = read_failure(join(config.output_dir, folder))
-        if found is not None:
+        # One of an earlier submission says nothing about this one.
+        if found is not None and found.time >= resource.create_time.strftime(TIME_FORMAT):
             lines += [f"cause: {found.cause}", f"fix: {found.fix}"]
         if custom_job is not None:
             number = custom_job.resource_name.rsplit("/", 1)[-1]

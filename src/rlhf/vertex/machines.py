@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from rlhf.config import PipelineConfig, PPOConfig, RewardModelConfig, StageConfig, VertexConfig
+from rlhf.config import PipelineConfig, StageConfig, VertexConfig
 from rlhf.errors import InputError
 from rlhf.models.loading import read_model_config
 from rlhf.models.memory import count_parameters, memory_per_role, total_memory
@@ -73,12 +73,18 @@ def choose_machine(config: PipelineConfig) -> tuple[Machine, str]:
     if wanted.machine_type or wanted.accelerator_type != "GPU":
         machine = _as_told(wanted)
         return machine, f"{machine.machine_type}: as told"
+    if wanted.accelerator_count > 1:
+        raise InputError(
+            "accelerator_count: a stage uses one accelerator, and without a machine_type a machine "
+            f"with one is chosen; leave it out, or give the machine with {wanted.accelerator_count}"
+        )
+    stages = ("reward_model", "ppo", *(("inference",) if config.eval_dataset else ()))
     needed, stage = max(
-        (total_memory(memory_per_role(*_on_a_gpu(config, name))), name)
-        for name in ("reward_model", "ppo")
+        (total_memory(memory_per_role(*_on_a_gpu(config, name))), name) for name in stages
     )
-    base, revision = config.base_model, config.revision
-    size = count_parameters(read_model_config(base or "", revision)).base
+    stage_config = on_the_given_base(config, stage)
+    base = stage_config.base_model or ""
+    size = count_parameters(read_model_config(base, stage_config.revision)).base
     for machine in TABLE:
         if needed * HEADROOM <= machine.memory * GIB:
             return machine, (
@@ -87,15 +93,16 @@ def choose_machine(config: PipelineConfig) -> tuple[Machine, str]:
             )
     raise InputError(
         f"machine_type: {stage} of {base} ({size / 1e9:.1f} B parameters) needs about "
-        f"{needed / GIB:.0f} GiB, more than one {TABLE[-1].accelerator_type} has; lower "
-        "micro_batch_size or max_tokens_per_micro_batch, set gradient_checkpointing, use LoRA, or "
-        "give a machine_type"
+        f"{needed / GIB:.0f} GiB, and {HEADROOM - 1:.0%} to spare because that is an estimate; "
+        f"{TABLE[-1].accelerator_type} has {TABLE[-1].memory}; lower "
+        "micro_batch_size, max_tokens_per_micro_batch or rollout_batch_size, set "
+        "gradient_checkpointing, use LoRA, or give a machine_type"
     )
 
 
 def _on_a_gpu(config: PipelineConfig, stage: str) -> tuple[object, StageConfig, object]:
     """What a stage's memory is reckoned from, with the types that a GPU would use."""
-    stage_config: RewardModelConfig | PPOConfig = on_the_given_base(config, stage)
+    stage_config: StageConfig = on_the_given_base(config, stage)
     stage_config = stage_config.model_copy(update={"device": "cpu"})
     if stage_config.dtype == "auto":
         stage_config = stage_config.model_copy(update={"dtype": "bfloat16"})
@@ -111,6 +118,11 @@ def _on_a_gpu(config: PipelineConfig, stage: str) -> tuple[object, StageConfig, 
 def _as_told(wanted: VertexConfig) -> Machine:
     kind, count = wanted.accelerator_type, wanted.accelerator_count
     if kind == "CPU":
+        if wanted.machine_type and (own := _accelerators_of(wanted.machine_type)):
+            raise InputError(
+                f"accelerator_type: {wanted.machine_type} comes with {own[0]}, not without "
+                f"accelerators; give another machine_type, such as {CPU.machine_type}"
+            )
         return Machine(wanted.machine_type or CPU.machine_type)
     if not wanted.machine_type:
         for machine in (*TABLE, *_ON_REQUEST):
@@ -121,19 +133,25 @@ def _as_told(wanted: VertexConfig) -> Machine:
             "machine_type too"
         )
     built_in = _accelerators_of(wanted.machine_type)
-    if kind == "GPU":
-        if built_in is None:
+    if built_in is None:
+        if kind == "GPU":
             raise InputError(
-                f"accelerator_type: {wanted.machine_type} has no GPU of its own; give an "
+                f"accelerator_type: {wanted.machine_type} is not known to come with GPUs; give an "
                 "accelerator such as NVIDIA_TESLA_T4, or CPU"
             )
-        kind, own = built_in
-        count = count or own
-    elif built_in is not None and built_in[0] != kind:
+        return Machine(wanted.machine_type, kind, count or 1)
+    own_kind, own_count = built_in
+    # Vertex refuses any other than what such a machine comes with.
+    if kind not in ("GPU", own_kind):
         raise InputError(
-            f"accelerator_type: {wanted.machine_type} comes with {built_in[0]}, not with {kind}"
+            f"accelerator_type: {wanted.machine_type} comes with {own_kind}, not with {kind}"
         )
-    return Machine(wanted.machine_type, kind, count or 1)
+    if count not in (0, own_count):
+        raise InputError(
+            f"accelerator_count: {wanted.machine_type} comes with {own_count}, not with {count}; "
+            "leave it out"
+        )
+    return Machine(wanted.machine_type, own_kind, own_count)
 
 
 def _accelerators_of(machine_type: str) -> tuple[str, int] | None:

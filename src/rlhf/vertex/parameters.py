@@ -17,11 +17,11 @@ from rlhf.config.describe import leaf_fields, nearest
 from rlhf.config.loading import nested, validation_problems
 from rlhf.config.pipeline import STAGE_CLASSES
 from rlhf.errors import InputError
-from rlhf.vertex.base_models import hub_name
+from rlhf.vertex.base_models import AMBIGUOUS, HUB_NAMES, hub_name
 
 REQUIRED = object()
 # It becomes part of folder and job names.
-_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # Sections whose remaining fields travel as JSON, by the parameter that carries them.
 SECTIONS = {
     "reward_model_config": "reward_model",
@@ -204,53 +204,42 @@ def to_config(parameters: Mapping[str, Any]) -> PipelineConfig:
         if name not in PARAMETERS
     ]
     values: dict[str, Any] = {}
+    wrong: set[str] = set()  # named already; what follows from them is not said too
     for name, parameter in PARAMETERS.items():
         given = parameters.get(name)
         try:
-            values[name] = _typed(parameter, parameter.default if given is None else given)
+            value = _typed(parameter, parameter.default if given is None else given)
+            values[name] = _meant(name, value)
         except ValueError as error:
             problems.append(f"{name}: {error}")
-    if problems:
-        raise InputError(problems)
+            wrong.add(name)
+            values[name] = {} if parameter.type is dict else ""
     fields: dict[str, Any] = {}
     for name, parameter in PARAMETERS.items():
         value = values[name]
         steps = parameter.field.endswith(".train_steps")
         if parameter.field and value != "" and not (steps and value == 0):
             fields[parameter.field] = value
-    for name in ("large_model_reference", "reward_model_reference"):
-        try:
-            if values[name]:
-                fields[PARAMETERS[name].field] = hub_name(values[name])
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-    for name in ("prompt_dataset", "preference_dataset", "eval_dataset"):
-        if values[name].startswith("["):  # a list of addresses
-            fields[name] = json.loads(values[name])
-    if values["reward_model_revision"] and not values["reward_model_reference"]:
-        problems.append("reward_model_revision: is for a reward_model_reference, give one")
-    if not values["output_directory"]:
-        problems.append("output_directory: is required, but not given")
-    if not _RUN_NAME.fullmatch(values["run_name"]):
-        problems.append(
-            f"run_name: expected letters, digits, ., - and _, at most 100, "
-            f"got {values['run_name']!r:.200}"
-        )
     data = nested(fields)
-    if "base_model" in data.get("reward_model", {}):
+    if values["reward_model_reference"]:
         # Without this the policy's revision would be asked of the reward model's base.
         data["reward_model"].setdefault("revision", None)
+    elif values["reward_model_revision"] and "reward_model_reference" not in wrong:
+        problems.append("reward_model_revision: is for a reward_model_reference, give one")
     for name, section in SECTIONS.items():
-        problems += _section_clashes(name, section, values[name])
-        data[section] = {**values[name], **data.get(section, {})}
-    if problems:
-        raise InputError(problems)
+        clashes = _section_clashes(name, section, values)
+        problems += clashes.values()
+        rest = {field: value for field, value in values[name].items() if field not in clashes}
+        data[section] = {**rest, **data.get(section, {})}
     data["output_dir"] = f"{values['output_directory'].rstrip('/')}/{values['run_name']}"
     try:
-        return PipelineConfig.model_validate(data)
+        config = PipelineConfig.model_validate(data)
     except ValidationError as error:
-        found = validation_problems(PipelineConfig, error)
-        raise InputError([_in_parameters(problem) for problem in found]) from None
+        found = map(_in_parameters, validation_problems(PipelineConfig, error))
+        problems += [problem for problem in found if problem.split(":")[0] not in wrong]
+    if problems:
+        raise InputError(problems)
+    return config
 
 
 def to_parameters(config: PipelineConfig) -> dict[str, Any]:
@@ -260,12 +249,7 @@ def to_parameters(config: PipelineConfig) -> dict[str, Any]:
         InputError: What the pipeline cannot do: an SFT stage, or stages that differ in what is one
             parameter.
     """
-    problems = []
-    if "sft" in config.stages():
-        problems.append(
-            "sft_dataset: the Vertex pipeline has no SFT stage; run `rlhf sft` first and give its "
-            "merged/ folder as base_model"
-        )
+    problems = _not_in_the_pipeline(config)
     folder, _, run_name = config.output_dir.rstrip("/").rpartition("/")
     values: dict[str, Any] = {"output_directory": folder, "run_name": run_name}
     top = config.model_dump(mode="json", exclude_unset=True)
@@ -290,11 +274,11 @@ def to_parameters(config: PipelineConfig) -> dict[str, Any]:
         }
         rest = {}
         for field, value in stage.items():
-            if field in named and (field in own or field not in _NAMED_ON_TOP):
+            if field in named and field not in _NAMED_ON_TOP:
                 if value is not None:
                     values[named[field]] = value
             elif field in _NAMED_ON_TOP and field not in _OWN_IN_SECTIONS:
-                if field in own and own[field] != top.get(field):
+                if field in own and field not in named and value != getattr(config, field):
                     problems.append(
                         f"{section}.{field}: the pipeline has one {_NAMED_ON_TOP[field]} for all "
                         "stages; give it on top"
@@ -302,11 +286,43 @@ def to_parameters(config: PipelineConfig) -> dict[str, Any]:
             elif field in own or field not in _HANDED_OVER:
                 rest[field] = value
         values[name] = rest
-    if "reward_model_revision" in values:
-        values.setdefault("reward_model_reference", config.base_model)
+    if {"base_model", "revision"} & set(config.reward_model):
+        judge = config.stage_config("reward_model")
+        values["reward_model_reference"] = judge.base_model or config.base_model
+        if judge.revision:
+            values["reward_model_revision"] = judge.revision
     if problems:
         raise InputError(problems)
     return values
+
+
+def _not_in_the_pipeline(config: PipelineConfig) -> list[str]:
+    """What `rlhf run` does and the Vertex pipeline does not, or not in the same way."""
+    problems = []
+    if "sft" in config.stages():
+        problems.append(
+            "sft_dataset: the Vertex pipeline has no SFT stage; run `rlhf sft` first and give its "
+            "merged/ folder as base_model"
+        )
+    if config.eval_dataset is None and "eval_dataset" in config.inference:
+        problems.append(
+            "inference.eval_dataset: the Vertex pipeline ends after PPO without an eval_dataset "
+            "on top; give it there"
+        )
+    bases = {"base_model": config.base_model}
+    bases["reward_model.base_model"] = config.reward_model.get("base_model")
+    for name, base in bases.items():
+        if base in AMBIGUOUS:
+            problems.append(
+                f"{name}: {base} is another model on the Hub than in Google's pipeline; give "
+                f"{HUB_NAMES[base]}, or google-t5/{base} for the Hub's"
+            )
+        elif base is not None:
+            try:
+                hub_name(base)
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+    return problems
 
 
 def _typed(parameter: Parameter, value: Any) -> Any:
@@ -327,23 +343,68 @@ def _typed(parameter: Parameter, value: Any) -> Any:
     return value
 
 
-def _section_clashes(name: str, section: str, given: Mapping[str, Any]) -> list[str]:
+def _meant(name: str, value: Any) -> Any:
+    """What a value of the right type stands for; ValueError where it cannot be used."""
+    if name in ("large_model_reference", "reward_model_reference") and value:
+        return hub_name(value)
+    if name in ("prompt_dataset", "preference_dataset", "eval_dataset") and value.startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError(
+                f'expected an address, or a JSON list ["gs://…", "gs://…"], got {value!r:.200}'
+            ) from None
+    if name == "output_directory":
+        if not value:
+            raise ValueError("is required, but not given")
+        if "://" not in value and not value.startswith("/"):
+            raise ValueError(f"expected gs://BUCKET/FOLDER, got {value!r:.200}")
+    if name == "run_name" and not value:
+        raise ValueError("is required, but not given")
+    if name == "run_name" and not RUN_NAME.fullmatch(value):
+        raise ValueError(f"expected letters, digits, ., - and _, at most 100, got {value!r:.200}")
+    return value
+
+
+def _section_clashes(name: str, section: str, values: Mapping[str, Any]) -> dict[str, str]:
+    """Problem by field, of fields in a section's JSON that have a place of their own."""
     named = {**_NAMED_ON_TOP, **_NAMED_IN_SECTION[section]}
     for field in _OWN_IN_SECTIONS:
         named.pop(field, None)
-    return [
-        f"{name}: {field}: is the parameter {named[field]}; give it there"
+    given = values[name]
+    problems = {
+        field: f"{name}: {field}: is the parameter {named[field]}; give it there"
         for field in given
         if field in named
-    ]
+    }
+    if given.get("dry_run"):
+        problems["dry_run"] = f"{name}: dry_run: a job of the pipeline has to run; leave it out"
+    steps = _NAMED_IN_SECTION[section].get("train_steps")
+    if steps and values[steps] and given.get("num_epochs") is not None:
+        problems["num_epochs"] = (
+            f"{name}: num_epochs: with it {steps} has to be 0, got {values[steps]}"
+        )
+    rate = _NAMED_IN_SECTION[section].get("learning_rate_multiplier")
+    if rate and values[rate] not in ("", 1.0) and given.get("learning_rate") is not None:
+        problems["learning_rate"] = (
+            f"{name}: learning_rate: with it {rate} has to be 1, got {values[rate]}"
+        )
+    if section == "inference" and "eval_dataset" in given and not values["eval_dataset"]:
+        problems["eval_dataset"] = (
+            f"{name}: eval_dataset: there is no inference without the parameter eval_dataset; "
+            "give it there"
+        )
+    return problems
 
 
 def _in_parameters(problem: str) -> str:
     """Name the parameter where a problem of the configuration names a field."""
     field, colon, rest = problem.partition(":")
     for parameter in PARAMETERS.values():
-        if parameter.field == field:
-            return f"{parameter.name}{colon}{rest}"
+        if parameter.field and (
+            parameter.field == field or field.startswith(f"{parameter.field}.")
+        ):
+            return f"{parameter.name}{field.removeprefix(parameter.field)}{colon}{rest}"
     for name, section in SECTIONS.items():
         if field.startswith(f"{section}."):
             return f"{name}: {field.removeprefix(f'{section}.')}{colon}{rest}"

@@ -1,33 +1,42 @@
 """From a configuration to a running pipeline: checks, the request, and following it."""
 
 import json
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from google.api_core.exceptions import GoogleAPICallError
+from google.api_core.exceptions import GoogleAPIError
 from google.auth.credentials import AnonymousCredentials
-from google.auth.exceptions import DefaultCredentialsError
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 from google.cloud import aiplatform
 from google.protobuf.json_format import MessageToDict
 from pydantic import ValidationError
 
 import rlhf
-from rlhf.config import PipelineConfig
+from rlhf.config import PipelineConfig, TrainingConfig
 from rlhf.config.loading import merged, nested, validation_problems
-from rlhf.config.pipeline import STAGE_CLASSES
 from rlhf.errors import InputError
-from rlhf.pipeline import check_inputs, on_the_given_base
+from rlhf.pipeline import check_inputs
 from rlhf.tracking import say
+from rlhf.vertex import TEMPLATE
 from rlhf.vertex.executor import as_url
 from rlhf.vertex.follow import follow
 from rlhf.vertex.job import DEPLOY_NOTE
 from rlhf.vertex.machines import choose_machine
-from rlhf.vertex.parameters import to_config, to_parameters
+from rlhf.vertex.parameters import RUN_NAME, to_config, to_parameters
 
-TEMPLATE = "rlhf_pipeline.yaml"
+# Fields that hold files or folders which the jobs read.
+_PATHS = (
+    "preference_dataset",
+    "prompt_dataset",
+    "eval_dataset",
+    "normalization_dataset",
+    "reward_model_path",
+    "tensorboard_dir",
+)
 
 
 def read_parameters(
@@ -89,10 +98,13 @@ def submit(config: PipelineConfig, *, wait: bool = False) -> int:
     """
     config = config.model_copy(update={"output_dir": as_url(config.output_dir)})
     problems = not_in_the_cloud(config)
-    parameters = to_parameters(config)
-    to_config(parameters)  # what the validation step will do
+    try:
+        parameters = to_parameters(config)
+    except InputError as error:
+        raise InputError(problems + error.problems) from None
     if problems:
         raise InputError(problems)
+    to_config(parameters)  # what the validation step will do
     project, credentials = _identity(config)
     location = config.vertex.location
     parameters |= {"project": project, "location": location}
@@ -108,12 +120,10 @@ def submit(config: PipelineConfig, *, wait: bool = False) -> int:
         print(json.dumps(_request(job), indent=2, ensure_ascii=False))
         return 0
     try:
-        job.submit(
-            service_account=config.vertex.service_account or None,
-            network=config.vertex.network or None,
-        )
-    except GoogleAPICallError as error:
-        raise InputError(f"Vertex AI refused the pipeline: {error.message}") from error
+        job.submit()
+    except (GoogleAPIError, GoogleAuthError) as error:
+        message = getattr(error, "message", error)
+        raise InputError(f"Vertex AI refused the pipeline: {message}") from error
     say(f"submitted {job.resource_name}")
     return follow(job, config) if wait else 0
 
@@ -121,32 +131,52 @@ def submit(config: PipelineConfig, *, wait: bool = False) -> int:
 def not_in_the_cloud(config: PipelineConfig) -> list[str]:
     """Name the fields with paths that a job on another machine cannot see."""
     problems = []
-    if not config.output_dir.startswith("gs://") or config.output_dir.count("/") < 3:
+    folder, _, run_name = config.output_dir.rstrip("/").rpartition("/")
+    if not folder.startswith("gs://") or folder == "gs://":
         problems.append(f"output_dir: expected gs://BUCKET/FOLDER/RUN, got {config.output_dir}")
-    for name in ("preference_dataset", "prompt_dataset", "eval_dataset"):
-        given = getattr(config, name) or []
-        for path in [given] if isinstance(given, str) else given:
-            if path.startswith(("gs://", "/gcs/")):
+    elif not RUN_NAME.fullmatch(run_name):
+        problems.append(
+            "output_dir: its last part is the name of the run; expected letters, digits, ., - and "
+            f"_, at most 100, got {run_name!r}"
+        )
+    for stage in ("reward_model", "ppo", "inference"):
+        stage_config, own = config.stage_config(stage), getattr(config, stage)
+        for field in _PATHS:
+            # What a stage gets in the place of a field that was not given was named already.
+            if field not in own and getattr(config, field, None) is None:
                 continue
+            given = getattr(stage_config, field, None) or []
+            name = f"{stage}.{field}" if field in own else field
             problems += [
-                f"{name}: {path} is on this machine, the jobs are not; copy it to the bucket "
-                "(gcloud storage cp) and give its gs:// address"
+                _copy_it(name, path)
+                for path in ([given] if isinstance(given, str) else given)
+                if not path.startswith(("gs://", "/gcs/"))
             ]
-    for stage in ("reward_model", "ppo"):
-        base = config.stage_config(stage).base_model
-        if base.startswith((".", "/", "~")) and not base.startswith("/gcs/"):
+        base = stage_config.base_model
+        here = base and (base.startswith((".", "/", "~")) or os.path.isdir(base))
+        if here and not base.startswith("/gcs/"):
+            name = f"{stage}.base_model" if own.get("base_model") == base else "base_model"
             problems.append(
-                f"base_model: {base} is on this machine, the jobs are not; give a Hub id or a "
-                "gs:// folder"
+                f"{name}: {base} is on this machine, the jobs are not; give a Hub id or a gs:// "
+                "folder"
             )
     return list(dict.fromkeys(problems))
+
+
+def _copy_it(name: str, path: str) -> str:
+    if "://" in path:
+        return f"{name}: {path}: the jobs read gs:// addresses; copy it to the bucket"
+    return (
+        f"{name}: {path} is on this machine, the jobs are not; copy it to the bucket (gcloud "
+        "storage cp) and give its gs:// address"
+    )
 
 
 def pipeline_job(config: PipelineConfig, parameters: Mapping[str, Any]) -> aiplatform.PipelineJob:
     """The request, made from the pipeline that ships with the package."""
     slug = re.sub(r"[^a-z0-9]+", "-", parameters["run_name"].lower()).strip("-")
     root = config.vertex.pipeline_root or f"{parameters['output_directory']}/pipeline_root"
-    return aiplatform.PipelineJob(
+    job = aiplatform.PipelineJob(
         display_name=parameters["run_name"],
         template_path=str(files("rlhf.vertex") / TEMPLATE),
         job_id=f"rlhf-{slug[:80]}-{time.strftime('%Y%m%d%H%M%S')}",
@@ -156,6 +186,10 @@ def pipeline_job(config: PipelineConfig, parameters: Mapping[str, Any]) -> aipla
         encryption_spec_key_name=config.vertex.encryption_spec_key_name or None,
         labels=config.vertex.labels or None,
     )
+    # Here rather than in submit(), so that a dry run shows them.
+    job._gca_resource.service_account = config.vertex.service_account
+    job._gca_resource.network = config.vertex.network
+    return job
 
 
 def _request(job: aiplatform.PipelineJob) -> dict[str, Any]:
@@ -189,13 +223,18 @@ def _check_here(config: PipelineConfig) -> list[str]:
     try:
         return check_inputs(config)
     except InputError as error:
-        gated = all(problem.startswith("base_model:") for problem in error.problems)
-        if not (gated and config.vertex.huggingface_token_secret):
+        if not _gated(error, config):
             raise
         return [
             f"{problem} (from here; the jobs have a token and will look again)"
             for problem in error.problems
         ]
+
+
+def _gated(error: InputError, config: PipelineConfig) -> bool:
+    """Whether only bases cannot be read, which the jobs, who have a token, may be able to."""
+    bases = all(problem.startswith("base_model:") for problem in error.problems)
+    return bases and bool(config.vertex.huggingface_token_secret)
 
 
 def _say_request(config: PipelineConfig, parameters: Mapping[str, Any]) -> None:
@@ -208,24 +247,20 @@ def _say_request(config: PipelineConfig, parameters: Mapping[str, Any]) -> None:
         if machine.accelerator_count > 1:
             say(f"accelerator_count: {machine.accelerator_count}, of which a stage uses one")
     except InputError as error:
-        if not config.vertex.huggingface_token_secret:
+        if not _gated(error, config):
             raise
         shown, why = "chosen by the validation step", error.problems[0]
     vertex = config.vertex
     stages = ["reward_model", "ppo", *(["inference"] if config.eval_dataset else [])]
-    steps = {
-        stage: on_the_given_base(config, stage).train_steps
-        for stage in stages
-        if "train_steps" in STAGE_CLASSES[stage].model_fields
-    }
+    steps = [f"{stage} {_steps(config.stage_config(stage))}" for stage in stages[:2]]
     lines = {
         "project": f"{parameters['project']}, {parameters['location']}",
         "image": parameters["image"],
         "jobs": f"validate (CPU), {', '.join(stages)}; one after the other",
-        "steps": ", ".join(f"{stage} {count or 'by epochs'}" for stage, count in steps.items()),
+        "steps": ", ".join(steps),
         "machine": f"{shown} in {vertex.tuning_location or vertex.location}, {vertex.strategy}",
         "because": why,
-        "at most": f"{int(vertex.timeout[:-1]) / 3600:.0f} h a job",
+        "at most": f"{int(vertex.timeout[:-1]) / 3600:.3g} h a job",
         "output": config.output_dir,
     }
     for name, value in lines.items():
@@ -234,3 +269,10 @@ def _say_request(config: PipelineConfig, parameters: Mapping[str, Any]) -> None:
         say("no eval_dataset: the pipeline ends after PPO")
     if vertex.deploy_model:
         say(DEPLOY_NOTE)
+
+
+def _steps(config: TrainingConfig) -> str:
+    count = config.train_steps
+    if count is None and config.num_epochs is None:
+        count = config.default_train_steps
+    return str(count) if count else f"{config.num_epochs or 1:g} epochs"

@@ -49,7 +49,7 @@ def result_metrics(folder: str) -> dict[str, Any]:
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
-    rows = [f"| {name} | {value:.6g} |" for name, value in numbers(metrics).items()]
+    rows = [f"| {_cell(name)} | {value:.6g} |" for name, value in numbers(metrics).items()]
     return "\n".join(["| metric | value |", "| --- | --- |", *rows])
 
 
@@ -66,7 +66,7 @@ def _first_and_last(rows: list[dict[str, Any]]) -> str:
             f"## {title}: samples of step {step}",
             "\n".join(
                 [
-                    f"| {' | '.join(names)} |",
+                    f"| {' | '.join(map(_cell, names))} |",
                     f"|{' --- |' * len(names)}",
                     *(
                         f"| {' | '.join(_cell(row.get(name)) for name in names)} |"
