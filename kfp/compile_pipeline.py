@@ -1,7 +1,6 @@
 """Compile the pipeline into this folder and into the package, which ships it.
 
-Usage: `python kfp/compile_pipeline.py`;
-
+Usage: `python kfp/compile_pipeline.py`. The command
 `kfp dsl compile --py kfp/compile_pipeline.py --output FILE.yaml` writes the same.
 """
 

@@ -235,4 +235,5 @@ class Run:
 def stop(process: subprocess.Popen[bytes]) -> None:
     """What KFP does to a launcher whose pipeline is cancelled."""
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, printed.decode(errors="replace")

@@ -57,6 +57,7 @@ class CustomJobs:
     Attributes:
         url: Where the API is.
         jobs: By resource name, in the order of creation.
+        polls: How often somebody asked how a job is.
         restarts: How often a job that failed is started again, as Vertex does with a lost machine.
     """
 
@@ -65,6 +66,7 @@ class CustomJobs:
         self.environment = dict(environment)
         self.jobs: dict[str, Job] = {}
         self.restarts = 0
+        self.polls = 0
         self._numbers = itertools.count(1)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -142,6 +144,7 @@ def _handler(api: CustomJobs) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             name = self.path.split("?")[0].removeprefix("/v1/")
+            api.polls += 1
             job = api.jobs.get(name)
             if job is None:
                 self._answer(404, {"error": {"code": 404, "message": f"no {name}"}})

@@ -312,7 +312,8 @@ def test_cancelling_reaches_the_process_which_saves(cloud: Cloud) -> None:
     launcher.kill()
     launcher.communicate()
     launcher = run.start_task(name, component, inputs)
-    wait_for(lambda: b"name already exists" in (launcher.stdout.readline()), 30)
+    seen = cloud.jobs.polls
+    wait_for(lambda: cloud.jobs.polls > seen + 1)
     stop(launcher)
     wait_for(lambda: job.exit_codes)
     assert job.exit_codes == [75]

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.config import PipelineConfig
 from rlhf.errors import InputError
-from rlhf.vertex.machines import CPU, TABLE, Machine, choose_machine
+from rlhf.vertex.machines import CPU, TABLE, Machine, choose_machine, fit
 
 LLAMA = {
     "model_type": "llama",
@@ -240,3 +240,17 @@ def test_contradictions(vertex, said):
 def test_what_an_accelerator_of_a_cpu_job_would_be():
     with pytest.raises(ValueError, match="accelerator_count: a CPU job has none"):
         told(accelerator_type="CPU", accelerator_count=1)
+
+
+def test_a_run_that_fits_only_with_checkpointing_gets_it(bases):
+    config, machine, why = fit(run_config(bases / "13b"))
+    assert machine == A100_80
+    assert config.stage_config("ppo").gradient_checkpointing is True
+    assert "gradient_checkpointing, which is turned on" in why
+    config, _, why = fit(run_config(bases / "7b"))
+    assert config.stage_config("ppo").gradient_checkpointing is False
+    assert "turned on" not in why
+    with pytest.raises(InputError, match="lower"):  # whoever said no gets no
+        fit(run_config(bases / "13b", gradient_checkpointing=False))
+    with pytest.raises(InputError, match="lower"):
+        fit(run_config(bases / "70b"))

@@ -15,8 +15,11 @@ if ENDPOINT:
     from google_cloud_pipeline_components.container.v1.gcp_launcher import job_remote_runner
 
     class _Credentials(AnonymousCredentials):
-        token = "test"
         valid = True
+
+        def __init__(self):
+            super().__init__()
+            self.token = "test"
 
     _real_client = aiplatform.gapic.JobServiceClient
     _real_post = job_remote_runner.requests.post

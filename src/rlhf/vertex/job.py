@@ -25,7 +25,7 @@ from rlhf.tracking import say
 from rlhf.vertex import failure
 from rlhf.vertex.cloud import export_huggingface_token, register_model
 from rlhf.vertex.executor import Task, as_url, write_file
-from rlhf.vertex.machines import choose_machine
+from rlhf.vertex.machines import fit
 from rlhf.vertex.parameters import to_config
 from rlhf.vertex.summary import markdown, numbers, result_metrics
 
@@ -44,7 +44,7 @@ def validate(task: Task) -> None:
     config = to_config(task.inputs)
     lines = check_inputs(config)
     check_writable(config.output_dir)
-    machine, why = choose_machine(config)
+    config, machine, why = fit(config)
     notes = [*lines, why]
     if config.vertex.deploy_model:
         notes.append(DEPLOY_NOTE)
@@ -88,7 +88,7 @@ def check_writable(folder: str) -> None:
     except Exception as error:  # every store raises its own
         raise InputError(
             f"output_directory: {folder} cannot be written: {error}; the job's service account "
-            "needs roles/storage.objectAdmin on the bucket"
+            "needs roles/storage.objectUser on the bucket"
         ) from error
 
 

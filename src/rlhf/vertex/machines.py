@@ -57,6 +57,36 @@ _BUILT_IN = {
 _L4_OF_G2 = {"24": 2, "48": 4, "96": 8}
 
 
+class TooLarge(InputError):  # noqa: N818 (says what is the matter)
+    """A run needs more memory than any machine of the table has."""
+
+
+def fit(config: PipelineConfig) -> tuple[PipelineConfig, Machine, str]:
+    """Pick the machine, and turn gradient checkpointing on where a run fits only with it.
+
+    Recomputing activations changes no result and costs a seventh of the time or less
+    (docs/performance.md), which is cheaper than to be refused.
+
+    Args:
+        config: The run.
+
+    Returns:
+        The run as it will be made, the machine, and a sentence on why.
+
+    Raises:
+        InputError: As `choose_machine`.
+    """
+    try:
+        return config, *choose_machine(config)
+    except TooLarge:
+        data = config.model_dump(exclude_unset=True)
+        if "gradient_checkpointing" in data:
+            raise
+        thrifty = PipelineConfig.model_validate(data | {"gradient_checkpointing": True})
+        machine, why = choose_machine(thrifty)
+        return thrifty, machine, f"{why}, with gradient_checkpointing, which is turned on"
+
+
 def choose_machine(config: PipelineConfig) -> tuple[Machine, str]:
     """Pick the machine for the GPU jobs of a run.
 
@@ -91,7 +121,7 @@ def choose_machine(config: PipelineConfig) -> tuple[Machine, str]:
                 f"{machine.machine_type}: {base} has {size / 1e9:.2f} B parameters, {stage} needs "
                 f"about {needed / GIB:.0f} GiB, {machine.accelerator_type} has {machine.memory}"
             )
-    raise InputError(
+    raise TooLarge(
         f"machine_type: {stage} of {base} ({size / 1e9:.1f} B parameters) needs about "
         f"{needed / GIB:.0f} GiB, and {HEADROOM - 1:.0%} to spare because that is an estimate; "
         f"{TABLE[-1].accelerator_type} has {TABLE[-1].memory}; lower "

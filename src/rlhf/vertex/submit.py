@@ -20,12 +20,13 @@ from rlhf.config import PipelineConfig, TrainingConfig
 from rlhf.config.loading import merged, nested, validation_problems
 from rlhf.errors import InputError
 from rlhf.pipeline import check_inputs
+from rlhf.storage import find_files, open_store
 from rlhf.tracking import say
 from rlhf.vertex import TEMPLATE
 from rlhf.vertex.executor import as_url
 from rlhf.vertex.follow import follow
 from rlhf.vertex.job import DEPLOY_NOTE
-from rlhf.vertex.machines import choose_machine
+from rlhf.vertex.machines import fit
 from rlhf.vertex.parameters import RUN_NAME, to_config, to_parameters
 
 # Fields that hold files or folders which the jobs read.
@@ -111,6 +112,7 @@ def submit(config: PipelineConfig, *, wait: bool = False) -> int:
     parameters.setdefault(
         "image", f"{location}-docker.pkg.dev/{project}/rlhf/rlhf:{rlhf.__version__}"
     )
+    _check_bucket(config, project)
     for line in _check_here(config):
         say(line)
     _say_request(config, parameters)
@@ -218,6 +220,26 @@ def _identity(config: PipelineConfig) -> tuple[str, Any]:
     return given or own, credentials
 
 
+def _check_bucket(config: PipelineConfig, project: str) -> None:
+    """Look for the bucket of the results: the client library would make one of a misspelt name.
+
+    Raises:
+        InputError: There is no such bucket, or one cannot look into it from here.
+    """
+    filesystem, root = open_store(config.output_dir)
+    bucket = root.split("/")[0]
+    try:
+        find_files(filesystem, root)
+    except FileNotFoundError:
+        raise InputError(
+            f"output_dir: there is no bucket gs://{bucket}; correct the name, or make it: "
+            f"gcloud storage buckets create gs://{bucket} --project={project} "
+            f"--location={config.vertex.location}"
+        ) from None
+    except Exception as error:  # the store's own kinds
+        raise InputError(f"output_dir: gs://{bucket} cannot be read: {error}") from error
+
+
 def _check_here(config: PipelineConfig) -> list[str]:
     """Read files and base models as the validation step will, where this machine may."""
     try:
@@ -239,7 +261,7 @@ def _gated(error: InputError, config: PipelineConfig) -> bool:
 
 def _say_request(config: PipelineConfig, parameters: Mapping[str, Any]) -> None:
     try:
-        machine, why = choose_machine(config)
+        _, machine, why = fit(config)
         accelerators = f"{machine.accelerator_count} x {machine.accelerator_type}"
         shown = f"{machine.machine_type}" + (
             f" with {accelerators}" if machine.accelerator_count else ""
