@@ -45,6 +45,10 @@ def phase_rows(name: str, entry: Mapping[str, Any]) -> list[Row]:
             share = f"{100 * spent / median(seconds(side)):.0f} %"
             rates = _rates(side, phase, entry["machine"])
             rows.append([*label, phase, f"{spent:.3g} s", share, *rates])
+        outside = side["facts"].get("outside_model_calls")
+        if outside is not None:
+            row = ["", side_name, "outside model calls", "", f"{100 * outside:.1f} %"]
+            rows.append([*row, *[""] * 3])
     return rows
 
 
@@ -59,8 +63,9 @@ def phases(side: Mapping[str, Any]) -> dict[str, float]:
 
 
 def scaling_rows(entries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """One row per point: sizes, seconds, phases."""
+    """One row per point: sizes, seconds (also as a multiple of the base's), phases."""
     rows = []
+    base = entries["scaling_base"]["sides"]["defaults"] if "scaling_base" in entries else {}
     for entry in entries.values():
         side = next(iter(entry["sides"].values()))
         sizes = [str(entry["batch"]), str(entry["lengths"]["prompt"])]
@@ -71,14 +76,17 @@ def scaling_rows(entries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         parts = phases(side)
         shown = (parts.get(name, 0.0) for name in ("rollout", "score", "experience", "update"))
         memory = _memory(side.get("peak_mib"))
-        rows.append([*sizes, _range(side), *(f"{part:.2f}" for part in shown), memory])
+        growth = ""
+        if base.get("rounds"):
+            growth = f"{median(seconds(side)) / median(seconds(base)):.2f}x"
+        rows.append([*sizes, _range(side), growth, *(f"{part:.2f}" for part in shown), memory])
     return rows
 
 
 MAIN = ["comparison", "side", "seconds", "speed", "by rounds", "target", "memory", "of peer"]
 PHASES = ["comparison", "side", "phase", "seconds", "share", "GFLOP", "of matmul", "of bandwidth"]
-SCALING = ["model", "batch", "prompt", "response", "seconds", "rollout", "score", "experience"]
-SCALING += ["update", "memory"]
+SCALING = ["model", "batch", "prompt", "response", "seconds", "of base", "rollout", "score"]
+SCALING += ["experience", "update", "memory"]
 
 
 def tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[Row]]]:

@@ -4,9 +4,7 @@
 # docker run IMAGE job STAGE --executor_input=...  a step of the Vertex pipeline
 #
 # exec, so that Python takes this shell's place as process 1 and gets SIGTERM itself: a stage saves
-# and exits with 75. Until its first step a stage does not listen, and the kernel drops signals that
-# process 1 does not listen to: nothing is lost then, but a stop takes until the platform's kill.
-# That is all that an init like tini would mend (`docker run --init` has one).
+# and exits with 75.
 set -eu
 
 case "${1:-}" in

@@ -1,6 +1,6 @@
 """Compile the pipeline into this folder and into the package, which ships it.
 
-    python kfp/compile_pipeline.py
+Usage: `python kfp/compile_pipeline.py`;
 
 `kfp dsl compile --py kfp/compile_pipeline.py --output FILE.yaml` writes the same.
 """

@@ -1,6 +1,6 @@
 """Submit a run to Vertex AI; the same as `rlhf vertex submit`.
 
-python kfp/submit_pipeline.py --config configs/vertex_tldr.yaml --dry_run
+Usage: `python kfp/submit_pipeline.py --config configs/vertex_tldr.yaml --dry_run`.
 """
 
 import sys

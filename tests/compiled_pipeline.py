@@ -26,7 +26,7 @@ _RUN_TIME = {
 }
 
 
-class LauncherFailed(Exception):
+class LauncherFailed(Exception):  # noqa: N818 (says what happened)
     """The launcher of a task ended with an error; the message is what it printed."""
 
 
@@ -200,9 +200,7 @@ class Run:
         condition = task.get("triggerPolicy", {}).get("condition")
         if condition is None:
             return True
-        found = re.fullmatch(
-            r"inputs\.parameter_values\['([^']+)'\] != ''", condition.strip()
-        )
+        found = re.fullmatch(r"inputs\.parameter_values\['([^']+)'\] != ''", condition.strip())
         assert found, f"a condition that this driver does not know: {condition}"
         return inputs[found[1]] != ""
 

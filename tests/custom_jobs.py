@@ -128,8 +128,7 @@ class CustomJobs:
         else:
             job.resource.error.code = 3
             job.resource.error.message = (
-                "The replica workerpool0-0 exited with a non-zero status of "
-                f"{job.exit_codes[-1]}."
+                f"The replica workerpool0-0 exited with a non-zero status of {job.exit_codes[-1]}."
             )
             job.resource.state = JobState.JOB_STATE_FAILED
 

@@ -102,7 +102,8 @@ class ObjectStore:
         bucket, _, prefix = address.removeprefix("gs://").partition("/")
         query = urllib.parse.urlencode({"prefix": prefix, "maxResults": 1000})
         found = json.loads(self._direct("GET", f"/storage/v1/b/{bucket}/o?{query}"))
-        return sorted(item["name"].removeprefix(prefix).lstrip("/") for item in found["items"])
+        items = found.get("items", [])
+        return sorted(item["name"].removeprefix(prefix).lstrip("/") for item in items)
 
     def read(self, address: str) -> bytes:
         """Content of an object, straight from the server."""

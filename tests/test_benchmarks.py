@@ -27,6 +27,7 @@ from comparisons import COMPARISONS, Comparison, Side, ppo, quick
 from rounds import compare
 from shapes import MODELS, POST_TOKENS, QUANTILES, T5, Lengths, Llama, quantile
 from worker import Session, run
+from workers.watching import seconds_inside
 
 FOLDER = Path(report.__file__).parent
 LLAMA = Llama(hidden=64, layers=4, heads=4, kv_heads=2, ffn=96, vocab=200)
@@ -162,6 +163,28 @@ def test_a_side_that_breaks_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert messages == [{"error": "RuntimeError: first line second line"}]
 
 
+def test_calls_within_calls_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+
+    class Base:
+        def inner(self) -> None: ...
+
+        def outer(self) -> None:
+            self.inner()
+
+    class Model(Base):
+        pass
+
+    def work() -> None:
+        Model().outer()
+        Model().inner()
+
+    # A second between two looks at the clock: its own two, and two for each outermost call.
+    assert seconds_inside(work, [(Model, "inner"), (Model, "outer")]) == (5, 2)
+    assert "inner" not in vars(Model)
+
+
 @pytest.mark.slow
 def test_sides_take_turns_and_one_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     lora = {"rank": 2, "target_modules": ["q_proj", "v_proj"]}
@@ -179,6 +202,7 @@ def test_sides_take_turns_and_one_that_fails_does_not_stop_the_others(tmp_path: 
     phases = ours["rounds"][0]["phases"]
     assert set(phases) == {"rollout", "score", "experience", "update"}
     assert set(ours["facts"]["flops"]) == set(phases)
+    assert 0 < ours["facts"]["outside_model_calls"] < 1
     assert sum(phases.values()) <= ours["rounds"][0]["seconds"]
     assert ours["peak_mib"] > 100
     assert "error" not in generate
@@ -205,7 +229,7 @@ def a_side(seconds: list[float], peak: float, **more: object) -> dict[str, objec
 
 @pytest.fixture
 def results() -> dict[str, object]:
-    facts = {"dtype": "float32", "flops": {"update": 50e9}}
+    facts = {"dtype": "float32", "flops": {"update": 50e9}, "outside_model_calls": 0.0249}
     machine = {
         "date": "2030-01-02", "device": "an abacus", "threads": 2, "bytes": 1e10,
         "flops": {"float32": 1e11, "bfloat16": 4e11}, "versions": {"torch": "2"},
@@ -223,7 +247,9 @@ def results() -> dict[str, object]:
     sizes = {"model": "llama_toy", "batch": 8, "lengths": {"prompt": 64, "response": 16}}
     scaling = {"group": "scaling", "baseline": None, **sizes}
     scaling["sides"] = {"defaults": a_side([1.0], 256, ours=True)}
-    return {"machine": machine, "comparisons": {"race": main, "scaling_base": scaling}}
+    larger = scaling | {"batch": 16, "sides": {"defaults": a_side([2.5], 512, ours=True)}}
+    comparisons = {"race": main, "scaling_base": scaling, "scaling_batch_16": larger}
+    return {"machine": machine, "comparisons": comparisons}
 
 
 def test_tables_say_what_was_measured(results: dict[str, object]) -> None:
@@ -237,7 +263,10 @@ def test_tables_say_what_was_measured(results: dict[str, object]) -> None:
     assert "| race | ours | rollout | 0.75 s | 25 % |  |  |  |" in text
     assert "|  | ours | update | 1.5 s | 50 % | 50 | 33 % |  |" in text
     assert "|  | ours | overhead | 0.75 s | 25 % |  |  |  |" in text
-    assert "| llama_toy | 8 | 64 | 16 | 1 (1 to 1) | 0.25 | 0.00 | 0.00 | 0.50 | 0.25 GiB |" in text
+    assert "|  | ours | outside model calls |  | 2.5 % |  |  |  |" in text
+    row = "| llama_toy | 8 | 64 | 16 | 1 (1 to 1) | 1.00x | 0.25 | 0.00 | 0.00 | 0.50 | 0.25 GiB |"
+    assert row in text
+    assert "| llama_toy | 16 | 64 | 16 | 2.5 (2.5 to 2.5) | 2.50x | 0.62 | 0.00 |" in text
 
 
 def test_tables_go_between_the_markers_of_their_device(results: dict[str, object]) -> None:

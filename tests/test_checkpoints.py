@@ -240,6 +240,56 @@ def test_manifests_go_after_their_files_and_the_finished_mark_last(
     assert len(sent) == 7  # unchanged files stay
 
 
+@pytest.mark.parametrize("output", ["local", "remote"])
+@pytest.mark.parametrize("copy", ["local", "remote"])
+def test_tensorboard_files_go_to_a_second_folder_too(
+    tmp_path: Path, output: str, copy: str
+) -> None:
+    store = fsspec.filesystem("memory")
+    folder = str(tmp_path / "out") if output == "local" else "memory://bucket/tb-out"
+    other = str(tmp_path / "a" / "b") if copy == "local" else "memory://bucket/tb-copy"
+    config = toy_config(folder, log_with=["tensorboard"], tensorboard_dir=other)
+    copied: list[int] = []
+
+    def look(trainer: Any, step: int, *_: Any) -> None:
+        files = Output(other).names()
+        copied.append(len(files))
+
+    try:
+        with pytest.raises(StoppedBySignal):
+            LastTrainer(config, callbacks=[look, stop_at(5)]).train()
+        assert copied == [0, 0, 0, 1, 1]  # from the first save on, after step 3
+        LastTrainer(config).train()
+        files, kept = Output(other), Output(f"{folder}/tensorboard")
+        assert files.names() == kept.names()
+        assert len(files.names()) == 2  # one for each start
+        for output_ in (files, kept):
+            output_.fetch("*")
+        for name in files.names():
+            assert (files.path / name).read_bytes() == (kept.path / name).read_bytes()
+        # Where the files go is no reason to refuse a run, and a finished one stays as it is.
+        moved = toy_config(folder, log_with=["tensorboard"], tensorboard_dir=f"{other}/x")
+        assert LastTrainer(moved).train()["finished"]
+    finally:
+        for address in ("/bucket/tb-out", "/bucket/tb-copy"):
+            if store.exists(address):
+                store.rm(address, recursive=True)
+
+
+def test_a_second_tensorboard_folder_may_be_the_first(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    config = toy_config(folder, log_with=["tensorboard"], tensorboard_dir=f"{folder}/tensorboard")
+    assert LastTrainer(config).train()["finished"]
+    with pytest.raises(InputError, match="tensorboard_dir: cannot write to nowhere://x"):
+        LastTrainer(toy_config(tmp_path / "other", tensorboard_dir="nowhere://x"))
+
+
+def test_a_note_about_a_failure_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "failure.json").write_text("{}")
+    assert prepare_output(toy_config(tmp_path), {}, stage="toy").status is Status.FRESH
+    assert prepare_output(toy_config(tmp_path, resume="never"), {}, stage="toy")
+
+
 def test_which_folders_are_remote() -> None:
     assert is_remote("gs://bucket/out")
     assert is_remote("/gcs/bucket/out")

@@ -229,6 +229,16 @@ def test_pipeline_fills_each_stage():
     assert {stage.seed for stage in (sft, reward, tuned, inference)} == {3}
 
 
+def test_stages_of_a_pipeline_do_not_share_a_tensorboard_folder():
+    fields = {"base_model": "b", "preference_dataset": "p.jsonl", "output_dir": "out"}
+    config = PipelineConfig(**fields, tensorboard_dir="gs://b/logs", ppo={"tensorboard_dir": "own"})
+    assert config.stage_config("reward_model").tensorboard_dir == "gs://b/logs/reward_model"
+    assert config.stage_config("ppo").tensorboard_dir == "own"
+    assert config.stage_config("inference").output_dir == "out/inference"
+    unset = PipelineConfig(**fields, tensorboard_dir=None)
+    assert unset.stage_config("ppo").tensorboard_dir is None
+
+
 def test_pipeline_without_demonstrations_and_with_another_reward_base():
     config = load_config(PipelineConfig, None, RUN | {"reward_model.base_model": "judge"})
     assert config.stages() == ["reward_model", "ppo", "inference"]

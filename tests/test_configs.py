@@ -7,6 +7,7 @@ import pytest
 
 from rlhf.cli import main
 from rlhf.config import PipelineConfig, load_config
+from rlhf.vertex.parameters import to_config, to_parameters
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -39,6 +40,10 @@ def test_the_promised_configurations_are_there():
         "tldr_flan_t5_small",
         "tldr_llama_1b_lora",
         "tldr_llama_7b_lora_single_gpu",
+        "local_tldr",
+        "local_tldr_t5",
+        "vertex_tldr",
+        "vertex_tldr_t5",
     }
 
 
@@ -47,7 +52,7 @@ def test_it_loads_and_every_stage_can_be_built(path):
     config = load_config(PipelineConfig, str(path))
     for stage in config.stages():
         config.stage_config(stage)
-    if path.stem.startswith("tldr"):
+    if "tldr" in path.stem:
         assert config.instruction
         assert config.stage_config("ppo").temperature == 0.7
         assert config.stage_config("inference").temperature == 0.7
@@ -84,3 +89,56 @@ def test_quickstart_files_are_those_in_the_package(arch):
     name = f"quickstart_{arch}.yaml"
     shipped = ROOT / "src" / "rlhf" / "data" / "assets" / name
     assert (ROOT / "configs" / name).read_text() == shipped.read_text(), f"cp {shipped} configs/"
+
+
+def stages_of(config: PipelineConfig) -> dict[str, dict]:
+    """What each stage would be told, but for the folders that differ with output_dir."""
+    folders = {"output_dir", "policy_path", "reward_model_path"}
+    return {
+        stage: config.stage_config(stage).model_dump(exclude=folders) for stage in config.stages()
+    }
+
+
+def test_the_parameters_of_google_s_notebook_are_those_of_the_yaml():
+    given = json.loads((ROOT / "configs" / "vertex_tldr.json").read_text())
+    yaml = load_config(PipelineConfig, str(ROOT / "configs" / "vertex_tldr.yaml"))
+    folder, _, name = yaml.output_dir.rpartition("/")
+    config = to_config(given | {"output_directory": folder, "run_name": name})
+    assert config.output_dir == yaml.output_dir
+    expected, got = stages_of(yaml), stages_of(config)
+    # The two things that the notebook's dict does not say.
+    for stage, field in (
+        ("ppo", "temperature"),
+        ("inference", "temperature"),
+        ("inference", "sampling_strategy"),
+    ):
+        assert got[stage].pop(field) != expected[stage].pop(field)
+    assert got == expected
+
+
+def test_the_run_is_the_one_of_google_s_notebook():
+    config = load_config(PipelineConfig, str(ROOT / "configs" / "vertex_tldr.yaml"))
+    reward, ppo = config.stage_config("reward_model"), config.stage_config("ppo")
+    assert (config.base_model, reward.train_steps, ppo.train_steps, ppo.kl_coeff) == (
+        "meta-llama/Llama-2-7b-hf", 1410, 320, 0.1,
+    )  # fmt: skip
+    assert config.instruction == "Summarize in less than 50 words"
+    assert to_parameters(config)["eval_dataset"].endswith("/reddit_tfds/val/*.jsonl")
+
+
+@pytest.mark.parametrize("name", ["tldr", "tldr_t5"])
+def test_the_run_on_one_machine_is_the_run_on_vertex(name):
+    cloud, local = (
+        load_config(PipelineConfig, str(ROOT / "configs" / f"{place}_{name}.yaml"))
+        for place in ("vertex", "local")
+    )
+    expected, got = stages_of(cloud), stages_of(local)
+    for stages in (expected, got):  # changes no result
+        for stage in ("reward_model", "ppo"):
+            stages[stage].pop("gradient_checkpointing")
+    assert got == expected
+    assert "vertex" not in local.model_fields_set
+    # The T5 run is the LLaMA run but for the model.
+    other = load_config(PipelineConfig, str(ROOT / "configs" / "vertex_tldr.yaml"))
+    same = {"base_model", "output_dir", "vertex"}
+    assert cloud.model_dump(exclude=same) == other.model_dump(exclude=same)

@@ -124,7 +124,7 @@ def check_sigterm_saves(entrypoint: Path, env: dict[str, str], folder: Path) -> 
     try:
         stage = folder / "runs" / "quickstart-llama" / "reward_model"
         deadline = time.monotonic() + 120
-        # Steps are logged only once the stage handles signals; process 1 ignores earlier ones.
+        # Steps are logged only once the stage handles signals.
         while not (stage / "metrics.jsonl").exists() or not (stage / "metrics.jsonl").read_text():
             assert process.poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline, (folder / "log").read_text()

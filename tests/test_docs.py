@@ -4,19 +4,33 @@ Names of Hub models stand for tiny checkpoints, and long runs are cut to one ste
 test: nothing else of a command is changed.
 """
 
+import dataclasses
 import json
 import os
 import re
 import shlex
+import shutil
+import string
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import doc_tables
+import google.auth
 import pytest
+from google.auth.exceptions import DefaultCredentialsError
+from object_store import running_store
 from tiny import make_tokenizer, tiny_model
 
 import rlhf
+from rlhf import pipeline
 from rlhf.cli import main
+from rlhf.predictions import Prediction
+from rlhf.vertex import machines
+from rlhf.vertex.failure import Failure
+from rlhf.vertex.parameters import to_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,6 +38,17 @@ SHORT = {
     "run": ["--reward_model.train_steps", "1", "--ppo.train_steps", "1", "--batch_size", "2",
             "--target_sequence_length", "4", "--prompt_sequence_length", "64"],
 }  # fmt: skip
+VERTEX = ROOT / "docs" / "vertex.md"
+# What no test runs, and why. Their syntax, variables and files are looked at all the same.
+NOT_RUN = {
+    "gcloud ": "needs Google Cloud and changes it",
+    "printf %s": "is piped into gcloud",
+    "docker ": "needs Docker",
+    "vllm ": "is another program, for GPUs",
+    "hf download ": "needs the network; only its flags are looked at",
+    "tensorboard ": "serves until it is stopped",
+}
+SET_BY_THE_READER = {"HF_TOKEN", "PWD"}
 LINKS = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
 
 
@@ -72,7 +97,7 @@ def run(command: str, folder: Path) -> None:
 def test_readme_from_top_to_bottom(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     for command in commands(ROOT / "README.md"):
-        if command.startswith("rlhf "):
+        if command.startswith("rlhf ") and not command.startswith("rlhf vertex "):
             run(command, workplace)
     for number, block in enumerate(blocks(ROOT / "README.md", "python")):
         code = localised(block, workplace)
@@ -84,7 +109,7 @@ def test_readme_from_top_to_bottom(workplace: Path, monkeypatch: pytest.MonkeyPa
         subprocess.run([sys.executable, str(script)], check=True, cwd=workplace, env=env)
     for page in PAGES[1:]:
         for command in commands(page):
-            if command.startswith("rlhf "):
+            if command.startswith("rlhf ") and not command.startswith("rlhf vertex "):
                 run(command, workplace)
 
 
@@ -102,7 +127,8 @@ def test_other_commands_are_known() -> None:
     known = (
         "rlhf ", "make ", "export PIP_EXTRA_INDEX_URL=", "python -m venv .venv",
         ".venv/bin/python -m pip install -c constraints.txt -e '.[dev]'",
-        ".venv/bin/rlhf quickstart", ".venv/bin/python -m pytest",
+        ".venv/bin/rlhf quickstart", ".venv/bin/python -m pytest", "export ",
+        "python -m pip install -c constraints.txt '.[vertex]'", *NOT_RUN,
     )  # fmt: skip
     for page in PAGES:
         for command in commands(page):
@@ -134,3 +160,173 @@ def test_every_metric_of_inference_is_explained(tmp_path: Path) -> None:
         plain = re.sub(r"^baseline_|_(low|high)$", "", name)
         plain = re.sub(r"^tokens_.*", "tokens_mean", plain)
         assert f"`{plain}`" in text or plain == "rows", name
+
+
+def exported(page: Path) -> dict[str, str]:
+    """What the page's `export` lines set; what a command would answer is empty."""
+    values: dict[str, str] = {}
+    for command in commands(page):
+        if command.startswith("export ") and "$(" not in command:
+            for word in shlex.split(command)[1:]:
+                name, _, value = word.partition("=")
+                values[name] = string.Template(value).substitute(values)
+    return values
+
+
+def vertex_commands() -> list[str]:
+    """`rlhf vertex` commands of the pages and of the configurations' own comments."""
+    found: list[str] = []
+    for page in PAGES:
+        found += [
+            string.Template(command).substitute(exported(page))
+            for command in commands(page)
+            if command.startswith("rlhf vertex ")
+        ]
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        found += re.findall(r"^#   (rlhf vertex .*)$", path.read_text(), re.M)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cloud(workplace: Path) -> Iterator[Path]:
+    """A folder with configs/, a bucket with the data that they name, Hub models, nobody's key.
+
+    Weights are never read by a dry run. Tokenizers are the tiny ones; configurations have the real
+    sizes, so that the machines are those that a real run gets.
+    """
+    with pytest.MonkeyPatch.context() as patch, running_store(workplace, patch) as store:
+        folder = workplace / "submit"
+        folder.mkdir()
+        shutil.copytree(ROOT / "configs", folder / "configs")
+        patch.chdir(folder)
+        store.bucket("vertex-ai")
+        data = json.loads((ROOT / "configs" / "vertex_tldr.json").read_text())
+        for name, rows in (
+            ("preference_dataset", "preferences"),
+            ("prompt_dataset", "prompts"),
+            ("eval_dataset", "eval"),
+        ):
+            content = (workplace / f"{rows}.jsonl").read_bytes()
+            store.write(data[name].replace("*", "shard-0"), content)
+
+        def size(name: str) -> str:
+            return "t5-large" if "t5-large" in name else "llama-2-7b"
+
+        def tokenizer(name: str, revision: str | None) -> Any:
+            return make_tokenizer("t5" if "t5" in size(name) else "llama")
+
+        def shape(name: str, revision: str | None) -> Any:
+            return doc_tables.SHAPES[size(name)]
+
+        def no_credentials(**_: Any) -> None:
+            raise DefaultCredentialsError
+
+        patch.setattr(pipeline, "load_tokenizer", tokenizer)
+        patch.setattr(pipeline, "read_model_config", shape)
+        patch.setattr(machines, "read_model_config", shape)
+        patch.setattr(google.auth, "default", no_credentials)
+        yield folder
+
+
+@pytest.mark.parametrize("command", vertex_commands())
+def test_vertex_commands_make_the_request(
+    command: str, cloud: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is sent without --dry_run is what a dry run prints; only sending is left out."""
+    words = [word for word in shlex.split(command)[1:] if word != "--wait"]
+    if words[1] == "submit" and "--dry_run" not in words:
+        words.append("--dry_run")
+    assert main(words) == 0, capsys.readouterr().err
+    shown = capsys.readouterr()
+    if words[1] == "compile":
+        assert (cloud / words[2]).read_text() == (ROOT / "kfp" / "rlhf_pipeline.yaml").read_text()
+        return
+    request = json.loads(shown.out)
+    sent = request["runtimeConfig"]["parameterValues"]
+    t5 = "t5" in command
+    assert ("t5" in sent["large_model_reference"]) == t5
+    assert sent["reinforcement_learning_train_steps"] == 320
+    assert ("g2-standard-12" if t5 else "a2-ultragpu-1g") in shown.err
+    if "--output_dir" in words:
+        target = words[words.index("--output_dir") + 1]
+        assert target == f"{sent['output_directory']}/{sent['run_name']}"
+
+
+def test_commands_that_nobody_runs_are_at_least_shell() -> None:
+    for page in PAGES:
+        subprocess.run(["bash", "-n"], input="\n".join(blocks(page, "sh")), text=True, check=True)
+        known = set(SET_BY_THE_READER)
+        for command in commands(page):
+            if command.startswith("export "):
+                known |= set(re.findall(r"\b(\w+)=", command.replace("--", "")))
+                continue
+            used = set(re.findall(r"\$\{?(\w+)", command))
+            assert used <= known, f"{page.name}: {command}: {used - known} set nowhere"
+            for path in re.findall(r"\b(?:configs|containers|kfp)/\S+", command):
+                assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_flags_of_hf_download_exist() -> None:
+    program = Path(sys.executable).parent / "hf"
+    shown = subprocess.run(
+        [program, "download", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in commands(VERTEX):
+        if command.startswith("hf download "):
+            for flag in re.findall(r"--[a-z-]+", command):
+                assert flag in shown.stdout
+
+
+def test_the_image_of_the_pages_is_the_one_that_jobs_look_for() -> None:
+    text = VERTEX.read_text()
+    tags = set(re.findall(r"rlhf/rlhf:(\d[\d.]*\d)", text))
+    assert tags == {rlhf.__version__}
+    variant = re.search(r"^VARIANT \?= (\w+)", (ROOT / "Makefile").read_text(), re.M)
+    assert variant
+    assert f"docker tag rlhf:{variant[1]} " in text
+    assert f"_TAG: {rlhf.__version__}\n" in (ROOT / "containers" / "cloudbuild.yaml").read_text()
+
+
+def test_tables_of_vertex_are_what_the_code_gives() -> None:
+    text = VERTEX.read_text()
+    assert doc_tables.with_tables(text) == text, "python tests/doc_tables.py"
+
+
+def test_the_failure_that_is_explained_is_the_one_that_is_written() -> None:
+    text = VERTEX.read_text()
+    names = [field.name for field in dataclasses.fields(Failure)]
+    shown = [json.loads(block) for block in blocks(VERTEX, "json") if '"cause"' in block]
+    assert [list(failure) for failure in shown] == [names]
+    rows = text.split("| field | meaning |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", rows, re.M) == names
+
+
+def test_parameters_shown_as_json_are_valid() -> None:
+    required = {
+        "preference_dataset": "gs://bucket/a.jsonl",
+        "prompt_dataset": "gs://bucket/b.jsonl",
+        "large_model_reference": "t5-small",
+        "output_directory": "gs://bucket/runs",
+        "run_name": "one",
+    }
+    shown = [json.loads(block) for block in blocks(VERTEX, "json") if "ppo_config" in block]
+    assert len(shown) == 2
+    rates = to_config(required | shown[0])
+    reward, ppo = rates.stage_config("reward_model"), rates.stage_config("ppo")
+    assert (reward.effective_learning_rate, reward.lora.rank) == (1e-4, 4)
+    assert (ppo.effective_learning_rate, ppo.lora.rank, ppo.lr_scheduler) == (5e-4, 1, "constant")
+    assert to_config(required | shown[1]).stage_config("ppo").kl_target
+
+
+def test_predictions_can_be_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = Prediction("in", "a b", "a c", "a b", 1.0, 0.5, 0.1, 0.1, 3, 2, 2, "eos", "eos")
+    (tmp_path / "predictions.jsonl").write_bytes(row.line() * 2)
+    (code,) = blocks(VERTEX, "python")
+    exec(code, {})
+    assert [json.loads(line) for line in (tmp_path / "google.jsonl").open()] == [
+        {
+            "inputs": {"inputs_pretokenized": "Summarize in less than 50 words\n\nin"},
+            "prediction": "a b",
+        }
+    ] * 2

@@ -1,5 +1,7 @@
 """Decoding against transformers' own generate(), sampling against the distribution."""
 
+import shutil
+
 import pytest
 import torch
 from test_language_model import EOS, make_lm, ragged
@@ -9,8 +11,9 @@ from torch import Tensor
 from rlhf import generation
 from rlhf.config import LoRAConfig
 from rlhf.data.batching import TokenBatch
+from rlhf.errors import InputError
 from rlhf.generation import generate, generate_in_chunks, rollout_uniforms, sample
-from rlhf.models.language_model import DecodeState
+from rlhf.models.decoding import DecodeState
 
 
 @pytest.mark.parametrize("untied", [False, True])
@@ -185,3 +188,78 @@ def test_gradient_checkpointing_changes_no_sample(arch: str) -> None:
     actual = generate(lm, prompts, max_new_tokens=10, uniforms=uniforms).responses.tolists()
     assert actual == expected
     assert lm.module.training
+
+
+COMPILERS = [
+    {"backend": "eager"},
+    pytest.param(
+        {"mode": "reduce-overhead"},
+        marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no g++")],
+    ),
+]
+
+
+@pytest.mark.parametrize("options", COMPILERS, ids=["eager", "inductor"])
+def test_a_compiled_step_decodes_what_the_plain_one_does(
+    arch: str, options: dict[str, str]
+) -> None:
+    plain, compiled = make_lm(arch), make_lm(arch)
+    for lm in (plain, compiled):
+        lm.add_adapter("policy", LoRAConfig(rank=4))
+        randomise_lora(lm, "policy", std=0.3)
+    compiled.compile_decoding(6, 9, **options)
+    torch.compiler.reset()
+    steps = {"max_new_tokens": 10, "temperature": 1.5}
+    prompts, _ = ragged(arch)
+    full = TokenBatch.from_lists([[7, i, 9, 4, 5, 6, 7, 8, i][: 9 - i % 5] for i in range(20, 26)])
+    # Fewer rows than fit, all, fewer again: the third reads what the second has left behind.
+    for number, (batch, role) in enumerate(
+        [(prompts, "policy"), (full, None), (full.select([3, 1]), "policy")]
+    ):
+        before = batch.tolists()
+        uniforms = rollout_uniforms(0, number, range(len(batch)), 10)
+        with plain.using(role), compiled.using(role):
+            expected = generate(plain, batch, uniforms=uniforms, **steps)
+            actual = generate(compiled, batch, uniforms=uniforms, **steps)
+            with plain.inference(), compiled.inference():
+                states = []
+                for lm in (plain, compiled):
+                    state, first = lm.prefill(batch, 3)
+                    states.append(torch.stack([first, lm.decode(state, batch.ids[:, 0])]))
+        assert actual.responses.tolists() == expected.responses.tolists()
+        assert torch.equal(actual.finished, expected.finished)
+        torch.testing.assert_close(states[1], states[0], atol=2e-5, rtol=1e-4)
+        assert batch.tolists() == before
+
+
+def test_a_compiled_step_is_compiled_once_for_all_batches(arch: str) -> None:
+    lm = make_lm(arch)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    lm.compile_decoding(4, 8, backend=backend)
+    places = set()
+    for size, length in ((4, 3), (2, 8), (1, 1), (3, 5)):
+        prompts = TokenBatch.from_lists([[5] * length] * size)
+        generate(lm, prompts, max_new_tokens=6, temperature=0.0)
+        with lm.inference():
+            state, _ = lm.prefill(prompts, 6)
+        places.add(tuple(tensor.data_ptr() for tensor in state.tensors))
+    assert len(graphs) == 1
+    assert len(places) == 1, "a CUDA graph would be recorded again"
+
+
+def test_what_cannot_be_compiled_is_said(arch: str) -> None:
+    def no_compiler(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    lm = make_lm(arch)
+    torch.compiler.reset()
+    lm.compile_decoding(2, 4, backend=no_compiler)
+    prompts = TokenBatch.from_lists([[5]])
+    with pytest.raises(InputError, match=r"compile_decode: .*no compiler"):
+        generate(lm, prompts, max_new_tokens=4, temperature=0.0)

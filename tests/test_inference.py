@@ -286,6 +286,22 @@ def test_batch_size_changes_nothing(case: Case, tmp_path: Path, strategy: str) -
     assert close(dict(one.metrics), dict(all_.metrics))
 
 
+def test_compiled_decoding_changes_nothing(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_compiler = torch.compile
+    torch.compiler.reset()
+    monkeypatch.setattr(
+        torch, "compile", lambda step, mode, **more: with_compiler(step, backend="eager", **more)
+    )
+    plain, compiled = (
+        read(case.run(tmp_path / str(flag), compile_decode=flag).predictions)
+        for flag in (False, True)
+    )
+    assert [row["prediction"] for row in compiled] == [row["prediction"] for row in plain]
+    assert [row["baseline"] for row in compiled] == [row["baseline"] for row in plain]
+
+
 def test_an_adapter_and_its_merged_model_answer_alike(case: Case, tmp_path: Path) -> None:
     adapter = case.run(tmp_path / "adapter", sampling_strategy="greedy")
     for number, path in enumerate([case.policy / "merged", case.policy / "adapter"]):

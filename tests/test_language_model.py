@@ -244,6 +244,68 @@ def test_checkpointing_changes_no_gradient(arch: str) -> None:
     assert max(calls.values()) == 2, "nothing was recomputed"
 
 
+READS: dict[str, Callable[[LanguageModel, TokenBatch, TokenBatch], Tensor]] = {
+    "policy": lambda lm, p, r: lm.token_logprobs(lm.response_states(p, r), r).logprobs,
+    "critic": lambda lm, p, r: lm.response_states(p, r),
+    "pairs": lambda lm, p, r: torch.stack(lm.paired_final_states(p, r, r)),
+}
+
+
+def kept_and_gradients(
+    arch: str, read: str, layers: int, *, checkpointing: bool
+) -> tuple[int, list[Tensor]]:
+    """Bytes of activations that forward leaves for backward, and what backward makes of them."""
+    module = tiny_model(arch, layers=layers)
+    lm = FAMILIES[arch](module, make_tokenizer(arch), base_name="tiny")
+    for seed, role in enumerate(("policy", "value")):
+        lm.add_adapter(role, LORA)
+        randomise_lora(lm, role, seed)
+    if checkpointing:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
+    weights = {t.untyped_storage().data_ptr() for t in module.state_dict().values()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.arange(3 * 40).view(3, 40) % 97 + 3
+    batches = [TokenBatch(part, torch.full((3,), part.shape[1])) for part in tokens.split(24, 1)]
+    with lm.using("policy"), lm.using("value"):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            states = READS[read](lm, *batches)
+        total = sum(kept.values())  # recomputing keeps more, a layer at a time
+        states.square().mean().backward()
+    return total, [p.grad for _, p in lm.named_trainable("value")]
+
+
+@pytest.mark.parametrize("read", READS)
+def test_checkpointing_keeps_a_layers_input_only(arch: str, read: str) -> None:
+    kept = {}
+    for layers in (2, 6):
+        kept[layers], plain = kept_and_gradients(arch, read, layers, checkpointing=False)
+        kept[-layers], recomputed = kept_and_gradients(arch, read, layers, checkpointing=True)
+        for one, other in zip(recomputed, plain, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    # Tokens that a layer reads: T5's encoder the prompt, its decoder start and response.
+    responses = 2 if read == "pairs" else 1
+    tokens = 24 + responses * (17 if arch == "t5" else 16)
+    assert kept[-6] - kept[-2] == 4 * 3 * tokens * 32 * 4
+    assert kept[-6] - kept[-2] < (kept[6] - kept[2]) / 8
+
+
+def test_what_needs_no_gradient_is_never_computed_again(arch: str) -> None:
+    lm = two_roles(arch)
+    lm.module.gradient_checkpointing_enable({"use_reentrant": False})
+    calls = count_calls(lm)
+    prompts, responses = ragged(arch)
+    with lm.using("policy"), torch.no_grad():
+        lm.token_logprobs(lm.response_states(prompts, responses), responses)
+    assert set(calls.values()) == {1}
+
+
 def count_calls(lm: LanguageModel) -> dict[str, int]:
     calls: dict[str, int] = {}
 

@@ -65,8 +65,8 @@ def test_cache_is_that_of_a_real_generation(tiny_lm):
         target_sequence_length=response,
     )
     state, _ = tiny_lm.prefill(TokenBatch.from_lists([[5] * prompt] * rows), response)
-    tensors = (state.keys, state.values, state.prompt_keys, state.prompt_values)
-    real = sum(tensor.numel() * 4 for tensor in tensors if tensor is not None)
+    layers = (*state.keys, *state.values, *state.prompt_keys, *state.prompt_values)
+    real = sum(layer.numel() * 4 for layer in layers)
     expected = memory_per_role(tiny_lm.config, config)["cache"]
     assert abs(expected - real) <= 0.15 * real  # one token more or less per row
 
@@ -79,6 +79,8 @@ def test_every_knob_for_memory_lowers_the_estimate(tiny_lm):
     assert of(micro_batch_size=2)["activations"] < usual["activations"]
     assert of(gradient_checkpointing=True)["activations"] < usual["activations"]
     assert of(rollout_batch_size=8)["cache"] == usual["cache"] / 8
+    kept = of(compile_decode=True)  # through the update, so it is there together with activations
+    assert total_memory(kept) > total_memory(usual)
     reward = RewardModelConfig(
         output_dir="out", preference_dataset="rows", device="cpu", dtype="bfloat16"
     )

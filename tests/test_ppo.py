@@ -631,3 +631,26 @@ def test_stopped_and_resumed_is_never_stopped(arch: str, tmp_path: Path) -> None
         for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
             one, other = load_file(a / name), load_file(b / name)
             assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_compiled_decoding_changes_no_response(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_compiler = torch.compile
+
+    def without(function: Callable[..., Tensor], mode: str, **options: bool) -> Any:
+        assert mode == "reduce-overhead"
+        return with_compiler(function, backend="eager", **options)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", without)
+    for name in ("plain", "compiled"):
+        (tmp_path / name).mkdir()
+    plain = make_trainer(arch, tmp_path / "plain", rollout_batch_size=5)
+    compiled = make_trainer(arch, tmp_path / "compiled", rollout_batch_size=5, compile_decode=True)
+    for _ in range(2):  # the second time with an adapter that has been trained
+        expected, actual = (t.rollout(t.next_prompts()).texts for t in (plain, compiled))
+        assert actual == expected
+        metrics = [trainer.step() for trainer in (plain, compiled)]
+        assert metrics[1]["ppo/kl"] == pytest.approx(metrics[0]["ppo/kl"], rel=1e-3)
+        assert metrics[1]["ppo/ratio_first"] < 1e-4

@@ -25,9 +25,9 @@ from rlhf.config import PipelineConfig, config_to_yaml
 pytestmark = pytest.mark.slow
 
 YAML = ROOT / "kfp" / "rlhf_pipeline.yaml"
-INSTRUCTION = 'Say "it" in <b>one</b> line,\n\'not\' two: naïve 要約 \\ {{x}} $HOME'
-
-
+STEPS = 8
+PPO = {"batch_size": 4, "save_every": 2, "save_total_limit": 5, "lora": {"rank": 2}}
+INSTRUCTION = "Say \"it\" in <b>one</b> line,\n'not' two: naïve 要約 \\ {{x}} $HOME"
 
 
 def preference(number: int) -> dict[str, Any]:
@@ -73,14 +73,14 @@ class Cloud:
             "preference_dataset": f"{self.bucket}/data/preferences.jsonl",
             "eval_dataset": f"{self.bucket}/data/eval.jsonl",
             "output_directory": f"{self.bucket}/runs",
-            "prompt_sequence_length": 128,
+            "prompt_sequence_length": 112,
             "target_sequence_length": 8,
             "reward_model_train_steps": 2,
-            "reinforcement_learning_train_steps": 2,
+            "reinforcement_learning_train_steps": STEPS,
             "accelerator_type": "CPU",
             "instruction": INSTRUCTION,
             "reward_model_config": {"batch_size": 4.0, "log_every": 1},
-            "ppo_config": {"batch_size": 4, "save_every": 1, "lora": {"rank": 2}},
+            "ppo_config": PPO,
         }
         return Run(
             YAML,
@@ -122,10 +122,18 @@ def steps_of(run: Run) -> dict[str, tuple[Any, Any]]:
 
 
 @pytest.mark.parametrize("arch", ["t5", "llama"])
-def test_from_files_in_a_bucket_to_a_tuned_model(arch: str, cloud: Cloud) -> None:
-    run = cloud.pipeline(large_model_reference=f"{cloud.bucket}/models/{arch}", run_name="first")
-    outputs = run.run()
-    out = f"{cloud.bucket}/runs/first"
+def test_the_life_of_a_run(arch: str, cloud: Cloud, checkpoints: dict[str, Path]) -> None:
+    """One test, because each part needs what the parts before it made."""
+    base = f"{cloud.bucket}/models/{arch}"
+    run = cloud.pipeline(large_model_reference=base, run_name="whole")
+    a_run_leaves_what_it_promises(cloud, run, run.run())
+    the_same_run_again_returns_at_once_and_changes_nothing(cloud, base)
+    one_machine_makes_the_same(cloud, checkpoints[arch])
+    killed_half_way_it_ends_as_if_it_had_not_been(cloud, base)
+
+
+def a_run_leaves_what_it_promises(cloud: Cloud, run: Run, outputs: dict[str, Any]) -> None:
+    out = f"{cloud.bucket}/runs/whole"
     assert outputs == {
         "output_model_path": f"{out}/policy/merged",
         "output_adapter_path": f"{out}/policy/adapter",
@@ -147,9 +155,11 @@ def test_from_files_in_a_bucket_to_a_tuned_model(arch: str, cloud: Cloud) -> Non
         metrics = cloud.json(f"{out}/{folder}/metrics.json")
         assert metrics["finished"] is True
         told = run.answers[task]["artifacts"]["metrics"]["artifacts"][0]["metadata"]
-        assert told and all(isinstance(value, float) for value in told.values())
+        assert told
+        assert all(isinstance(value, float) for value in told.values())
         page = cloud.store.read(f"{run.root}/{task}/summary").decode()
-        assert "| metric | value |" in page and "before" in page.lower()
+        assert "| metric | value |" in page
+        assert "before" in page.lower()
     # Free text has survived YAML, JSON, the payload and the executor input.
     for folder in ("reward_model", "policy"):
         written = yaml.safe_load(cloud.store.read(f"{out}/{folder}/config.yaml"))
@@ -160,28 +170,93 @@ def test_from_files_in_a_bucket_to_a_tuned_model(arch: str, cloud: Cloud) -> Non
         assert any("events.out.tfevents" in name for name in names), names
 
 
-def test_the_same_run_again_returns_at_once_and_changes_nothing(cloud: Cloud) -> None:
-    given = {"large_model_reference": f"{cloud.bucket}/models/t5", "run_name": "again"}
-    cloud.pipeline(**given).run()
-    names = [n for n in cloud.store.names(f"{cloud.bucket}/runs/again") if "vertex/" not in n]
-    before = {name: cloud.store.read(f"{cloud.bucket}/runs/again/{name}") for name in names}
-    run = cloud.pipeline(**given)
+def the_same_run_again_returns_at_once_and_changes_nothing(cloud: Cloud, base: str) -> None:
+    out = f"{cloud.bucket}/runs/whole"
+    names = [name for name in cloud.store.names(out) if not name.startswith("vertex/")]
+    before = {name: cloud.store.read(f"{out}/{name}") for name in names}
+    run = cloud.pipeline(large_model_reference=base, run_name="whole")
     run.run()
-    after = {name: cloud.store.read(f"{cloud.bucket}/runs/again/{name}") for name in names}
-    assert after == before
+    assert {name: cloud.store.read(f"{out}/{name}") for name in names} == before
     assert "finished" in cloud.jobs.of_stage("ppo")[-1].output()
     assert run.answers["ppo"]["artifacts"]["metrics"]["artifacts"][0]["metadata"]
 
 
-def test_without_eval_dataset_the_pipeline_ends_after_ppo(cloud: Cloud) -> None:
-    run = cloud.pipeline(
-        large_model_reference=f"{cloud.bucket}/models/llama", run_name="short", eval_dataset=""
+def one_machine_makes_the_same(cloud: Cloud, checkpoint: Path) -> None:
+    folder = cloud.folder / "one-machine"
+    folder.mkdir()
+    for name, rows in DATA.items():
+        (folder / name).write_text(lines(rows))
+    config = PipelineConfig.model_validate(
+        {
+            "base_model": str(checkpoint),
+            "output_dir": str(folder / "out"),
+            "preference_dataset": str(folder / "preferences.jsonl"),
+            "prompt_dataset": str(folder / "prompts-*.jsonl"),
+            "eval_dataset": str(folder / "eval.jsonl"),
+            "prompt_sequence_length": 112,
+            "target_sequence_length": 8,
+            "instruction": INSTRUCTION,
+            "reward_model": {"train_steps": 2, "batch_size": 4},
+            "ppo": PPO | {"train_steps": STEPS},
+        }
     )
+    (folder / "run.yaml").write_text(config_to_yaml(config))
+    command = [sys.executable, "-m", "rlhf", "run", "--config", str(folder / "run.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    subprocess.run(command, env=environment, check=True)
+    for name in (
+        "reward_model/adapter/adapter_model.safetensors",
+        "reward_model/head.safetensors",
+        "policy/adapter/adapter_model.safetensors",
+        "policy/merged/model.safetensors",
+        "inference/predictions.jsonl",
+    ):
+        local = (folder / "out" / name).read_bytes()
+        assert cloud.store.read(f"{cloud.bucket}/runs/whole/{name}") == local, name
+    stages = ("reward_model/", "policy/", "inference/")
+    here = [str(p.relative_to(folder / "out")) for p in (folder / "out").rglob("*") if p.is_file()]
+    there = cloud.store.names(f"{cloud.bucket}/runs/whole")
+    assert comparable(here, stages) == comparable(there, stages)
+
+
+def comparable(names: list[str], stages: tuple[str, ...]) -> set[str]:
+    """Names of a run's files but for event files, which are named after time and process."""
+    return {name for name in names if name.startswith(stages) and "tfevents" not in name}
+
+
+def killed_half_way_it_ends_as_if_it_had_not_been(cloud: Cloud, base: str) -> None:
+    cloud.jobs.restarts = 1
+    run = cloud.pipeline(large_model_reference=base, run_name="killed", eval_dataset="")
+    folder = f"{cloud.bucket}/runs/killed/policy"
+    before = len(cloud.jobs.of_stage("ppo"))
+    # Eight tiny steps are over before anyone can kill them; the second checkpoint takes its time.
+    cloud.store.slow(30.0, times=1, when=r"killed/policy/checkpoints/step-0+4/")
+
+    def kill_after_the_first_checkpoint() -> None:
+        wait_for(lambda: len(cloud.jobs.of_stage("ppo")) > before)
+        wait_for(lambda: any("manifest.json" in name for name in cloud.store.names(folder)))
+        cloud.jobs.of_stage("ppo")[-1].process.kill()
+
+    killer = threading.Thread(target=kill_after_the_first_checkpoint)
+    killer.start()
     outputs = run.run()
-    assert [job.stage for job in cloud.jobs.jobs.values()] == ["validate", "reward_model", "ppo"]
+    killer.join()
+    assert cloud.jobs.of_stage("ppo")[-1].exit_codes == [-9, 0]
+    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        whole = cloud.store.read(f"{cloud.bucket}/runs/whole/policy/{name}")
+        assert cloud.store.read(f"{folder}/{name}") == whole, name
+    assert without_times(cloud, "killed") == without_times(cloud, "whole")
+    # Without rows to evaluate on there is nothing to infer.
     assert outputs["output_prediction_gcs_path"] == ""
-    assert outputs["output_model_path"]
-    assert "inference/predictions.jsonl" not in cloud.store.names(f"{cloud.bucket}/runs/short")
+    assert outputs["output_model_path"] == f"{folder}/merged"
+    assert list(cloud.jobs.jobs.values())[-1].stage == "ppo"
+
+
+def without_times(cloud: Cloud, run: str) -> list[dict[str, Any]]:
+    text = cloud.store.read(f"{cloud.bucket}/runs/{run}/policy/metrics.jsonl").decode()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    return [{k: v for k, v in row.items() if not k.startswith(("perf/", "time"))} for row in rows]
 
 
 def test_what_is_wrong_never_reaches_a_gpu(cloud: Cloud) -> None:
@@ -194,11 +269,13 @@ def test_what_is_wrong_never_reaches_a_gpu(cloud: Cloud) -> None:
     with pytest.raises(LauncherFailed, match="Job failed with value error"):
         run.run()
     [job] = cloud.jobs.jobs.values()
-    assert job.stage == "validate" and job.exit_codes == [2]
+    assert job.stage == "validate"
+    assert job.exit_codes == [2]
     assert "bad.jsonl:1: candidate_0" in job.output()
     assert "Traceback" not in job.output()
     failure = cloud.json(f"{cloud.bucket}/runs/bad/validate/failure.json")
-    assert "bad.jsonl:1: candidate_0" in failure["cause"] and failure["permanent"] is True
+    assert "bad.jsonl:1: candidate_0" in failure["cause"]
+    assert failure["permanent"] is True
 
 
 def test_a_permanent_failure_is_not_tried_again_by_restarts(cloud: Cloud) -> None:
@@ -215,48 +292,9 @@ def test_a_permanent_failure_is_not_tried_again_by_restarts(cloud: Cloud) -> Non
     assert "thesis.docx" in failure["cause"]
     # Somebody mends it: the next submission is another attempt and goes through.
     cloud.store.delete(f"{folder}/thesis.docx")
-    cloud.pipeline(**given).run()
+    [(name, (component, inputs))] = steps_of(again := cloud.pipeline(**given)).items()
+    again.run_task(name, component, inputs)
     assert "failure.json" not in cloud.store.names(folder)
-
-
-@pytest.mark.parametrize("arch", ["t5", "llama"])
-def test_killed_half_way_and_restarted_gives_what_was_never_killed(
-    arch: str, cloud: Cloud
-) -> None:
-    given = {
-        "large_model_reference": f"{cloud.bucket}/models/{arch}",
-        "eval_dataset": "",
-        "reinforcement_learning_train_steps": 8,
-        "ppo_config": {"batch_size": 4, "save_every": 2, "save_total_limit": 5},
-    }
-    whole = cloud.pipeline(**given, run_name="whole")
-    whole.run()
-    cloud.jobs.restarts = 1
-    killed = cloud.pipeline(**given, run_name="killed")
-    folder = f"{cloud.bucket}/runs/killed/policy"
-
-    def kill_after_the_first_checkpoint() -> None:
-        wait_for(lambda: len(cloud.jobs.of_stage("ppo")) == 2)
-        wait_for(lambda: any("manifest.json" in name for name in cloud.store.names(folder)))
-        cloud.jobs.of_stage("ppo")[1].process.kill()
-
-    killer = threading.Thread(target=kill_after_the_first_checkpoint)
-    killer.start()
-    killed.run()
-    killer.join()
-    assert cloud.jobs.of_stage("ppo")[1].exit_codes == [-9, 0]
-    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
-        assert cloud.store.read(f"{folder}/{name}") == cloud.store.read(
-            f"{cloud.bucket}/runs/whole/policy/{name}"
-        )
-    assert without_times(cloud, "killed") == without_times(cloud, "whole")
-
-
-def without_times(cloud: Cloud, run: str) -> list[dict[str, Any]]:
-    text = cloud.store.read(f"{cloud.bucket}/runs/{run}/policy/metrics.jsonl").decode()
-    rows = [json.loads(line) for line in text.splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 9))
-    return [{k: v for k, v in row.items() if not k.startswith(("perf/", "time"))} for row in rows]
 
 
 def test_cancelling_reaches_the_process_which_saves(cloud: Cloud) -> None:
@@ -282,54 +320,3 @@ def test_cancelling_reaches_the_process_which_saves(cloud: Cloud) -> None:
     names = cloud.store.names(f"{cloud.bucket}/runs/long/reward_model")
     assert any(name.endswith("manifest.json") for name in names)
     assert "failure.json" not in names
-
-
-def test_one_machine_and_the_pipeline_make_the_same(
-    cloud: Cloud, tmp_path: Path, checkpoints: dict[str, Path]
-) -> None:
-    run = cloud.pipeline(large_model_reference=f"{cloud.bucket}/models/llama", run_name="dag")
-    run.run()
-    for name, rows in DATA.items():
-        (tmp_path / name).write_text(lines(rows))
-    config = PipelineConfig.model_validate(
-        {
-            "base_model": str(checkpoints["llama"]),
-            "output_dir": str(tmp_path / "local"),
-            "preference_dataset": str(tmp_path / "preferences.jsonl"),
-            "prompt_dataset": str(tmp_path / "prompts-*.jsonl"),
-            "eval_dataset": str(tmp_path / "eval.jsonl"),
-            "prompt_sequence_length": 128,
-            "target_sequence_length": 8,
-            "instruction": INSTRUCTION,
-            "dtype": "float32",
-            "reward_model": {"train_steps": 2, "batch_size": 4},
-            "ppo": {"train_steps": 2, "batch_size": 4, "lora": {"rank": 2}},
-        }
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    path = tmp_path / "run.yaml"
-    path.write_text(config_to_yaml(config))
-    subprocess.run(
-        [sys.executable, "-m", "rlhf", "run", "--config", str(path)], env=environment, check=True
-    )
-    for name in (
-        "reward_model/adapter/adapter_model.safetensors",
-        "reward_model/head.safetensors",
-        "policy/adapter/adapter_model.safetensors",
-        "policy/merged/model.safetensors",
-        "inference/predictions.jsonl",
-    ):
-        local = (tmp_path / "local" / name).read_bytes()
-        assert cloud.store.read(f"{cloud.bucket}/runs/dag/{name}") == local, name
-    ours = {name.split("/", 1)[1] for name in map(str, relative_files(tmp_path / "local"))}
-    there = {
-        name.split("/", 1)[1]
-        for name in cloud.store.names(f"{cloud.bucket}/runs/dag")
-        if "/" in name and not name.startswith("vertex/")
-    }
-    assert {n for n in ours if "tfevents" not in n} == {n for n in there if "tfevents" not in n}
-
-
-def relative_files(folder: Path) -> list[Path]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return [path.relative_to(folder) for path in found if path.parent != folder]

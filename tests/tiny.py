@@ -48,13 +48,13 @@ def make_tokenizer(arch: str) -> PreTrainedTokenizerFast:
 
 
 def tiny_model(
-    arch: str, seed: int = 0, *, untied: bool = False, vocab: int = 120
+    arch: str, seed: int = 0, *, untied: bool = False, vocab: int = 120, layers: int = 2
 ) -> PreTrainedModel:
     """A random model; `untied` gives T5 v1.1's own LM head and no output scaling."""
     torch.manual_seed(seed)
     if arch == "t5":
         config = T5Config(
-            vocab_size=vocab, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+            vocab_size=vocab, d_model=32, d_kv=8, d_ff=64, num_layers=layers, num_heads=4,
             feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0,
             eos_token_id=1, dropout_rate=0.1, relative_attention_max_distance=32,
             tie_word_embeddings=not untied,
@@ -64,7 +64,7 @@ def tiny_model(
             model.lm_head.weight = torch.nn.Parameter(torch.randn(vocab, 32) * 0.3)
     else:
         config = LlamaConfig(
-            vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
             bos_token_id=1, eos_token_id=2, pad_token_id=0, attention_dropout=0.1,
             tie_word_embeddings=not untied,

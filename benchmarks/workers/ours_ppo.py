@@ -12,11 +12,17 @@ from torch import Tensor
 import flops
 from rlhf import generation, ppo_trainer
 from rlhf.config import PPOConfig
+from rlhf.models.heads import ScalarHead
+from rlhf.models.language_model import FAMILIES
 from rlhf.models.roles import RewardModel
+from rlhf.optimization import GroupedAdamW
 from shapes import MODELS
 from worker import Session
 from workers.common import flops_lora, read_batches, training_fields
+from workers.watching import seconds_inside
 
+READS = ("with_states", "response_states", "final_states", "token_logprobs")
+DECODES = ("prefill", "decode", "policy_logits")
 END = 2.0  # in the place of a uniform number: EOS comes here
 BELOW_ONE = 1 - 2**-24
 
@@ -38,6 +44,7 @@ def main(spec: dict[str, Any], session: Session) -> None:
     facts = {
         "dtype": str(trainer.policy.lm.dtype).removeprefix("torch."),
         "flops": iteration_flops(trainer, spec["model"], batches),
+        "outside_model_calls": share_outside_model_calls(trainer),
     }
     for batch in itertools.cycle(batches):
         metrics = trainer.step()
@@ -47,6 +54,20 @@ def main(spec: dict[str, Any], session: Session) -> None:
         phases = {name.removeprefix("time/"): value for name, value in named.items()}
         phases.pop("step")
         session.round_done(phases, facts)
+
+
+def share_outside_model_calls(trainer: ppo_trainer.PPOTrainer) -> float:
+    """What an iteration spends on other things than forward, backward and optimiser.
+
+    Such as sampling, rewards, advantages, batches, texts and Python between the calls, and adding
+    the adapter into the weights for the rollout. It is another warm-up, of the first step.
+    """
+    methods = [(lm, name) for lm in FAMILIES.values() for name in (*READS, *DECODES)]
+    methods += [(ScalarHead, "forward"), (torch.Tensor, "backward")]
+    methods += [(GroupedAdamW, name) for name in ("grad_norms", "update")]
+    trainer.make_step()  # the very first calls take longer
+    seconds, inside = seconds_inside(trainer.make_step, methods)
+    return 1 - inside / seconds
 
 
 def count_words(_: Sequence[str], responses: Sequence[str]) -> list[float]:

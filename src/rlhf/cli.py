@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -267,6 +268,8 @@ def quiet_third_parties() -> None:
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+        # peft looks at the cached copy's path; weights are told apart by their fingerprint.
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path` was renamed")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("rlhf")
@@ -282,8 +285,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows `rlhf`; None for those of the process.
     """
     quiet_third_parties()
+    if os.getpid() == 1:
+        stop_by_signal()
     given = list(sys.argv[1:] if arguments is None else arguments)
     return exit_code(lambda: cli.main(given or ["--help"], prog_name="rlhf", standalone_mode=False))
+
+
+def stop_by_signal() -> None:
+    """End on SIGTERM also where no stage listens yet, with nothing to save.
+
+    The kernel ignores it for process 1, which the command is in a container.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
 
 
 def exit_code(command: Callable[[], Any]) -> int:

@@ -69,6 +69,9 @@ def load_models(config: InferenceConfig, source: PolicySource) -> Models:
     else:
         tuned = load_language_model(config, trainable=False, base_model=str(source.folder))
         _check_same_language(tuned, base)
+    if config.compile_decode:
+        for lm in {tuned, base}:
+            lm.compile_decoding(config.batch_size, config.prompt_sequence_length)
     scorer = None
     if config.reward_model_path:
         scorer = load_reward_model(

@@ -132,7 +132,7 @@ def generate(
             left = int(going.sum())
             if left == 0 or step + 1 == max_new_tokens:
                 break
-            if left <= DROP_AT * len(rows):
+            if left <= DROP_AT * len(rows) and not state.fixed:
                 state.select(going)
                 rows, tokens = rows[going], tokens[going]
             hidden = lm.decode(state, tokens)

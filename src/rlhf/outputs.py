@@ -323,7 +323,9 @@ def _refuse_changes(folder: str, earlier: Mapping[str, Any], now: Mapping[str, A
             "choose another output_dir"
         )
     old, new = earlier.get("fields", {}), now["fields"]
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    changed = [
+        name for name in {**old, **new} if _addresses(old.get(name)) != _addresses(new.get(name))
+    ]
     if changed:
         raise InputError(
             [f"{name}: changed from {old.get(name)!r} to {new.get(name)!r}" for name in changed]
@@ -332,3 +334,8 @@ def _refuse_changes(folder: str, earlier: Mapping[str, Any], now: Mapping[str, A
                 "output_dir, or empty the folder"
             ]
         )
+
+
+def _addresses(value: Any) -> str:
+    """The value as JSON, with one way to write what is in a bucket."""
+    return json.dumps(value).replace(f'"{storage.MOUNT}/', '"gs://')

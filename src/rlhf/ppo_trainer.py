@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,7 +40,7 @@ from rlhf.models.roles import (
 )
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.outputs import Run, Status
-from rlhf.storage import is_remote
+from rlhf.storage import exists
 from rlhf.tracking import say
 from rlhf.training import Callback, ParameterGroup, Trainer
 
@@ -147,7 +146,7 @@ def read_inputs(
 def _is_made_later(config: PPOConfig) -> bool:
     """In a pipeline's dry run the reward model does not exist yet."""
     path = config.reward_model_path
-    return config.dry_run and path is not None and not is_remote(path) and not Path(path).exists()
+    return config.dry_run and path is not None and not exists(path)
 
 
 def other_base(config: PPOConfig) -> str | None:
@@ -199,6 +198,9 @@ class PPOTrainer(Trainer):
         self.reference = make_reference(config, bases)
         self.critic = make_critic(config, self.policy, self.scorer, model, inputs.tokenizer)
         lm = self.policy.lm
+        if config.compile_decode:
+            rows, width = config.effective_rollout_batch_size, config.prompt_sequence_length
+            lm.compile_decoding(rows, width)
         self.device = lm.device
         self.tokeniser = Tokeniser(
             inputs.tokenizer,

@@ -38,6 +38,22 @@ def is_remote(path: str) -> bool:
     return "://" in locate(path)
 
 
+def exists(path: str) -> bool:
+    """True if there is a file or a folder with something in it.
+
+    Raises:
+        StorageError: If the store cannot tell.
+    """
+    if not is_remote(path):
+        return os.path.exists(path)
+    filesystem, root = open_store(path)
+    with storage_errors(f"{path} cannot be read"):
+        try:
+            return bool(find_files(filesystem, root))
+        except FileNotFoundError:  # the whole bucket
+            return False
+
+
 def open_store(path: str, **options: Any) -> tuple[Any, str]:
     """The file system of an address, and the address as that file system writes it.
 
@@ -115,12 +131,8 @@ def find_files(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
     # File systems and their listings are kept for the life of the process; others write too.
     filesystem.invalidate_cache()
     found = filesystem.find(root, detail=True)
-    # Google's console marks an empty folder with an object whose name ends in a slash.
-    return {
-        name: details
-        for name, details in found.items()
-        if details["type"] == "file" and not name.endswith("/")
-    }
+    # Not those with which Google's console marks empty folders.
+    return {name: details for name, details in found.items() if details["type"] == "file"}
 
 
 @contextmanager

@@ -102,9 +102,7 @@ def _remote_matches(path: str) -> list[str]:
         filesystem.invalidate_cache()  # listings are kept for the life of the process
         if glob.has_magic(root):
             found = filesystem.glob(root, detail=True)
-            # Google's console marks an empty folder with an object whose name ends in a slash.
-            files = (name for name, info in found.items() if info["type"] == "file")
-            return sorted(name for name in files if not name.endswith("/"))
+            return sorted(name for name, info in found.items() if info["type"] == "file")
         try:  # `isfile` says False to every error
             return [root] if filesystem.info(root)["type"] == "file" else []
         except FileNotFoundError:

@@ -26,12 +26,12 @@ from rlhf.data.batching import TokenBatch, chunks, join
 from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
 from rlhf.models.adapters import AdapterSet
-from rlhf.models.attention import (
-    grouped_attention,
-    padding_bias,
-    rotate,
-    split_heads,
-    t5_attention,
+from rlhf.models.attention import grouped_attention, padding_bias, rotate, split_heads
+from rlhf.models.decoding import (
+    CompiledDecoding,
+    DecodeState,
+    read_llama_token,
+    read_t5_token,
 )
 from rlhf.models.weights import fingerprint, switch_off_dropout
 
@@ -53,39 +53,6 @@ class TokenStats:
 
     logprobs: Tensor
     entropy: Tensor
-
-
-@dataclass
-class DecodeState:
-    """A batch in the middle of decoding; changed in place by `LanguageModel.decode`.
-
-    Keys and values are (layers, B, heads, columns, head size), with room for the whole response.
-
-    Attributes:
-        keys: Of self-attention.
-        values: Likewise.
-        prompt_bias: (B, 1, 1, P), 0 on the prompt's tokens and -inf on padding.
-        prompt_lengths: (B,) tokens of each prompt.
-        prompt_keys: Of attention from decoder to encoder, T5 only.
-        prompt_values: Likewise.
-        steps: Response tokens read so far.
-    """
-
-    keys: Tensor
-    values: Tensor
-    prompt_bias: Tensor
-    prompt_lengths: Tensor
-    prompt_keys: Tensor | None = None
-    prompt_values: Tensor | None = None
-    steps: int = 0
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the given rows of the batch and forgets the others."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.prompt_bias, self.prompt_lengths = self.prompt_bias[rows], self.prompt_lengths[rows]
-        if self.prompt_keys is not None and self.prompt_values is not None:
-            self.prompt_keys = self.prompt_keys[:, rows]
-            self.prompt_values = self.prompt_values[:, rows]
 
 
 class LanguageModel(ABC):
@@ -125,6 +92,7 @@ class LanguageModel(ABC):
         extra_eos = getattr(module.generation_config, "eos_token_id", None)
         self.layout = self.prompt_layout(tokenizer, extra_eos)
         self.adapters = AdapterSet(module, self.task_type)
+        self._compiled: CompiledDecoding | None = None
         switch_off_dropout(module)
         # An Embedding drops the gradient of its padding_idx, but PAD may be a real token here.
         embedding: Any = module.get_input_embeddings()
@@ -210,7 +178,17 @@ class LanguageModel(ABC):
             (B, D) and (B, D).
         """
 
-    @abstractmethod
+    def compile_decoding(self, rows: int, prompt_width: int, **options: Any) -> None:
+        """From now on one compiled graph decodes, in batches of one size.
+
+        Args:
+            rows: Rows of a batch; smaller ones are filled up, larger ones compiled anew.
+            prompt_width: Tokens of the longest prompt; likewise.
+            options: For `torch.compile`; none are those that make CUDA graphs.
+        """
+        options = options or {"mode": "reduce-overhead"}
+        self._compiled = CompiledDecoding(self.read_token, rows, prompt_width, **options)
+
     def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
         """Reads the prompts.
 
@@ -221,10 +199,27 @@ class LanguageModel(ABC):
         Returns:
             The state, and (B, D) that predicts the first token.
         """
+        if self._compiled is None:
+            return self.read_prompts(prompts, max_new_tokens)
+        state, last = self.read_prompts(self._compiled.fill_up(prompts), max_new_tokens)
+        return self._compiled.hold(state), last[: len(prompts)]
 
-    @abstractmethod
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
         """Reads one more token (B,) of each row. Returns (B, D) that predicts the next."""
+        if self._compiled is None or not state.fixed:
+            states = self.read_token(state, tokens, state.used + 1)
+        else:
+            states = self._compiled.read(state, tokens)
+        state.advance()
+        return states
+
+    @abstractmethod
+    def read_prompts(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
+        """`prefill` of these prompts as they are."""
+
+    @abstractmethod
+    def read_token(self, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
+        """`decode` with the first `width` columns of the state, which it does not advance."""
 
     @abstractmethod
     def targets(self, suffixes: list[str], where: str) -> list[str] | str:
@@ -356,9 +351,10 @@ class LanguageModel(ABC):
     def folded(self) -> Iterator[None]:
         """Decoding inside pays nothing for the active adapter; weights in bf16 stay as they are.
 
-        In bf16 a fold loses small updates: most of an early adapter's effect would round away.
+        In bf16 a fold loses small updates: most of an early adapter's effect would round away. A
+        compiled step keeps the adapter, because the weights that it reads must not move.
         """
-        if self.module.dtype == torch.float32:
+        if self.module.dtype == torch.float32 and self._compiled is None:
             with self.adapters.folded():
                 yield
         else:
@@ -478,7 +474,7 @@ class DecoderOnlyModel(LanguageModel):
             return model.norm(x + layer.mlp(layer.post_attention_layernorm(x)))
 
     @override
-    def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
+    def read_prompts(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
         cache = DynamicCache(config=self.config)
         with self.autocast():
             states = self.module.model(
@@ -486,42 +482,17 @@ class DecoderOnlyModel(LanguageModel):
             ).last_hidden_state
         last = states[torch.arange(len(prompts), device=states.device), prompts.lengths - 1]
         keys, values = (
-            nn.functional.pad(torch.stack(part), (0, 0, 0, max_new_tokens))
-            for part in zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
+            tuple(nn.functional.pad(layer, (0, 0, 0, max_new_tokens)) for layer in layers)
+            for layers in zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
         )
-        return DecodeState(
-            keys, values, padding_bias(prompts.mask, keys.dtype), prompts.lengths
-        ), last
+        bias, width = padding_bias(prompts.mask, keys[0].dtype), prompts.ids.shape[1]
+        column = torch.tensor([width], device=last.device)
+        return DecodeState(keys, values, bias, prompts.lengths, column, width), last
 
     @override
-    def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
-        # Columns of the cache: the prompts padded to P, then each response token of all rows.
-        # Positions go on from each row's own prompt length.
-        model = self.module.model
-        column = state.prompt_bias.shape[-1] + state.steps
-        bias = nn.functional.pad(state.prompt_bias, (0, state.steps + 1))
-        x = model.embed_tokens(tokens)[:, None]
-        cos, sin = model.rotary_emb(x, (state.prompt_lengths + state.steps)[:, None])
-        state.steps += 1
+    def read_token(self, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
         with self.autocast():
-            for layer, keys, values in zip(model.layers, state.keys, state.values, strict=True):
-                attention = layer.self_attn
-                h = layer.input_layernorm(x)
-                q, k, v = (
-                    split_heads(projection(h), attention.head_dim)
-                    for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-                )
-                keys[:, :, column : column + 1] = rotate(k, cos, sin)
-                values[:, :, column : column + 1] = v
-                heads = grouped_attention(
-                    rotate(q, cos, sin),
-                    keys[:, :, : column + 1],
-                    values[:, :, : column + 1],
-                    bias,
-                )
-                x = x + attention.o_proj(heads)
-                x = x + layer.mlp(layer.post_attention_layernorm(x))
-            return model.norm(x)[:, 0]
+            return read_llama_token(self.module.model, state, tokens, width)
 
 
 class EncoderDecoderModel(LanguageModel):
@@ -575,7 +546,7 @@ class EncoderDecoderModel(LanguageModel):
         return ends[: len(prompts)], ends[len(prompts) :]
 
     @override
-    def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
+    def read_prompts(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
         blocks, size = self.module.decoder.block, self.config.d_kv
         encoded = self._encode(prompts)
         with self.autocast():
@@ -583,38 +554,22 @@ class EncoderDecoderModel(LanguageModel):
                 (split_heads(cross.k(encoded), size), split_heads(cross.v(encoded), size))
                 for cross in (block.layer[1].EncDecAttention for block in blocks)
             ]
-        prompt_keys, prompt_values = (torch.stack(part) for part in zip(*pairs, strict=True))
-        shape = (*prompt_keys.shape[:3], max_new_tokens, prompt_keys.shape[-1])
-        keys, values = prompt_keys.new_zeros(shape), prompt_keys.new_zeros(shape)
-        bias = padding_bias(prompts.mask, keys.dtype)
-        state = DecodeState(keys, values, bias, prompts.lengths, prompt_keys, prompt_values)
+        prompt_keys, prompt_values = (
+            tuple(layer.contiguous() for layer in layers) for layers in zip(*pairs, strict=True)
+        )
+        shape = (*prompt_keys[0].shape[:2], max_new_tokens, size)
+        keys, values = (tuple(key.new_zeros(shape) for key in prompt_keys) for _ in range(2))
+        bias = padding_bias(prompts.mask, keys[0].dtype)
+        column = torch.zeros(1, dtype=torch.long, device=encoded.device)
+        state = DecodeState(
+            keys, values, bias, prompts.lengths, column, 0, prompt_keys, prompt_values
+        )
         return state, self.decode(state, prompts.ids.new_full((len(prompts),), self.start_id))
 
     @override
-    def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
-        decoder, step = self.module.decoder, state.steps
-        state.steps += 1
-        assert state.prompt_keys is not None
-        assert state.prompt_values is not None
-        position_bias = (
-            decoder.block[0].layer[0].SelfAttention.compute_bias(1, step + 1, past_seen_tokens=step)
-        )
+    def read_token(self, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
         with self.autocast():
-            x = decoder.embed_tokens(tokens)[:, None]
-            for i, block in enumerate(decoder.block):
-                own, cross, feed_forward = block.layer
-                attention, h = own.SelfAttention, own.layer_norm(x)
-                state.keys[i, :, :, step : step + 1] = split_heads(attention.k(h), self.config.d_kv)
-                state.values[i, :, :, step : step + 1] = split_heads(
-                    attention.v(h), self.config.d_kv
-                )
-                keys, values = state.keys[i, :, :, : step + 1], state.values[i, :, :, : step + 1]
-                x = x + t5_attention(attention, h, keys, values, position_bias)
-                attention, h = cross.EncDecAttention, cross.layer_norm(x)
-                keys, values = state.prompt_keys[i], state.prompt_values[i]
-                x = x + t5_attention(attention, h, keys, values, state.prompt_bias)
-                x = feed_forward(x)
-            return decoder.final_layer_norm(x)[:, 0]
+            return read_t5_token(self.module.decoder, state, tokens, width)
 
     @override
     def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:

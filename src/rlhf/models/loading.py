@@ -65,7 +65,7 @@ def read_model_config(base_model: str, revision: str | None = None) -> Pretraine
     Raises:
         InputError: No such checkpoint, or neither T5 nor LLaMA.
     """
-    source = _existing(base_model)
+    source = _existing(base_model, weights=False)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, HFValidationError, json.JSONDecodeError, KeyError) as error:
@@ -81,7 +81,7 @@ def load_tokenizer(base_model: str, revision: str | None = None) -> PreTrainedTo
     Raises:
         InputError: There is none, or it has no EOS token.
     """
-    source = _existing(base_model)
+    source = _existing(base_model, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision, trust_remote_code=False
@@ -207,9 +207,9 @@ def _hint(name: str) -> str:
     )
 
 
-def _existing(name: str) -> str:
+def _existing(name: str, *, weights: bool = True) -> str:
     if is_remote(name):
-        return str(local_folder(name))
+        return str(local_folder(name, weights=weights))
     path = Path(name)
     looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
     if looks_local and not path.exists():

@@ -96,7 +96,7 @@ def memory_per_role(
 
     Returns:
         Role to bytes, in the order in which they are made; `activations` and `cache` are
-        estimates and not held at the same time.
+        estimates and not held at the same time, but for the cache that compiled decoding keeps.
     """
     lora = config.lora if isinstance(config, TrainingConfig) else LoRAConfig()
     counts = count_parameters(model_config, lora)
@@ -107,7 +107,8 @@ def memory_per_role(
     if isinstance(config, TrainingConfig):
         roles["activations"] = _activations(model_config, config, width)
     if isinstance(config, PPOConfig):
-        roles["cache"] = _cache(model_config, config, config.effective_rollout_batch_size, width)
+        name = "cache, kept" if config.compile_decode else "cache"
+        roles[name] = _cache(model_config, config, config.effective_rollout_batch_size, width)
     if isinstance(config, InferenceConfig):
         roles["cache"] = _cache(model_config, config, config.batch_size, width)
     return roles

@@ -64,8 +64,14 @@ def find_policy(path: str) -> PolicySource:
 
 
 def weights_fingerprint(path: str) -> str:
-    """A short hash of the weights in a local folder and one level below; "" for a Hub id."""
-    folder = Path(path)
+    """A short hash of the weights in a folder and one level below; "" if there are none.
+
+    There are none in a Hub id, and in a folder that a later stage of a dry run would write.
+    """
+    try:
+        folder = local_folder(path)
+    except InputError:
+        return ""
     names = ("*.safetensors", "*.json", "*/*.safetensors", "*/*.json")
     found = sorted({file for name in names for file in folder.glob(name)})
     return _hash_files(found) if found else ""

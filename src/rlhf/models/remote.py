@@ -11,8 +11,11 @@ from typing import Any
 from rlhf.errors import InputError
 from rlhf.storage import find_files, is_remote, open_store, storage_errors
 
+# What checks and tokenizers do not read, and what takes the time.
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
 
-def local_folder(path: str) -> Path:
+
+def local_folder(path: str, *, weights: bool = True) -> Path:
     """The local folder that has what is under a path; what is remote is copied, once per content.
 
     The copies lie in `$RLHF_CACHE` or ~/.cache/rlhf; a changed object (size or checksum) makes a
@@ -20,6 +23,7 @@ def local_folder(path: str) -> Path:
 
     Args:
         path: Local folder, which is returned as it is, or one in any store that fsspec knows.
+        weights: Whether files of weights are needed too.
 
     Raises:
         InputError: There is no such store, or nothing under this address.
@@ -44,11 +48,14 @@ def local_folder(path: str) -> Path:
             for path, d in found.items()
         )
         name = hashlib.sha256("\n".join([url, *marks]).encode()).hexdigest()[:24]
+        wanted = [name for name in found if weights or not name.endswith(_WEIGHTS)]
         cache = Path(os.environ.get("RLHF_CACHE", Path.home() / ".cache" / "rlhf")) / "folders"
         target = cache / name
+        if not weights and not target.is_dir():  # else the whole is there already
+            target = cache / f"{name}-small"
         if not target.is_dir():
             cache.mkdir(parents=True, exist_ok=True)
-            _download(filesystem, root, list(found), target)
+            _download(filesystem, root, wanted, target)
     return target
 
 

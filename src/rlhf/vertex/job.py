@@ -8,14 +8,13 @@ ordinary configuration and knows of neither. Exit codes are those of the command
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from rlhf.cli import EXIT_STOPPED, exit_code, quiet_third_parties
+from rlhf.cli import exit_code, quiet_third_parties, stop_by_signal
 from rlhf.config import PipelineConfig
 from rlhf.config.pipeline import STAGE_CLASSES
 from rlhf.errors import InputError, StoppedBySignal
@@ -203,9 +202,7 @@ def command(stage: str, executor_input: str) -> None:
 def main() -> int:
     """Run the task and return the process's exit code."""
     quiet_third_parties()
-    # Before and after the training loop, which saves first, there is nothing to save; and as
-    # process 1 of a container the default would be to ignore the signal.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
+    stop_by_signal()
     return exit_code(lambda: command.main(standalone_mode=False))
 
 

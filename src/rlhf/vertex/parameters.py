@@ -52,7 +52,7 @@ class Parameter:
 # Google's `rlhf_pipeline` has these, with these defaults. deploy_model alone differs: there it was
 # true and did nothing for T5 and LLaMA.
 _GOOGLE = (
-    Parameter("prompt_dataset", str, REQUIRED, "prompt_dataset"),
+    Parameter("prompt_dataset", str, REQUIRED, "prompt_dataset", "Rows with prompts for PPO."),
     Parameter("preference_dataset", str, REQUIRED, "preference_dataset"),
     Parameter(
         "large_model_reference",
@@ -77,7 +77,14 @@ _GOOGLE = (
     Parameter("kl_coeff", float, 0.1, "ppo.kl_coeff"),
     Parameter("instruction", str, "", "instruction"),
     Parameter("deploy_model", bool, False, "vertex.deploy_model"),
-    Parameter("eval_dataset", str, "", "eval_dataset"),
+    Parameter(
+        "eval_dataset",
+        str,
+        "",
+        "eval_dataset",
+        "Held-out rows: those with candidates evaluate the reward model, all go to inference. "
+        "Default: none, and the pipeline ends after PPO.",
+    ),
     Parameter("project", str, "", "vertex.project"),
     Parameter("accelerator_type", str, "GPU", "vertex.accelerator_type"),
     Parameter("location", str, "", "vertex.location"),

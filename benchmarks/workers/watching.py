@@ -1,0 +1,58 @@
+"""How much of some work lies inside certain calls."""
+
+import functools
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+from worker import synchronise
+
+
+class Watch:
+    """Seconds inside calls, of which those within another count once.
+
+    Waiting for the GPU at both ends makes the time of a call that of its work there; so nothing
+    that counts is measured under a watch.
+
+    Attributes:
+        seconds: So far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._inside = False
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with its time added to `seconds`."""
+
+        @functools.wraps(function)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self._inside:
+                return function(*args, **kwargs)
+            synchronise()
+            self._inside, start = True, time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                synchronise()
+                self.seconds += time.perf_counter() - start
+                self._inside = False
+
+        return watched
+
+
+def seconds_inside(
+    work: Callable[[], object], methods: Iterable[tuple[type, str]]
+) -> tuple[float, float]:
+    """Does the work; returns the seconds that it took and those in the methods."""
+    watch = Watch()
+    with ExitStack() as stack:
+        for owner, name in methods:
+            stack.enter_context(patch.object(owner, name, watch.wrap(getattr(owner, name))))
+        synchronise()
+        start = time.perf_counter()
+        work()
+        synchronise()
+        return time.perf_counter() - start, watch.seconds

@@ -1,0 +1,185 @@
+"""Decoding a token at a time: the cache, what each family does with one token, and compiling it.
+
+Only `language_model` uses this. Shape letters: B rows, P prompt tokens, R response tokens,
+C columns of the cache, D hidden.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.data.batching import TokenBatch
+from rlhf.errors import InputError
+from rlhf.models.attention import grouped_attention, rotate, split_heads, t5_attention
+
+Layers = tuple[Tensor, ...]
+
+
+@dataclass
+class DecodeState:
+    """A batch in the middle of decoding; changed in place by `LanguageModel.decode`.
+
+    Keys and values are (B, heads, columns, head size) per layer, with room for the whole response.
+
+    Attributes:
+        keys: Of self-attention.
+        values: Likewise.
+        prompt_bias: (B, 1, 1, P), 0 on the prompt's tokens and the least number on padding.
+        prompt_lengths: (B,) tokens of each prompt.
+        column: (1,) where the next token's key and value go, on the device.
+        used: The same number on the host.
+        prompt_keys: Of attention from decoder to encoder, T5 only.
+        prompt_values: Likewise.
+        fixed: Whether shapes and addresses must stay as they are.
+    """
+
+    keys: Layers
+    values: Layers
+    prompt_bias: Tensor
+    prompt_lengths: Tensor
+    column: Tensor
+    used: int
+    prompt_keys: Layers = ()
+    prompt_values: Layers = ()
+    fixed: bool = False
+
+    @property
+    def columns(self) -> int:
+        """C, of which `used` hold something."""
+        return self.keys[0].shape[2]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        values = (getattr(self, field.name) for field in fields(self))
+        groups = (value if isinstance(value, tuple) else (value,) for value in values)
+        return [value for group in groups for value in group if isinstance(value, Tensor)]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the given rows of the batch and forgets the others."""
+        for name in ("keys", "values", "prompt_keys", "prompt_values"):
+            setattr(self, name, tuple(layer[rows] for layer in getattr(self, name)))
+        self.prompt_bias, self.prompt_lengths = self.prompt_bias[rows], self.prompt_lengths[rows]
+
+    def advance(self) -> None:
+        """Goes on to the next column."""
+        self.column += 1
+        self.used += 1
+
+
+# Reads (B,) tokens with the first columns of the state, as many as the last argument says, of which
+# those after `column` are not looked at; returns (B, D).
+ReadToken = Callable[[DecodeState, Tensor, int], Tensor]
+
+
+def read_llama_token(model: Any, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
+    """What LLaMA's layers make of one more token of each row; see `ReadToken`."""
+    # Columns of the cache: the prompts padded to P, then each response token of all rows.
+    # Positions go on from each row's own prompt length.
+    prompt = state.prompt_bias.shape[-1]
+    bias = _hide_later(nn.functional.pad(state.prompt_bias, (0, width - prompt)), state.column)
+    x = model.embed_tokens(tokens)[:, None]
+    cos, sin = model.rotary_emb(x, (state.prompt_lengths + state.column - prompt)[:, None])
+    for layer, keys, values in zip(model.layers, state.keys, state.values, strict=True):
+        attention = layer.self_attn
+        h = layer.input_layernorm(x)
+        q, k, v = (
+            split_heads(projection(h), attention.head_dim)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        keys.index_copy_(2, state.column, rotate(k, cos, sin))
+        values.index_copy_(2, state.column, v)
+        heads = grouped_attention(
+            rotate(q, cos, sin), keys[:, :, :width], values[:, :, :width], bias
+        )
+        x = x + attention.o_proj(heads)
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.norm(x)[:, 0]
+
+
+def read_t5_token(decoder: Any, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
+    """What the layers of T5's decoder make of one more token of each row; see `ReadToken`."""
+    first = decoder.block[0].layer[0].SelfAttention
+    bias = _hide_later(first.compute_bias(1, width, past_seen_tokens=state.column), state.column)
+    x = decoder.embed_tokens(tokens)[:, None]
+    for i, block in enumerate(decoder.block):
+        own, cross, feed_forward = block.layer
+        attention, h = own.SelfAttention, own.layer_norm(x)
+        keys, values, size = state.keys[i], state.values[i], attention.key_value_proj_dim
+        keys.index_copy_(2, state.column, split_heads(attention.k(h), size))
+        values.index_copy_(2, state.column, split_heads(attention.v(h), size))
+        x = x + t5_attention(attention, h, keys[:, :, :width], values[:, :, :width], bias)
+        attention, h = cross.EncDecAttention, cross.layer_norm(x)
+        keys, values = state.prompt_keys[i], state.prompt_values[i]
+        x = x + t5_attention(attention, h, keys, values, state.prompt_bias)
+        x = feed_forward(x)
+    return decoder.final_layer_norm(x)[:, 0]
+
+
+def _hide_later(bias: Tensor, column: Tensor) -> Tensor:
+    """(..., C): the least number after `column`, where the cache holds nothing yet."""
+    later = torch.arange(bias.shape[-1], device=bias.device) > column
+    return bias.masked_fill(later, torch.finfo(bias.dtype).min)
+
+
+class CompiledDecoding:
+    """One token's step as one compiled graph, with shapes and addresses that never change.
+
+    Batches are filled up to one size with rows that nobody reads, prompts to one width; attention
+    looks at the whole cache, whose unused part is masked. The cache stays where it is between
+    batches, because a CUDA graph writes to fixed addresses.
+
+    Args:
+        read: The step.
+        rows: Rows of a batch.
+        prompt_width: Tokens of the longest prompt.
+        options: For `torch.compile`.
+    """
+
+    def __init__(self, read: ReadToken, rows: int, prompt_width: int, **options: Any) -> None:
+        self._read = torch.compile(read, fullgraph=True, dynamic=False, **options)
+        self._rows = rows
+        self._prompt_width = prompt_width
+        self._kept: dict[tuple[torch.Size, ...], DecodeState] = {}
+
+    def fill_up(self, prompts: TokenBatch) -> TokenBatch:
+        """The prompts in a batch of the one size; what is larger already stays as it is."""
+        rows = max(0, self._rows - len(prompts))
+        width = max(0, self._prompt_width - prompts.ids.shape[1])
+        ids = nn.functional.pad(prompts.ids, (0, width, 0, rows))
+        lengths = nn.functional.pad(prompts.lengths, (0, rows), value=1)
+        states = prompts.states
+        if states is not None:
+            states = nn.functional.pad(states, (0, 0, 0, width, 0, rows))
+        return TokenBatch(ids, lengths, states)
+
+    def hold(self, state: DecodeState) -> DecodeState:
+        """The state in the tensors of the first one that had its shapes."""
+        shapes = tuple(tensor.shape for tensor in state.tensors)
+        if shapes not in self._kept:
+            for tensor in state.tensors:
+                torch._dynamo.mark_static_address(tensor, guard=False)
+            self._kept[shapes] = replace(state, fixed=True)
+        kept = self._kept[shapes]
+        for target, source in zip(kept.tensors, state.tensors, strict=True):
+            target.copy_(source)
+        kept.used = state.used
+        return kept
+
+    def read(self, state: DecodeState, tokens: Tensor) -> Tensor:
+        """The step. (B,) tokens to (B, D), B as many as there were prompts before filling up.
+
+        Raises:
+            InputError: torch cannot compile it here.
+        """
+        padding = state.prompt_lengths.shape[0] - len(tokens)
+        torch.compiler.cudagraph_mark_step_begin()  # the states before are not needed any more
+        filled = nn.functional.pad(tokens, (0, padding))
+        try:
+            return self._read(state, filled, state.columns)[: len(tokens)]
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).split("\n\n")[0].split())
+            raise InputError(f"compile_decode: cannot be compiled here ({reason})") from error
