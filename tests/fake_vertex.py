@@ -22,7 +22,7 @@ from google.cloud.aiplatform_v1.types import (
 )
 from google.protobuf.json_format import MessageToDict, ParseDict
 
-_PARENT = r"/v1/(?P<parent>projects/[^/]+/locations/[^/]+)"
+PARENT = r"/v1/(?P<parent>projects/[^/]+/locations/[^/]+)"
 Answer = tuple[int, dict[str, Any]]
 NOW = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
 
@@ -40,9 +40,9 @@ class FakeVertex:
     """
 
     ROUTES: ClassVar[Sequence[tuple[str, str, str]]] = (
-        ("POST", _PARENT + r"/pipelineJobs", "create_pipeline"),
-        ("GET", _PARENT + r"/pipelineJobs/(?P<number>[^/:]+)", "get_pipeline"),
-        ("GET", _PARENT + r"/customJobs", "list_custom_jobs"),
+        ("POST", PARENT + r"/pipelineJobs", "create_pipeline"),
+        ("GET", PARENT + r"/pipelineJobs/(?P<number>[^/:]+)", "get_pipeline"),
+        ("GET", PARENT + r"/customJobs", "list_custom_jobs"),
     )
 
     def __init__(self) -> None:
