@@ -64,6 +64,7 @@ def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVertex]:
     credentials = (AnonymousCredentials(), "own-project")
     monkeypatch.setattr("google.auth.default", lambda **_: credentials)
     monkeypatch.setattr(submit, "check_inputs", lambda config: ["pairs: 9 rows"])
+    monkeypatch.setattr(submit, "find_files", lambda *_: {})  # the bucket is there
     monkeypatch.setattr(
         pipeline_jobs.gcs_utils,
         "create_gcs_bucket_for_pipeline_artifacts_if_it_does_not_exist",
@@ -505,3 +506,15 @@ def test_a_run_that_cannot_be_followed_goes_on(vertex, run_file, capsys):
     assert "cannot be followed any longer: 404" in said
     assert "the run itself goes on: projects/own-project/locations/us-central1/pipe" in said
     assert "Traceback" not in said
+
+
+def test_a_bucket_that_is_not_there_is_refused_and_not_made(vertex, run_file, monkeypatch, capsys):
+    def missing(*_):
+        raise FileNotFoundError("bucket")
+
+    monkeypatch.setattr(submit, "find_files", missing)
+    assert main(["vertex", "submit", "--config", run_file]) == 2
+    said = capsys.readouterr().err
+    assert "output_dir: there is no bucket gs://" in said
+    assert "gcloud storage buckets create" in said
+    assert vertex.requests == []

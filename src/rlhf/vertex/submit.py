@@ -112,7 +112,8 @@ def submit(config: PipelineConfig, *, wait: bool = False) -> int:
     parameters.setdefault(
         "image", f"{location}-docker.pkg.dev/{project}/rlhf/rlhf:{rlhf.__version__}"
     )
-    _check_bucket(config, project)
+    if not config.dry_run:
+        _check_bucket(config, project)
     for line in _check_here(config):
         say(line)
     _say_request(config, parameters)
