@@ -226,7 +226,16 @@ def comparable(names: list[str], stages: tuple[str, ...]) -> set[str]:
 
 def killed_half_way_it_ends_as_if_it_had_not_been(cloud: Cloud, base: str) -> None:
     cloud.jobs.restarts = 1
-    run = cloud.pipeline(large_model_reference=base, run_name="killed", eval_dataset="")
+    # No inference, but the stages before it with the rows that they had: the reward model would
+    # else hold out some of its own.
+    rows = {"eval_dataset": f"{cloud.bucket}/data/eval.jsonl"}
+    run = cloud.pipeline(
+        large_model_reference=base,
+        run_name="killed",
+        eval_dataset="",
+        reward_model_config={"batch_size": 4, "log_every": 1, **rows},
+        ppo_config={**PPO, **rows},
+    )
     folder = f"{cloud.bucket}/runs/killed/policy"
     before = len(cloud.jobs.of_stage("ppo"))
     # Eight tiny steps are over before anyone can kill them; the second checkpoint takes its time.
