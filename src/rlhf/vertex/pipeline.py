@@ -136,6 +136,7 @@ def payload(
 def _validation_job(given: dict[str, Any]) -> dsl.ContainerSpec:
     # Neither Spot nor the queue for GPUs: a CPU is always to be had.
     on_demand = given | {"strategy": "STANDARD", "max_wait_duration": ""}
+    on_demand["boot_disk_type"] = "pd-ssd"  # the only kind that every machine takes
     return build_serverless_customjob_container_spec(
         project=given["project"],
         location=given["location"],
