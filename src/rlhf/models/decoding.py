@@ -90,8 +90,8 @@ def read_llama_token(model: Any, state: DecodeState, tokens: Tensor, width: int)
             split_heads(projection(h), attention.head_dim)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        keys.index_copy_(2, state.column, (rotate(k, cos, sin)).to(keys.dtype))
-        values.index_copy_(2, state.column, (v).to(values.dtype))
+        keys.index_copy_(2, state.column, rotate(k, cos, sin).to(keys.dtype))
+        values.index_copy_(2, state.column, v.to(values.dtype))
         heads = grouped_attention(
             rotate(q, cos, sin), keys[:, :, :width], values[:, :, :width], bias
         )
@@ -109,8 +109,8 @@ def read_t5_token(decoder: Any, state: DecodeState, tokens: Tensor, width: int) 
         own, cross, feed_forward = block.layer
         attention, h = own.SelfAttention, own.layer_norm(x)
         keys, values, size = state.keys[i], state.values[i], attention.key_value_proj_dim
-        keys.index_copy_(2, state.column, (split_heads(attention.k(h), size)).to(keys.dtype))
-        values.index_copy_(2, state.column, (split_heads(attention.v(h), size)).to(values.dtype))
+        keys.index_copy_(2, state.column, split_heads(attention.k(h), size).to(keys.dtype))
+        values.index_copy_(2, state.column, split_heads(attention.v(h), size).to(values.dtype))
         x = x + t5_attention(attention, h, keys[:, :, :width], values[:, :, :width], bias)
         attention, h = cross.EncDecAttention, cross.layer_norm(x)
         keys, values = state.prompt_keys[i], state.prompt_values[i]
