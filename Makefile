@@ -27,7 +27,7 @@ quickstart: $(STAMP) ## all stages on the embedded corpus: make quickstart ARCH=
 # Two processes of one thread each: tiny models gain nothing from more.
 # isolated.py takes the network away, so that no test can come to need it.
 test: $(STAMP) ## all tests with coverage; make test ARGS="-m 'not slow'" for the fast ones
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/isolated.py -m pytest -m "" -n 2 --cov --cov-report=term $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/isolated.py -m pytest -m "" -n 2 --dist worksteal --cov --cov-report=term $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
