@@ -16,9 +16,10 @@ from google.auth.exceptions import DefaultCredentialsError
 
 from rlhf.errors import InputError, StorageError
 from rlhf.outputs import Output, join
+from rlhf.storage import as_url
 from rlhf.vertex import failure
 from rlhf.vertex.cloud import export_huggingface_token, register_model
-from rlhf.vertex.executor import Task, as_url, write_file
+from rlhf.vertex.executor import Task, write_file
 from rlhf.vertex.failure import Failure, describe, read_failure, repeated_failure, write_failure
 from rlhf.vertex.summary import markdown, numbers, result_metrics
 

@@ -26,11 +26,15 @@ def locate(path: str) -> str:
     `/gcs/bucket/x`, as Vertex writes addresses, is `gs://bucket/x` where that bucket is not
     mounted; every other path is what it was.
     """
-    inner = path.removeprefix(f"{MOUNT}/")
-    bucket = inner.split("/")[0]
-    if inner == path or not bucket or os.path.isdir(f"{MOUNT}/{bucket}"):
+    bucket = path.removeprefix(f"{MOUNT}/").split("/")[0]
+    if not bucket or os.path.isdir(f"{MOUNT}/{bucket}"):
         return path
-    return f"gs://{inner}"
+    return as_url(path)
+
+
+def as_url(path: str) -> str:
+    """`gs://bucket/x` for `/gcs/bucket/x`, mounted or not; every other path is what it was."""
+    return f"gs://{path.removeprefix(f'{MOUNT}/')}" if path.startswith(f"{MOUNT}/") else path
 
 
 def is_remote(path: str) -> bool:

@@ -4,5 +4,17 @@ Nothing outside this package imports kfp or google-cloud-aiplatform (extra `vert
 knows that it exists.
 """
 
+from rlhf import __version__
+
 # The compiled pipeline's name, here and in the folder kfp/.
 TEMPLATE = "rlhf_pipeline.yaml"
+
+
+def default_image(project: str, location: str) -> str:
+    """Address of the container image that containers/cloudbuild.yaml pushes.
+
+    Args:
+        project: Project, or what stands for it.
+        location: Region, or what stands for it.
+    """
+    return f"{location}-docker.pkg.dev/{project}/rlhf/rlhf:{__version__}"

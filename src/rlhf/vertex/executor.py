@@ -6,16 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.errors import InputError
-from rlhf.storage import open_store, storage_errors
-
-
-def as_url(path: str) -> str:
-    """Vertex mounts gs://bucket as /gcs/bucket; the storage library's own way knows retries."""
-    return f"gs://{path.removeprefix('/gcs/')}" if path.startswith("/gcs/") else path
+from rlhf.storage import as_url, open_store, storage_errors
 
 
 def write_file(path: str, text: str) -> None:
-    """Write a whole file, local or in a bucket."""
+    """Write a whole file, local or in a bucket; there past any mount, with the store's retries."""
     with storage_errors(f"{path} cannot be written"):
         filesystem, root = open_store(as_url(path), auto_mkdir=True)
         # Half of a surrogate pair, which JSON's escapes allow in a row, is not UTF-8.

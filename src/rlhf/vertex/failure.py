@@ -11,8 +11,8 @@ import torch
 
 from rlhf.errors import InputError
 from rlhf.outputs import Output, join
-from rlhf.storage import open_store
-from rlhf.vertex.executor import as_url, write_file
+from rlhf.storage import as_url, open_store
+from rlhf.vertex.executor import write_file
 
 FAILURE_FILE = "failure.json"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"

@@ -23,13 +23,7 @@ _DONE = {
     PipelineState.PIPELINE_STATE_CANCELLED,
 }
 _WAITING = {JobState.JOB_STATE_QUEUED, JobState.JOB_STATE_PENDING}
-# The jobs of the pipeline and the folder of each.
-_FOLDERS = {
-    "validate": "validate",
-    "reward_model": "reward_model",
-    "ppo": "policy",
-    "inference": "inference",
-}
+_STEPS = ("validate", "reward_model", "ppo", "inference")
 
 
 @dataclass
@@ -63,7 +57,7 @@ def follow(job: aiplatform.PipelineJob, config: PipelineConfig) -> int:
             return 1
         state = resource.state
         seen.say("pipeline", state.name.removeprefix("PIPELINE_STATE_").lower())
-        for stage in _FOLDERS:
+        for stage in _STEPS:
             custom_job = _custom_job(stage, config, resource)
             if custom_job is not None:
                 seen.say(stage, _words(custom_job, config))
@@ -130,11 +124,13 @@ def why(resource: Any, config: PipelineConfig) -> list[str]:
     lines += [f"failed: {task.task_name}: {task.error.message or 'no message'}" for task in failed]
     names = {task.task_name.replace("-", "_") for task in failed}
     project = aiplatform.initializer.global_config.project
-    for stage, folder in _FOLDERS.items():
+    for stage in _STEPS:
         if stage not in names:
             continue
+        validation = stage == "validate"
+        folder = join(config.output_dir, stage) if validation else config.stage_dir(stage)
         custom_job = _custom_job(stage, config, resource)
-        found = read_failure(join(config.output_dir, folder))
+        found = read_failure(folder)
         # One of an earlier submission says nothing about this one.
         if found is not None and found.time >= resource.create_time.strftime(TIME_FORMAT):
             lines += [f"cause: {found.cause}", f"fix: {found.fix}"]

@@ -9,7 +9,6 @@ ordinary configuration and knows of neither. Exit codes are those of the command
 import json
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -20,11 +19,11 @@ from rlhf.config.pipeline import STAGE_CLASSES
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.outputs import join
 from rlhf.pipeline import STAGES, check_inputs
-from rlhf.storage import open_store
+from rlhf.storage import as_url, open_store
 from rlhf.tracking import say
 from rlhf.vertex import failure
 from rlhf.vertex.cloud import export_huggingface_token, register_model
-from rlhf.vertex.executor import Task, as_url, write_file
+from rlhf.vertex.executor import Task, write_file
 from rlhf.vertex.machines import fit
 from rlhf.vertex.parameters import to_config
 from rlhf.vertex.summary import markdown, numbers, result_metrics
@@ -115,7 +114,7 @@ def run_stage(stage: str, task: Task) -> None:
     if stage == "inference":
         task.values["output_prediction_gcs_path"] = join(folder, "predictions.jsonl")
     metrics = result_metrics(folder)
-    task.metadata["metrics"] = dict(numbers(metrics))
+    task.metadata["metrics"] = numbers(metrics)
     task.write_artifact("summary", markdown(stage, folder, metrics, notes))
     failure.clear_failure(folder)
 
@@ -171,10 +170,10 @@ def _attempt(stage: str, task: Task) -> None:
     try:
         if secret := task.inputs.get("huggingface_token_secret"):
             export_huggingface_token(secret, task.inputs.get("project", ""))
-        run: Callable[[], None] = (
-            (lambda: validate(task)) if stage == "validate" else (lambda: run_stage(stage, task))
-        )
-        run()
+        if stage == "validate":
+            validate(task)
+        else:
+            run_stage(stage, task)
     except (StoppedBySignal, SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:

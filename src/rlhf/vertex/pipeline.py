@@ -13,26 +13,21 @@ from google_cloud_pipeline_components import _placeholders as placeholders
 from google_cloud_pipeline_components.utils import build_serverless_customjob_container_spec
 from kfp import compiler, dsl
 
-import rlhf
+from rlhf.vertex import default_image
 from rlhf.vertex.parameters import PARAMETERS, REQUIRED, Parameter, description
 
 PIPELINE_NAME = "rlhf-pipeline"
-DEFAULT_IMAGE = (
-    f"{placeholders.LOCATION_PLACEHOLDER}-docker.pkg.dev/{placeholders.PROJECT_ID_PLACEHOLDER}"
-    f"/rlhf/rlhf:{rlhf.__version__}"
-)
 # Defaults that only the running pipeline knows.
 _AT_RUN_TIME = {
     "project": placeholders.PROJECT_ID_PLACEHOLDER,
     "location": placeholders.LOCATION_PLACEHOLDER,
-    "image": DEFAULT_IMAGE,
+    "image": default_image(placeholders.PROJECT_ID_PLACEHOLDER, placeholders.LOCATION_PLACEHOLDER),
     "output_directory": dsl.PIPELINE_ROOT_PLACEHOLDER,
     "run_name": dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
 }
-# The CPU step has no use for these.
 VALIDATION_MACHINE = "e2-highmem-4"
-# What every custom job needs to know besides its stage.
-_OF_EVERY_JOB = (
+# Parameters that a GPU job needs as they are.
+_OF_GPU_JOBS = (
     "project",
     "location",
     "image",
@@ -48,8 +43,8 @@ _OF_EVERY_JOB = (
     "restart_job_on_worker_restart",
     "labels",
     "huggingface_token_secret",
+    "tensorboard_resource_id",
 )
-_OF_GPU_JOBS = (*_OF_EVERY_JOB, "tensorboard_resource_id")
 # Decided by the validation step.
 _DECIDED = {
     "config": str,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+import google.auth
 from google.api_core.exceptions import GoogleAPIError
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
@@ -15,15 +16,13 @@ from google.cloud import aiplatform
 from google.protobuf.json_format import MessageToDict
 from pydantic import ValidationError
 
-import rlhf
 from rlhf.config import PipelineConfig, TrainingConfig
 from rlhf.config.loading import merged, nested, validation_problems
 from rlhf.errors import InputError
 from rlhf.pipeline import check_inputs
-from rlhf.storage import find_files, open_store
+from rlhf.storage import as_url, find_files, open_store
 from rlhf.tracking import say
-from rlhf.vertex import TEMPLATE
-from rlhf.vertex.executor import as_url
+from rlhf.vertex import TEMPLATE, default_image
 from rlhf.vertex.follow import follow
 from rlhf.vertex.job import DEPLOY_NOTE
 from rlhf.vertex.machines import fit
@@ -109,9 +108,7 @@ def submit(config: PipelineConfig, *, wait: bool = False) -> int:
     project, credentials = _identity(config)
     location = config.vertex.location
     parameters |= {"project": project, "location": location}
-    parameters.setdefault(
-        "image", f"{location}-docker.pkg.dev/{project}/rlhf/rlhf:{rlhf.__version__}"
-    )
+    parameters.setdefault("image", default_image(project, location))
     if not config.dry_run:
         _check_bucket(config, project)
     for line in _check_here(config):
@@ -202,8 +199,6 @@ def _request(job: aiplatform.PipelineJob) -> dict[str, Any]:
 
 def _identity(config: PipelineConfig) -> tuple[str, Any]:
     """Project and credentials; nobody's for a dry run on a machine that has none."""
-    import google.auth
-
     given = config.vertex.project
     try:
         credentials, own = google.auth.default(

@@ -59,7 +59,7 @@ def _first_and_last(rows: list[dict[str, Any]]) -> str:
         return ""
     parts = []
     steps = sorted({row["step"] for row in rows})
-    for title, step in dict(zip(("Before", "After"), (steps[0], steps[-1]), strict=True)).items():
+    for title, step in (("Before", steps[0]), ("After", steps[-1])):
         chosen = [row for row in rows if row["step"] == step][:SHOWN_ROWS]
         names = [name for name in chosen[0] if name != "step"]
         parts += [
