@@ -20,6 +20,7 @@ from rlhf.config import StageConfig
 from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
 from rlhf.models.attention import SDPA_FLOAT32
+from rlhf.models.heap import keep_freed_memory
 from rlhf.models.language_model import (
     FAMILIES,
     EncoderDecoderModel,
@@ -119,6 +120,8 @@ def load_language_model(
     revision = revision if base_model else config.revision
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if model is None:
         storage = torch.float32 if trainable else dtype
         model = _load_weights(name, revision, storage, config.attn_implementation)
