@@ -1,6 +1,7 @@
 """The T5/LLaMA seam against plain transformers, row by row and without padding."""
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from rlhf.config import LoRAConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.errors import InputError
-from rlhf.models import language_model
+from rlhf.models import logprobs
 from rlhf.models.language_model import FAMILIES, LanguageModel
 from rlhf.models.weights import fingerprint
 
@@ -226,11 +227,11 @@ def test_gradients_go_to_the_active_role_only(arch: str, checkpointing: bool) ->
     assert all(p.grad is None for n, p in lm.module.named_parameters() if n not in others)
 
 
-def policy_gradients(lm: LanguageModel, arch: str) -> list[Tensor]:
+def policy_gradients(lm: LanguageModel, arch: str, *, entropy: bool = True) -> list[Tensor]:
     prompts, responses = ragged(arch)
     with lm.using("policy"):
         states = lm.response_states(prompts, responses)
-        stats = lm.token_logprobs(states, responses, entropy=True)
+        stats = lm.token_logprobs(states, responses, entropy=entropy)
         (stats.logprobs.sum() + 0.1 * stats.entropy.sum()).backward()
     return [p.grad for _, p in lm.named_trainable("policy")]
 
@@ -321,12 +322,64 @@ def count_calls(lm: LanguageModel) -> dict[str, int]:
     return calls
 
 
-def test_chunks_of_the_lm_head_change_nothing(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = policy_gradients(two_roles(arch), arch)
-    monkeypatch.setattr(language_model, "LOGITS_PER_CHUNK", 3 * 120)
-    chunked = policy_gradients(two_roles(arch), arch)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_chunks_of_the_lm_head_change_nothing(
+    arch: str, entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = policy_gradients(two_roles(arch), arch, entropy=entropy)
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", 3 * 120)
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK_CPU", 3 * 120)
+    chunked = policy_gradients(two_roles(arch), arch, entropy=entropy)
     for a, b in zip(whole, chunked, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("width", [1.0, 40.0])
+def test_gradients_of_logprobs_against_float64(
+    arch: str, width: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = make_lm(arch)
+    _, responses = ragged(arch)
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK_CPU", 4 * 120)
+    random = torch.Generator().manual_seed(0)
+    shape = (len(responses), responses.ids.shape[1] + 1, lm.hidden_size)
+    states = (width * torch.randn(shape, generator=random)).requires_grad_()
+    weights = torch.randn(responses.ids.shape, generator=random)
+    ours = lm.token_logprobs(states, responses, 0.7, 1).logprobs
+    (gradient,) = torch.autograd.grad((ours * weights).sum(), states)
+
+    exact = states.detach().double().requires_grad_()
+    head = lm.module.get_output_embeddings().weight.double()
+    logits = lm.scale_for_head(exact[:, :-1]) @ head.T / 0.7
+    forbidden = torch.zeros_like(logits, dtype=torch.bool)
+    forbidden[:, :1, sorted(lm.layout.eos_ids)] = True
+    expected = logits.masked_fill(forbidden, -math.inf).log_softmax(-1)
+    expected = expected.gather(2, responses.ids[..., None])[..., 0]
+    mask = responses.mask & expected.isfinite()  # a response of EOS alone was impossible
+    assert mask.sum() > 8
+    torch.testing.assert_close(ours[mask].double(), expected[mask], atol=1e-4, rtol=1e-5)
+    (exact_gradient,) = torch.autograd.grad((expected[mask] * weights[mask]).sum(), exact)
+    sure = torch.nn.functional.pad(mask, (0, 1))[..., None]
+    torch.testing.assert_close(
+        (gradient * sure).double(), exact_gradient * sure, atol=1e-5, rtol=1e-4
+    )
+
+
+def test_logprobs_keep_no_logits(arch: str) -> None:
+    lm = make_lm(arch)
+    _, responses = ragged(arch)
+    shape = (len(responses), responses.ids.shape[1] + 1, lm.hidden_size)
+    head, kept = lm.module.get_output_embeddings(), []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() != head.weight.data_ptr():
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        lm.token_logprobs(torch.randn(shape).requires_grad_(), responses)
+    assert lm.vocab_size > lm.hidden_size
+    assert max(kept) <= responses.ids.numel() * lm.hidden_size
 
 
 def test_dropout_is_off_although_training_mode_is_on(arch: str) -> None:

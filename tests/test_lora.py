@@ -87,3 +87,20 @@ def test_no_adapter_means_the_base_alone() -> None:
     x = torch.randn(5, 24)
     layer.enable_adapters(False)
     assert torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrices_that_were_cast_before_give_the_same(dtype: torch.dtype) -> None:
+    layer = make_layer(True, dtype)
+    layer.__class__ = LoRALinear
+    x = torch.randn(6, 1, 24).to(dtype)
+    with torch.no_grad():
+        expected = layer(x)
+        layer.prepare("default")
+        assert layer.low_rank[0].dtype == dtype
+        ours = layer(x)
+        layer.low_rank = None
+        assert torch.equal(layer(x), expected)
+    assert ours.shape == expected.shape
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)

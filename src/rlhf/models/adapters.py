@@ -133,6 +133,23 @@ class AdapterSet:
             for base, original in zip(bases, originals, strict=True):
                 base.weight.data = original
 
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Casts the active adapter to the weights' type once, for decoding where nothing folds."""
+        name = self._active
+        if name is None:
+            yield
+            return
+        layers = [layer for layer in self._layers if isinstance(layer, LoRALinear)]
+        try:
+            for layer in layers:
+                if name in layer.lora_A:
+                    layer.prepare(name)
+            yield
+        finally:
+            for layer in layers:
+                layer.low_rank = None
+
     def _switch(self, name: str | None) -> None:
         for layer in self._layers:
             layer.enable_adapters(name is not None)

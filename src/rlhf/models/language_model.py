@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -33,10 +32,10 @@ from rlhf.models.decoding import (
     read_llama_token,
     read_t5_token,
 )
+from rlhf.models.logprobs import token_stats
+from rlhf.models.norms import use_faster_norms
 from rlhf.models.weights import fingerprint, switch_off_dropout
 
-# Logits of one chunk: 2^25 fp32 numbers are 128 MiB, so (B, R, V) never exists for large V.
-LOGITS_PER_CHUNK = 2**25
 # Finite, so that 0 * log 0 stays 0 in the entropy.
 FORBIDDEN_LOGIT = -1e30
 
@@ -94,6 +93,7 @@ class LanguageModel(ABC):
         self.adapters = AdapterSet(module, self.task_type)
         self._compiled: CompiledDecoding | None = None
         switch_off_dropout(module)
+        use_faster_norms(module)
         # An Embedding drops the gradient of its padding_idx, but PAD may be a real token here.
         embedding: Any = module.get_input_embeddings()
         embedding.padding_idx = None
@@ -249,7 +249,9 @@ class LanguageModel(ABC):
         Returns:
             (N, V) fp32.
         """
-        logits = self.logits(states) / temperature
+        logits = self.logits(states)
+        if temperature != 1.0:  # a pass over the logits
+            logits = logits / temperature
         if min_response_length > 0:
             eos = torch.tensor(sorted(self.layout.eos_ids), device=logits.device)
             too_early = positions < min_response_length
@@ -272,32 +274,25 @@ class LanguageModel(ABC):
             responses: The responses those states belong to.
             temperature: Sampling temperature.
             min_response_length: The constraint that sampling had.
-            entropy: Whether to compute the entropies, which costs three passes over the logits.
+            entropy: Whether to compute the entropies, which costs more passes over the logits.
         """
         mask = responses.mask
-        tokens = responses.ids[mask]
         positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]
-        flat = states[:, :-1][mask]
-        size = max(1, LOGITS_PER_CHUNK // self.vocab_size)
+        head: Any = self.module.get_output_embeddings()
 
-        def chunk(states: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.policy_logits(states, positions, temperature, min_response_length)
-            surprise = nn.functional.cross_entropy(logits, tokens, reduction="none")
-            if not entropy:
-                return -surprise, torch.zeros_like(surprise)
-            logprobs = logits.log_softmax(-1)
-            return -surprise, -(logprobs.exp() * logprobs).sum(-1)
+        def logits(states: Tensor, positions: Tensor) -> Tensor:
+            return self.policy_logits(states, positions, temperature, min_response_length)
 
-        # Recomputing a chunk's logits in backward keeps only one chunk of them alive.
-        several = len(tokens) > size and torch.is_grad_enabled()
-        pieces = [
-            checkpoint(chunk, *piece, use_reentrant=False) if several else chunk(*piece)
-            for piece in zip(
-                flat.split(size), tokens.split(size), positions.split(size), strict=True
-            )
-        ]
+        parts = token_stats(
+            logits,
+            states[:, :-1][mask],
+            responses.ids[mask],
+            positions,
+            self.vocab_size,
+            entropy=entropy,
+            head_is_trained=any(weight.requires_grad for weight in head.parameters()),
+        )
         zeros = torch.zeros(mask.shape, device=mask.device)
-        parts = [torch.cat(part) for part in zip(*pieces, strict=True)]
         return TokenStats(*(zeros.masked_scatter(mask, part) for part in parts))
 
     def add_adapter(
@@ -351,14 +346,18 @@ class LanguageModel(ABC):
     def folded(self) -> Iterator[None]:
         """Decoding inside pays nothing for the active adapter; weights in bf16 stay as they are.
 
-        In bf16 a fold loses small updates: most of an early adapter's effect would round away. A
-        compiled step keeps the adapter, because the weights that it reads must not move.
+        In bf16 a fold loses small updates: most of an early adapter's effect would round away, so
+        its matrices are only cast once for all tokens. A compiled step keeps the adapter as it is,
+        because what it reads must not move.
         """
-        if self.module.dtype == torch.float32 and self._compiled is None:
+        if self._compiled is not None:
+            yield
+        elif self.module.dtype == torch.float32:
             with self.adapters.folded():
                 yield
         else:
-            yield
+            with self.adapters.prepared():
+                yield
 
     def named_trainable(self, adapter: str | None) -> list[tuple[str, nn.Parameter]]:
         """What training a role changes: its adapter, or (None) all weights if they are trained."""

@@ -41,10 +41,27 @@ class _LoRAProduct(Function):
 
 
 class LoRALinear(Linear):
-    """peft's linear layer with adapters, made of the function above where that applies."""
+    """peft's linear layer with adapters, made of the function above where that applies.
+
+    Attributes:
+        low_rank: Aᵀ (in, r) and s·Bᵀ (r, out) of the active adapter in the base's type, while
+            responses are decoded; else None.
+    """
+
+    low_rank: tuple[Tensor, Tensor] | None = None
+
+    def prepare(self, name: str) -> None:
+        """Casts an adapter once for many calls without gradients, until `low_rank` is None."""
+        dtype = self.base_layer.weight.dtype
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        self.low_rank = a.to(dtype).t(), (b * self.scaling[name]).to(dtype).t()
 
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.low_rank is not None:
+            a, b = self.low_rank
+            flat = x.reshape(-1, x.shape[-1])
+            return self.base_layer(flat).addmm_(flat @ a, b).view(*x.shape[:-1], -1)
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not names:
             return self.base_layer(x)

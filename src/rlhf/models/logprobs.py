@@ -1,0 +1,121 @@
+"""Log-probabilities of tokens under an LM head, without ever holding the logits of all of them.
+
+Shape letters: N tokens, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import override
+
+# Logits of one chunk: 2^25 fp32 numbers are 128 MiB, so (N, V) never exists for large V.
+LOGITS_PER_CHUNK = 2**25
+# Of these a CPU's cache holds a part from one pass over them to the next.
+LOGITS_PER_CHUNK_CPU = 2**22
+# exp of less is a denormal number, which takes a CPU fifty times as long.
+LEAST_EXPONENT = -80.0
+
+# (N, D) states and the (N,) positions of the tokens that they predict, to (N, V) fp32 logits.
+Head = Callable[[Tensor, Tensor], Tensor]
+
+
+def token_stats(
+    head: Head,
+    states: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    vocab_size: int,
+    *,
+    entropy: bool,
+    head_is_trained: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each row's token, and the entropy of its distribution.
+
+    Args:
+        head: Makes logits of states.
+        states: (N, D).
+        tokens: (N,).
+        positions: (N,), for `head`.
+        vocab_size: V.
+        entropy: Whether to compute the entropies, which costs more passes over the logits.
+        head_is_trained: Whether the head has parameters that want gradients.
+
+    Returns:
+        (N,) and (N,) fp32 nats; entropies are 0 if they were not asked for.
+    """
+    if not entropy and not head_is_trained:
+        logprobs = _Logprobs.apply(states, tokens, positions, head, vocab_size)
+        return logprobs, torch.zeros_like(logprobs)
+
+    def chunk(states: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(states, positions)
+        surprise = nn.functional.cross_entropy(logits, tokens, reduction="none")
+        if not entropy:
+            return -surprise, torch.zeros_like(surprise)
+        logprobs = logits.log_softmax(-1)
+        return -surprise, -(logprobs.exp() * logprobs).sum(-1)
+
+    rows = _rows(vocab_size, states.device)
+    if torch.is_grad_enabled():
+        rows = max(1, LOGITS_PER_CHUNK // vocab_size)
+        if len(tokens) > rows:  # computed again in backward, so that one chunk is alive at a time
+            kept, chunk = chunk, lambda *piece: checkpoint(kept, *piece, use_reentrant=False)
+    parts = [chunk(*piece) for piece in _split(rows, states, tokens, positions)]
+    logprobs, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logprobs, entropies
+
+
+class _Logprobs(Function):
+    """log p(token) of each row; the gradient goes to its state only.
+
+    d log p / d logits is the token's one-hot vector minus p. Forward pulls it back through the head
+    at once, while the chunk's logits are there: what is kept is (N, D) instead of (N, V), and
+    backward multiplies each row by its incoming number.
+    """
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, states: Tensor, tokens: Tensor, positions: Tensor, head: Head, vocab_size: int
+    ) -> Tensor:
+        logprobs: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for state, token, position in _split(
+            _rows(vocab_size, states.device), states, tokens, positions
+        ):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                leaf = state.detach().requires_grad_(ctx.needs_input_grad[0])
+                logits = head(leaf, position)
+            every = logits.detach().log_softmax(-1)
+            index = token[:, None]
+            logprobs.append(every.gather(1, index)[:, 0])
+            if ctx.needs_input_grad[0]:
+                p = every.clamp_(min=LEAST_EXPONENT).exp_()
+                p.scatter_add_(1, index, p.new_full(index.shape, -1.0))
+                slopes += torch.autograd.grad(logits, leaf, p)
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(logprobs)
+
+    @staticmethod
+    @override
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (slopes,) = ctx.saved_tensors
+        return (-gradients[0][:, None] * slopes).to(slopes.dtype), None, None, None, None
+
+
+def _rows(vocab_size: int, device: torch.device) -> int:
+    """Rows of a chunk of which nothing is kept."""
+    logits = LOGITS_PER_CHUNK_CPU if device.type == "cpu" else LOGITS_PER_CHUNK
+    return max(1, logits // vocab_size)
+
+
+def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Chunks of so many rows."""
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
