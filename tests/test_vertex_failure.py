@@ -21,7 +21,7 @@ from rlhf.vertex import failure
 from rlhf.vertex.cloud import export_huggingface_token, register_model
 from rlhf.vertex.executor import Task, write_file
 from rlhf.vertex.failure import Failure, describe, read_failure, repeated_failure, write_failure
-from rlhf.vertex.summary import markdown, numbers, result_metrics
+from rlhf.vertex.summary import markdown, numbers
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -283,8 +283,7 @@ def test_samples_of_any_text_stay_in_their_cells(folder):
 def test_a_page_has_notes_metrics_and_the_stages_own_samples(folder):
     write_file(join(folder, "samples.md"), "# Samples\n\n| | before | after |\n")
     write_file(join(folder, "samples.jsonl"), '{"step": 0, "x": "not shown"}\n')
-    write_file(join(folder, "metrics.json"), '{"reward": 1.5, "finished": true, "kl": NaN}')
-    metrics = result_metrics(folder)
+    metrics = {"reward": 1.5, "finished": True, "kl": math.nan}
     page = markdown("inference", folder, metrics, ["everything is in gs://b/run", "second"])
     assert page.startswith("# inference\n\n- everything is in gs://b/run\n- second\n\n## Metrics")
     assert "| reward | 1.5 |" in page
@@ -295,7 +294,6 @@ def test_a_page_has_notes_metrics_and_the_stages_own_samples(folder):
 
 
 def test_a_stage_without_samples_has_a_page_too(folder):
-    assert result_metrics(folder) == {}
     write_file(join(folder, "samples.jsonl"), "")
     page = markdown("ppo", folder, {"reward": 1}, [])
     assert table_rows(page, columns=2)[2] == "| reward | 1 |"

@@ -26,7 +26,7 @@ from rlhf.vertex.cloud import export_huggingface_token, register_model
 from rlhf.vertex.executor import Task, write_file
 from rlhf.vertex.machines import fit
 from rlhf.vertex.parameters import to_config
-from rlhf.vertex.summary import markdown, numbers, result_metrics
+from rlhf.vertex.summary import markdown, numbers
 
 DEPLOY_NOTE = (
     "deploy_model: nothing is deployed, because an endpoint costs money until it is deleted; "
@@ -102,7 +102,7 @@ def run_stage(stage: str, task: Task) -> None:
     logs = os.environ.get("AIP_TENSORBOARD_LOG_DIR", "")
     if logs and "tensorboard_dir" in type(config).model_fields:
         config = config.model_copy(update={"tensorboard_dir": as_url(logs)})
-    STAGES[stage](config)
+    metrics = dict(STAGES[stage](config).metrics)
     folder = config.output_dir
     notes = [f"everything is in {folder}"]
     if stage == "reward_model":
@@ -113,7 +113,6 @@ def run_stage(stage: str, task: Task) -> None:
             notes.append(DEPLOY_NOTE)
     if stage == "inference":
         task.values["output_prediction_gcs_path"] = join(folder, "predictions.jsonl")
-    metrics = result_metrics(folder)
     task.metadata["metrics"] = numbers(metrics)
     task.write_artifact("summary", markdown(stage, folder, metrics, notes))
     failure.clear_failure(folder)

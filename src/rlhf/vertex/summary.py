@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.outputs import Output, read_json
+from rlhf.outputs import Output
 from rlhf.predictions import table_cell
 
 SHOWN_ROWS = 8
@@ -39,13 +39,6 @@ def markdown(stage: str, folder: str, metrics: Mapping[str, Any], notes: list[st
         lines = (output.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         parts.append(_first_and_last([json.loads(line) for line in lines]))
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def result_metrics(folder: str) -> dict[str, Any]:
-    """A finished stage's metrics.json."""
-    output = Output(folder)
-    output.fetch("metrics.json")
-    return read_json(output.path / "metrics.json") or {}
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
