@@ -264,14 +264,14 @@ class Letters(evaluate.Metric):
 
 
 def test_any_text_survives_the_files(tmp_path: Path) -> None:
-    text = "a | b\n\n`c` <d> \u2028 \ud83d caf\u00e9"
+    text = "a | b\n\n`c` <d> ![e](https://example.com/e.png) \u2028 \ud83d caf\u00e9"
     row = Prediction(text, text, "", [text, "x"], 0.5, None, 0.0, 0.0, 1, 2, 1, "eos", "length")
     path = tmp_path / "rows.jsonl"
     path.write_bytes(row.line() * 2)
     assert list(read_predictions(path)) == [row, row]
     samples = samples_markdown([row])
     write_text(tmp_path / "samples.md", samples)
-    assert "a \\| b<br><br>\\`c\\` &lt;d>" in samples
+    assert "a \\| b<br><br>\\`c\\` &lt;d> !\\[e](https" in samples
     assert "*(empty)*" in samples
 
 

@@ -207,7 +207,7 @@ def _length(tokens: int, reason: FinishReason) -> str:
 
 def _escape(text: str) -> str:
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
-    for character in "*_`":  # would vanish or change what follows
+    for character in "*_`[~":  # would vanish, change what follows or fetch a picture
         text = text.replace(character, "\\" + character)
     return text
 
