@@ -224,7 +224,7 @@ def test_without_reward_model_and_references_there_are_no_such_figures(
 
 def test_samples_and_report_can_be_read(case: Case, result: InferenceResult) -> None:
     samples = Path(result.samples).read_text(encoding="utf-8")
-    assert "the cat sat [summary]:" in samples
+    assert "the cat sat \\[summary]:" in samples
     assert samples.count("| | before | after |") == len(ROWS)
     tables = [line for line in samples.splitlines() if line.startswith("|")]
     assert all(line.replace("\\|", "").count("|") == 4 for line in tables)

@@ -118,21 +118,12 @@ def test_report_of_a_dry_run(tiny_checkpoint, arch):
         dry_run_report("sft", config, 20)
 
 
-@pytest.mark.parametrize("stage", ["ppo", "reward_model"])
-def test_activations_are_about_what_autograd_keeps(tiny_lm, stage):
+def test_activations_are_about_what_autograd_keeps(tiny_lm):
     from rlhf.data.batching import TokenBatch
 
     rows, prompt, response = 4, 64, 32
-    kind, fields = (
-        (PPOConfig, PPO)
-        if stage == "ppo"
-        else (
-            RewardModelConfig,
-            {"output_dir": "out", "preference_dataset": "rows", "dtype": "float32"},
-        )
-    )
-    config = kind(
-        **fields,
+    config = PPOConfig(
+        **PPO,
         lora={"rank": 1},
         micro_batch_size=rows,
         prompt_sequence_length=prompt,
@@ -154,9 +145,6 @@ def test_activations_are_about_what_autograd_keeps(tiny_lm, stage):
         tiny_lm.using("policy"),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        if stage == "ppo":
-            tiny_lm.token_logprobs(tiny_lm.response_states(prompts, responses), responses)
-        else:
-            tiny_lm.paired_final_states(prompts, responses, responses)
+        tiny_lm.token_logprobs(tiny_lm.response_states(prompts, responses), responses)
     real = sum(size for _, size in kept.values())
     assert 0.5 < memory_per_role(tiny_lm.config, config)["activations"] / real < 2

@@ -60,12 +60,14 @@ def token_stats(
         logprobs = logits.log_softmax(-1)
         return -surprise, -(logprobs.exp() * logprobs).sum(-1)
 
-    rows = _rows(vocab_size, states.device)
-    if torch.is_grad_enabled():
-        rows = max(1, LOGITS_PER_CHUNK // vocab_size)
-        if len(tokens) > rows:  # computed again in backward, so that one chunk is alive at a time
-            kept, chunk = chunk, lambda *piece: checkpoint(kept, *piece, use_reentrant=False)
-    parts = [chunk(*piece) for piece in _split(rows, states, tokens, positions)]
+    with_gradient = torch.is_grad_enabled()
+    rows = LOGITS_PER_CHUNK // vocab_size if with_gradient else _rows(vocab_size, states.device)
+    # Computing a chunk's logits again in backward keeps only one chunk of them alive.
+    several = with_gradient and len(tokens) > rows
+    parts = [
+        checkpoint(chunk, *piece, use_reentrant=False) if several else chunk(*piece)
+        for piece in _split(max(1, rows), states, tokens, positions)
+    ]
     logprobs, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
     return logprobs, entropies
 

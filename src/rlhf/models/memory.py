@@ -159,16 +159,17 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
     """Bytes kept for the backward pass of one micro-batch of the longest rows."""
     prompt, response = stage.prompt_sequence_length, stage.target_sequence_length
     encoder, decoder = _layers(config)
-    # Both candidates of a pair are read after one reading of their prompt.
-    answers = response * (2 if isinstance(stage, RewardModelConfig) else 1)
-    read = answers if encoder else prompt + answers
+    read = response if encoder else prompt + response
     rows, tokens = stage.micro_batch_limits
-    rows = max(1, min(rows, tokens // (prompt + answers)))
+    pair = isinstance(stage, RewardModelConfig)
+    rows = max(1, min(rows, tokens // (prompt + (2 if pair else 1) * response)))
+    if pair:
+        rows *= 2  # both candidates of a pair, as if each had its prompt to itself: an upper bound
     hidden = int(config.hidden_size)
     # T5's position bias keeps its attention matrices alive; LLaMA's kernels never store them.
     matrix = ATTENTION_KEPT * int(config.num_attention_heads) if encoder else 0
     in_encoder = prompt * (KEPT_PER_HIDDEN * hidden + matrix * prompt)
-    in_decoder = read * (KEPT_PER_HIDDEN * hidden + matrix * (prompt + response))
+    in_decoder = read * (KEPT_PER_HIDDEN * hidden + matrix * (prompt + read))
     if stage.gradient_checkpointing:  # a layer's input each, and all of the one recomputed
         kept = (encoder * prompt + decoder * read) * hidden
         kept += max(in_encoder if encoder else 0, in_decoder)
