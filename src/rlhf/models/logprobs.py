@@ -53,12 +53,11 @@ def token_stats(
         return logprobs, torch.zeros_like(logprobs)
 
     def chunk(states: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(states, positions)
-        surprise = nn.functional.cross_entropy(logits, tokens, reduction="none")
+        logprobs = head(states, positions).log_softmax(-1)
+        own = -nn.functional.nll_loss(logprobs, tokens, reduction="none")
         if not entropy:
-            return -surprise, torch.zeros_like(surprise)
-        logprobs = logits.log_softmax(-1)
-        return -surprise, -(logprobs.exp() * logprobs).sum(-1)
+            return own, torch.zeros_like(own)
+        return own, -(logprobs.exp() * logprobs).sum(-1)
 
     with_gradient = torch.is_grad_enabled()
     rows = LOGITS_PER_CHUNK // vocab_size if with_gradient else _rows(vocab_size, states.device)
