@@ -248,14 +248,29 @@ def test_eval_dataset_is_held_out_instead(config: RewardModelConfig, tmp_path: P
     assert (len(trainer.inputs.train), len(trainer.inputs.held_out)) == (190, 10)
 
 
-def test_the_best_weights_are_exported(config: RewardModelConfig) -> None:
-    # The rate is so high that the last steps are not the best ones.
-    update = {"learning_rate": 0.3, "lr_scheduler": "constant", "eval_every": 1, "train_steps": 8}
-    metrics = train_reward_model(config.model_copy(update=update)).metrics
-    assert metrics["eval/log_loss"] == pytest.approx(metrics["best"], rel=1e-5)
-    logged = [line["eval/log_loss"] for line in metric_lines(Path(config.output_dir))]
-    assert metrics["best"] == min(logged)
-    assert metrics["best_step"] == logged.index(min(logged)) + 1 < 8
+def test_the_best_weights_are_exported(
+    config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = [0.7, 0.4, 0.2, 0.2, 0.6, 0.3]  # the third is the best; an equal one comes too late
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def evaluate(trainer: RewardModelTrainer) -> dict[str, float]:
+        return {"eval/log_loss": losses[trainer.step_index - 1]}
+
+    def remember(trainer: Any, step: int, metrics: Mapping[str, float], samples: Any) -> None:
+        seen.append({name: tensor.detach().clone() for name, tensor in trainer.parameters.items()})
+
+    monkeypatch.setattr(RewardModelTrainer, "evaluate", evaluate)
+    update = {"eval_every": 1, "train_steps": 6, "normalization": "none"}
+    metrics = train_reward_model(config.model_copy(update=update), callbacks=[remember]).metrics
+    assert (metrics["best_step"], metrics["best"], metrics["eval/log_loss"]) == (3, 0.2, 0.2)
+    judge = load_reward_model(config.output_dir, device="cpu", dtype="float32")
+    assert isinstance(judge, RewardModel)
+    exported = dict(judge.lm.named_trainable("reward")) | {"head.weight": judge.head.weight}
+    assert exported.keys() == seen[2].keys()
+    for name, tensor in exported.items():
+        assert torch.equal(tensor, seen[2][name]), name
+    assert not torch.equal(seen[2]["head.weight"], seen[5]["head.weight"])
 
 
 def test_full_fine_tuning(config: RewardModelConfig) -> None:
