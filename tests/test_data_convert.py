@@ -72,6 +72,219 @@ def test_chosen_and_rejected_conversations(tmp_path: Path) -> None:
     )
 
 
+SYSTEM = {"role": "system", "content": "Be kind."}
+ASKED = {"role": "user", "content": "Hi"}
+SAID = {"role": "assistant", "content": "Hello. What is it?"}
+AGAIN = {"role": "user", "content": "Why?"}
+GOOD = {"role": "assistant", "content": "Because."}
+BAD = {"role": "assistant", "content": "Go."}
+IN_PARTS = {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"text": "y?"}]}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shared", "expected"),
+    [
+        ([ASKED], [ASKED], [ASKED]),
+        ([SYSTEM, ASKED], [SYSTEM, ASKED], [SYSTEM, ASKED]),
+        ([SYSTEM, ASKED], [ASKED], [SYSTEM, ASKED]),
+        ([ASKED], [SYSTEM, ASKED], [SYSTEM, ASKED]),
+        ([SYSTEM], [ASKED], [SYSTEM, ASKED]),
+        ([SYSTEM], [SYSTEM, ASKED], [SYSTEM, ASKED]),
+        ([ASKED, SAID, AGAIN], [ASKED, SAID, AGAIN], [ASKED, SAID, AGAIN]),
+        ([ASKED, SAID, AGAIN], [AGAIN], [ASKED, SAID, AGAIN]),
+        ([ASKED, SAID, AGAIN], [SAID, AGAIN], [ASKED, SAID, AGAIN]),
+        ([ASKED, SAID], [AGAIN], [ASKED, SAID, AGAIN]),
+        ([ASKED, SAID], [SAID, AGAIN], [ASKED, SAID, AGAIN]),
+        ([ASKED], [ASKED, SAID, AGAIN], [ASKED, SAID, AGAIN]),
+        ([ASKED, SAID], [ASKED, SAID, AGAIN], [ASKED, SAID, AGAIN]),
+        ([AGAIN], [ASKED, SAID, AGAIN], [ASKED, SAID, AGAIN]),
+        ([ASKED, SAID, AGAIN, GOOD], [ASKED, SAID, AGAIN], [ASKED, SAID, AGAIN]),
+        ([{**AGAIN, "content": "Why? "}], [AGAIN], [AGAIN]),
+        ([IN_PARTS], [AGAIN], [AGAIN]),
+        ("Why?", [ASKED, SAID, AGAIN], [ASKED, SAID, AGAIN]),
+        ("Hi", [ASKED], [ASKED]),
+        ("", [ASKED], [ASKED]),
+        ([], [ASKED], [ASKED]),
+        ([ASKED], [], [ASKED]),
+        (None, [ASKED, SAID, AGAIN], [ASKED, SAID, AGAIN]),
+    ],
+)
+@pytest.mark.parametrize("name", ["prompt", "messages"])
+def test_a_prompt_that_the_conversations_hold_already_is_written_once(
+    tmp_path: Path, name: str, prompt: Any, shared: list[Any], expected: list[Any]
+) -> None:
+    if name == "messages" and not isinstance(prompt, list):
+        return
+    run(tmp_path, {name: prompt, "chosen": [*shared, GOOD], "rejected": [*shared, BAD]})
+    assert written(tmp_path) == [
+        {"messages": expected, "candidate_0": "Because.", "candidate_1": "Go.", "choice": 0}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shared"),
+    [
+        ([ASKED], [AGAIN]),
+        ("Hi", [AGAIN]),
+        ([SYSTEM, ASKED], [{**SYSTEM, "content": "Be rude."}, ASKED]),
+        ([ASKED, SAID, AGAIN], [ASKED]),
+    ],
+)
+def test_a_prompt_that_contradicts_the_conversations_is_an_error(
+    tmp_path: Path, prompt: Any, shared: list[Any]
+) -> None:
+    row = {"prompt": prompt, "chosen": [*shared, GOOD], "rejected": [*shared, BAD]}
+    (found,) = problems(tmp_path, row)
+    assert ":1: prompt: is not how chosen and rejected begin, expected" in found
+
+
+@pytest.mark.parametrize("arch", ["t5", "llama"])
+def test_a_prompt_written_once_has_the_tokens_of_one_prompt(
+    tmp_path: Path, checkpoints: dict[str, Path], arch: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    shared = [SYSTEM, ASKED]
+    run(tmp_path, {"prompt": shared, "chosen": [*shared, GOOD], "rejected": [*shared, BAD]})
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints[arch])
+    renderer = PromptRenderer.for_tokenizer(tokenizer)
+    (row,) = load_preferences(str(tmp_path / "out.jsonl"), renderer=renderer)
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(shared, tokenize=False, add_generation_prompt=True)
+        text = text.removeprefix(tokenizer.bos_token or "")
+    else:
+        text = "Be kind.\n\nUser: Hi\n\nAssistant:"
+    assert tokenizer(row.prompt.text).input_ids == tokenizer(text).input_ids
+
+
+def test_two_answers_by_the_user_are_left_out(tmp_path: Path) -> None:
+    good = {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}
+    other = {**good, "rejected": [{**BAD, "role": "user"}]}
+    assert run(tmp_path, good, other).left_out == 1
+
+
+def test_answers_as_texts_or_single_turns_after_a_conversation(tmp_path: Path) -> None:
+    turns = [ASKED, SAID, AGAIN]
+    run(
+        tmp_path,
+        {"prompt": turns, "chosen": "Because.", "rejected": "Go."},
+        {"prompt": turns, "chosen": GOOD, "rejected": BAD},
+    )
+    row = {"messages": turns, "candidate_0": "Because.", "candidate_1": "Go.", "choice": 0}
+    assert written(tmp_path) == [row, row]
+
+
+def test_system_and_history_are_part_of_the_prompt(tmp_path: Path) -> None:
+    pair = {"prompt": "Why?", "chosen": "Because.", "rejected": "Go."}
+    history = [["Hi", "Hello. What is it?"]]
+    turned = {"chosen": [AGAIN, GOOD], "rejected": [AGAIN, BAD]}
+    report = run(
+        tmp_path,
+        {**pair, "system": "Be kind."},
+        {**pair, "system": "Be kind.", "context": "It rains."},
+        {**pair, "system": "Be kind.", "history": history},
+        {**pair, "history": [ASKED, SAID]},
+        {**turned, "system": "Be kind.", "history": history},
+        {"chosen": [SYSTEM, AGAIN, GOOD], "rejected": [SYSTEM, AGAIN, BAD], "system": "Be kind."},
+    )
+    answers = {"candidate_0": "Because.", "candidate_1": "Go.", "choice": 0}
+    assert written(tmp_path) == [
+        {"input_text": "Why?", "context": "Be kind.", **answers},
+        {"input_text": "Why?", "context": "Be kind.\n\nIt rains.", **answers},
+        {"messages": [SYSTEM, ASKED, SAID, AGAIN], **answers},
+        {"messages": [ASKED, SAID, AGAIN], **answers},
+        {"messages": [SYSTEM, ASKED, SAID, AGAIN], **answers},
+        {"messages": [SYSTEM, AGAIN], **answers},
+    ]
+    assert report.unused == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"system": ["x"]}, "system: is a list, expected text"),
+        ({"history": [["one"]]}, "history[0]: is a list, expected two texts"),
+        ({"history": ["one"]}, 'history[0]: is the text "one", expected two texts'),
+        ({"prompt": [SYSTEM, ASKED], "system": "x"}, "system: is not the first turn's text"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "prompt[0]: is an object"),
+    ],
+)
+def test_what_cannot_be_part_of_the_prompt_is_an_error(
+    tmp_path: Path, change: Any, expected: str
+) -> None:
+    row = {"prompt": "Why?", "chosen": "Because.", "rejected": "Go."} | change
+    (found,) = problems(tmp_path, row)
+    assert found.startswith(f"{tmp_path}/source.jsonl:1: {expected}")
+
+
+def test_alpaca_rows(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    report = run(
+        tmp_path,
+        row,
+        {**row, "input": ""},
+        {**row, "system": "Be kind.", "history": [["Hi", "Ho"]], "id": 7},
+    )
+    assert report.layout == "alpaca"
+    assert written(tmp_path) == [
+        {"input_text": "Add.\n\n1 2", "output_text": "3"},
+        {"input_text": "Add.", "output_text": "3"},
+        {
+            "messages": [
+                SYSTEM,
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Ho"},
+                {"role": "user", "content": "Add.\n\n1 2"},
+            ],
+            "output_text": "3",
+        },
+    ]
+    assert report.lines()[-1] == "fields not used: id"
+
+
+def test_preferences_with_an_alpaca_prompt(tmp_path: Path) -> None:
+    report = run(tmp_path, {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"})
+    assert report.layout == "chosen_rejected"
+    assert written(tmp_path) == [
+        {"input_text": "Add.\n\n1 2", "candidate_0": "3", "candidate_1": "4", "choice": 0}
+    ]
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "a", "chosen": "b", "rejected": "c"}, TLDR, HH, {**PAIR, "prompt": "a post"},
+    {"instruction": "a", "output": "b"},
+])  # fmt: skip
+def test_fields_that_no_row_of_the_library_has_are_named_once(tmp_path: Path, row: Any) -> None:
+    more = {"source": "web", "meta": {"a": 1}, "score": 0, "none": None, "blank": "", "no": []}
+    report = run(tmp_path, row | more, row | more)
+    known = {"worker", "extra"} & set(row)
+    assert set(report.unused) == {"source", "meta", "score"} | known
+    assert sum("fields not used: " in line for line in report.lines()) == 1
+
+
+def test_texts_that_begin_with_the_prompt(tmp_path: Path) -> None:
+    report = run(
+        tmp_path,
+        {"prompt": "I am", "chosen": "I am so", "rejected": "I am."},
+        {"prompt": "I am", "chosen": "I am so", "rejected": "You are."},
+    )
+    assert report.repeating == 1
+    assert "both answers begin with the whole prompt: 1" in report.lines()[1]
+    run(tmp_path, {"prompt": "\n\nHuman: Hi\n\nAssistant:", **{
+        name: f"\n\nHuman: Hi\n\nAssistant: {name}" for name in ("chosen", "rejected")
+    }})  # fmt: skip
+    assert written(tmp_path) == [{
+        "messages": [{"author": "user", "content": "Hi"}],
+        "candidate_0": "chosen", "candidate_1": "rejected", "choice": 0,
+    }]  # fmt: skip
+
+
+def test_half_characters_in_arrays_are_mended(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[{"input_text": "cut \\ud83d"}]')
+    convert(str(tmp_path / "rows.json"), str(tmp_path / "out.jsonl"))
+    assert written(tmp_path) == [{"input_text": "cut \ufffd"}]
+
+
 def test_tldr_comparisons(tmp_path: Path) -> None:
     titled = {**TLDR, "info": {"post": "It ran.", "title": "Cat", "subreddit": "cats"}, "choice": 1}
     news = {**TLDR, "info": {"article": "News."}}

@@ -1,6 +1,7 @@
 """Files as people have them: read without fuss, or refused with every problem at once."""
 
 import contextlib
+import difflib
 import json
 import tracemalloc
 from pathlib import Path
@@ -12,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf.data import files
+from rlhf.data.check import check_files
+from rlhf.data.duplicates import PairCounter
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_preferences, load_prompts, split_holdout
 from rlhf.errors import InputError
@@ -182,6 +185,105 @@ def test_a_missing_field_names_its_neighbour(tmp_path: Path) -> None:
     assert any("input_text: is missing" in one and "imput_text" in one for one in found)
     assert any("candidate_0: is missing" in one and "candidate0" in one for one in found)
     assert any(":2: input_text: is missing (the row is empty)" in one for one in found)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Add.", "input": "1 2"},
+        {"input": "1 2", "note": "a text"},
+        {"candidate_1": "b", "choice": 0, "input_text": "a"},
+        {"input_text": "a"},
+        {"messages": [{"role": "user", "content": "a"}], "output": "b", "response": "c"},
+    ],
+)
+def test_no_hint_is_to_a_name_by_which_another_field_is_lost(tmp_path: Path, row: Any) -> None:
+    path = write(tmp_path / "a.jsonl", row)
+    found = problems(path) + problems(path, load_prompts, require_output=True)
+    assert found
+    assert not any("did you mean" in one for one in found)
+    assert ("data convert" in found[0]) == ({"instruction", "output"} <= set(row))
+
+
+@pytest.mark.parametrize("keys", [300_000, 2])
+@pytest.mark.parametrize("length", [5, 300_000])
+def test_huge_rows_are_compared_with_few_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: int, length: int
+) -> None:
+    compared = []
+
+    class Counted(difflib.SequenceMatcher):  # type: ignore[type-arg]
+        def set_seq1(self, a: Any) -> None:
+            compared.append(len(a))
+            super().set_seq1(a)
+
+    monkeypatch.setattr(difflib, "SequenceMatcher", Counted)
+    row = {f"key {number}".ljust(length if keys < 3 else 5): 1 for number in range(keys)}
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * 3)
+    assert problems(str(path))
+    assert len(compared) < 5000
+    assert max(compared, default=0) <= 100
+
+
+def test_unused_fields_are_named_once(tmp_path: Path) -> None:
+    turn = {"role": "user", "content": "a", "name": "Al", "weight": 0}
+    path = write(
+        tmp_path / "a.jsonl",
+        {**PAIR, "system": "x", "history": [["a", "b"]]},
+        {**PAIR, "system": "y", "prompt": "another", "chosen": "z", "id": None, "tags": []},
+        {"messages": [turn], "chosen": "b", "rejected": "c", "choice": 1},
+    )
+    expected = "fields not used: system, history, prompt, chosen, choice, messages[].name"
+    for load in (load_preferences, load_prompts):
+        lines = load(path, renderer=RENDERER, name="data").report.lines()
+        assert [line for line in lines if "not used" in line] == [f"data: {expected}"]
+
+
+def test_very_many_unused_fields_are_not_all_named(tmp_path: Path) -> None:
+    rows = [{**PAIR, f"{number} \x1b" + "a" * 1000: 1} for number in range(1000)]
+    (line,) = load_preferences(
+        write(tmp_path / "a.jsonl", *rows), renderer=RENDERER
+    ).report.lines()[2:]
+    assert len(line) < 1200
+    assert "\x1b" not in line
+    assert line.endswith("…")
+
+
+def test_repeated_and_contradicting_pairs_are_counted(tmp_path: Path) -> None:
+    mirrored = {**PAIR, "candidate_0": " two", "candidate_1": " one"}
+    path = write(
+        tmp_path / "a.jsonl",
+        PAIR,
+        PAIR,  # again
+        {**PAIR, "choice": 0},  # contradicts
+        mirrored,  # says what the third does
+        {**mirrored, "choice": 0},  # says what the first does
+        {"prompt": "a post", "chosen": " two", "rejected": " one"},  # the same
+        {**PAIR, "input_text": "another post", "choice": 0},
+        {**PAIR, "input_text": "another post", "candidate_0": " three"},
+        {**PAIR, "candidate_0": " two"},  # identical: left out
+    )
+    rows = load_preferences(path, renderer=RENDERER)
+    assert (rows.report.repeated, rows.report.contradictions) == (4, 1)
+    assert len(rows) == 8
+    said = "\n".join(rows.report.lines())
+    assert "pairs that an earlier row has too, with the same choice: 4" in said
+    assert "contradicting pairs (same candidates, either choice): 1" in said
+    assert said in "\n".join(check_files(path).lines()).replace("data:", "preference_dataset:")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(*[st.sampled_from("abc")] * 3, st.booleans())))
+def test_pairs_are_counted_like_sets_count_them(rows: list[tuple[str, str, str, bool]]) -> None:
+    counter = PairCounter()
+    said = set()
+    for prompt, one, two, second in rows:
+        counter.add(prompt, one, two + "2", int(second))
+        said.add((prompt, one, two + "2", second))
+    different = {row[:3] for row in said}
+    assert counter.counts() == (len(rows) - len(said), len(said) - len(different))
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def check(files: tuple[str, ...], **options: Any) -> None:
     "--layout",
     default="auto",
     show_default=True,
-    help="auto, rows, chosen_rejected, tldr_comparisons or hh_rlhf.",
+    help="auto, rows, chosen_rejected, alpaca, tldr_comparisons or hh_rlhf.",
 )
 def convert(sources: tuple[str, ...], output: str, layout: str) -> None:
     """Write the library's preference rows from files in another layout."""

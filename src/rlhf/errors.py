@@ -1,6 +1,12 @@
 """What the library raises when the caller has to do something."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+# Comparing takes time by the product of the lengths: names from files may have any length.
+_LONGEST_NAME = 100
+_MOST_NAMES = 1000
 
 
 class InputError(Exception):
@@ -31,3 +37,17 @@ class StoppedBySignal(Exception):  # noqa: N818 - stopping when asked is no erro
         super().__init__(
             f"stopped by a signal after step {step}; the same command continues from there"
         )
+
+
+def closest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The candidate most like a misspelt name, among the first thousand; None if none is like it.
+
+    Args:
+        name: As the user wrote it.
+        candidates: What may have been meant; long ones are passed over.
+        cutoff: From 0 (anything) to 1 (the same).
+    """
+    if len(name) > _LONGEST_NAME:
+        return None
+    short = [one for one in islice(candidates, _MOST_NAMES) if len(one) <= _LONGEST_NAME]
+    return next(iter(difflib.get_close_matches(name, short, n=1, cutoff=cutoff)), None)

@@ -1,6 +1,5 @@
 """What a schema says about itself: its fields, their types in words, the name most like another."""
 
-import difflib
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -8,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+
+from rlhf.errors import closest
 
 _WORDS = {str: "text", int: "integer", float: "number", bool: "true | false"}
 
@@ -36,8 +37,8 @@ def leaf_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Return a hint that names the valid name most like `name`, or an empty string."""
     by_plain = {candidate.replace("-", "_"): candidate for candidate in valid}
-    close = difflib.get_close_matches(name.replace("-", "_"), list(by_plain), n=1, cutoff=0.5)
-    return f"; did you mean `{by_plain[close[0]]}`?" if close else ""
+    close = closest(name.replace("-", "_"), by_plain, cutoff=0.5)
+    return f"; did you mean `{by_plain[close]}`?" if close else ""
 
 
 def type_name(field: FieldInfo) -> str:

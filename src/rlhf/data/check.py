@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from rlhf.data.duplicates import PairCounter
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import OnBadRows, Paths, prompt_columns, read_rows
 from rlhf.data.rows import PromptData, ReadReport, prompt_schema
@@ -59,6 +60,7 @@ class CheckReport:
         references: Texts of `output_text`.
         distinct_prompts: Number of different prompts.
         second_chosen: Preferences for `candidate_1`.
+        repeating: Preferences of which both candidates begin with the row's whole input.
         longer_chosen: Preferences for the longer candidate (in characters); a bias to know of.
         lengths: Of prompts, candidates and references.
         shortened: Prompts that lose tokens to `prompt_sequence_length`; None without a tokenizer.
@@ -72,6 +74,7 @@ class CheckReport:
     references: int = 0
     distinct_prompts: int = 0
     second_chosen: int = 0
+    repeating: int = 0
     longer_chosen: int = 0
     lengths: list[Lengths] = field(default_factory=list)
     shortened: int | None = None
@@ -89,6 +92,8 @@ class CheckReport:
             second = self.second_chosen / self.preferences
             longer = self.longer_chosen / self.preferences
             said.append(f"preferred: candidate_1 in {second:.1%}, the longer one in {longer:.1%}")
+        if self.repeating:
+            said.append(f"both candidates begin with the whole input: {self.repeating}")
         said += [lengths.line() for lengths in self.lengths]
         if self.shortened is not None and self.cut is not None:
             prompt_limit, response_limit = self.limits
@@ -149,6 +154,7 @@ class _Tally:
         self.renderer = renderer
         self.found = CheckReport(ReadReport("data"))
         self.prompts: set[bytes] = set()
+        self.pairs = PairCounter()
 
     def normalise(self, checker: RowChecker, read: ReadReport) -> dict[str, Any] | None:
         """The columns of a row; the answers of either kind stand in `references`."""
@@ -168,6 +174,9 @@ class _Tally:
                 read.identical += 1
                 return None
             self.found.preferences += 1
+            prompt = columns["input_text"]
+            self.found.repeating += all(answer.startswith(prompt) for answer in answers)
+            self.pairs.add(columns["text"], answers[0], answers[1], pair.choice)
             self.found.second_chosen += pair.choice
             other = answers[1 - pair.choice]
             self.found.longer_chosen += len(answers[pair.choice]) > len(other)
@@ -177,6 +186,7 @@ class _Tally:
 
     def report(self, read: ReadReport) -> CheckReport:
         """The counts as the beginning of a report."""
+        read.repeated, read.contradictions = self.pairs.counts()
         prompts = read.rows - self.found.preferences
         return replace(self.found, read=read, prompts=prompts, distinct_prompts=len(self.prompts))
 

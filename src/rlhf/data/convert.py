@@ -3,13 +3,19 @@ r"""Files in other common layouts, rewritten as the library's rows.
 Layouts:
 
 * `rows`: the library's own rows, perhaps as a JSON array.
-* `chosen_rejected`: `prompt`, `chosen`, `rejected` as texts, or as lists of turns with `role` and
-  `content` (then `prompt` may be missing: it is what the two conversations have in common).
+* `chosen_rejected`: `prompt` (or `input_text`, `question`, `instruction` with `input`), `chosen`,
+  `rejected` as texts, or as lists of turns with `role` and `content`. The two conversations may
+  hold the prompt themselves, whole or in part: it is written once.
+* `alpaca`: `instruction`, optional `input`, `output`: demonstrations. The prompt is instruction
+  and input with an empty line between them.
 * `tldr_comparisons`: the published comparisons of Stiennon et al. 2020: `info.post`,
   `summaries[].text`, `choice`. With a subreddit or title the input is written as there
   ("SUBREDDIT: …", "TITLE: …", "POST: …", "TL;DR:"), else it is the post alone.
 * `hh_rlhf`: Bai et al. 2022: `chosen` and `rejected` are dialogues "\n\nHuman: …\n\nAssistant: …"
   that differ in the last answer.
+
+In all but `rows` and `tldr_comparisons` a `system` text becomes the system turn (of a prompt that
+is a text: its `context`), and a `history` of [question, answer] pairs becomes the earlier turns.
 """
 
 import contextlib
@@ -18,13 +24,22 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from rlhf import storage
-from rlhf.data.files import expand_paths, open_file, read_json_lines
-from rlhf.data.schema import RowChecker, describe
+from rlhf.data.files import expand_paths, mend, open_file, read_json_lines
+from rlhf.data.schema import RowChecker, add_names, describe, holds_something, named
+from rlhf.data.turns import (
+    NoPreferenceError,
+    RowError,
+    author,
+    checked_turns,
+    history_turns,
+    joined,
+    split_answers,
+)
 from rlhf.errors import InputError
 from rlhf.storage import is_remote, open_store, upload
 
@@ -33,15 +48,12 @@ _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _AUTHORS = {"Human": "user", "Assistant": "assistant"}
 _ANSWER = "\n\nAssistant:"
 
+# What a prompt beside `chosen` and `rejected` is called; the first one that a row has is taken.
+_PROMPT_FIELDS = ("input_text", "prompt", "question", "instruction")
+
 Row = dict[str, Any]
-
-
-class _RowError(ValueError):
-    """A row is not of its layout; the message has the form of `RowChecker`'s problems."""
-
-
-class _NoPreferenceError(Exception):
-    """A row is of its layout, but no preference between two answers to one prompt."""
+# A row of the library, and the names of the fields that it was made from.
+_Converted = tuple[Row, set[str]]
 
 
 @dataclass
@@ -53,18 +65,29 @@ class ConvertReport:
         output: The file that was written.
         rows: Rows written.
         left_out: Rows that are not two answers to one prompt that a user wrote.
+        repeating: Written rows of which both answers begin with the whole prompt.
+        unused: Names of fields that hold something and were not used; the first ones.
     """
 
     layout: str
     output: str
     rows: int = 0
     left_out: int = 0
+    repeating: int = 0
+    unused: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The report for people, one fact a line."""
         said = [f"{self.output}: {self.rows} rows from layout {self.layout}"]
         if self.left_out:
             said.append(f"left out, not two answers to one user's prompt: {self.left_out}")
+        if self.repeating:
+            said.append(
+                f"both answers begin with the whole prompt: {self.repeating} (kept as they are; "
+                "cut it off if it is no part of the answer)"
+            )
+        if self.unused:
+            said.append(f"fields not used: {named(self.unused)}")
         return said
 
 
@@ -91,21 +114,24 @@ def convert(
         for place, value, problem in _values(files):
             try:
                 if problem or not isinstance(value, dict):
-                    raise _RowError(problem or f"is {describe(value)}, expected a JSON object")
+                    raise RowError(problem or f"is {describe(value)}, expected a JSON object")
                 if report.layout == "auto":
                     report.layout = _recognise(value)
-                row = _LAYOUTS[report.layout](value)
+                row, used = _LAYOUTS[report.layout](value)
                 _check(row)
-            except _NoPreferenceError:
+            except NoPreferenceError:
                 report.left_out += 1
                 continue
-            except _RowError as error:
+            except RowError as error:
                 count += 1
                 if len(problems) < MAX_PROBLEMS:
                     problems.append(f"{place}: {error}")
                 continue
             output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             report.rows += 1
+            report.repeating += _repeats_prompt(row)
+            left = (name for name in value if name not in used and holds_something(value[name]))
+            add_names(report.unused, left)
         if count > len(problems):
             problems.append(f"… and {count - len(problems)} more problems")
         if not problems and not report.rows:
@@ -123,7 +149,7 @@ def _values(files: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
             yield path, None, problem
         elif array is not None:
             for number, value in enumerate(array):
-                yield f"{path}[{number}]", value, ""
+                yield f"{path}[{number}]", mend(value), ""
         else:
             for line in read_json_lines([path]):
                 place = path if line.whole_file else f"{path}:{line.line}"
@@ -185,12 +211,14 @@ def _recognise(row: Row) -> str:
         return "tldr_comparisons"
     if "chosen" in row and "rejected" in row:
         texts = isinstance(row["chosen"], str) and isinstance(row["rejected"], str)
-        own_prompt = any(name in row for name in ("prompt", "input_text", "messages"))
+        own_prompt = any(name in row for name in ("messages", *_PROMPT_FIELDS))
         return "hh_rlhf" if texts and not own_prompt else "chosen_rejected"
     if "input_text" in row or "messages" in row:
         return "rows"
-    names = ", ".join(list(row)[:8]) or "none"
-    raise _RowError(
+    if "instruction" in row and "output" in row:
+        return "alpaca"
+    names = named(list(row)[:8]) or "none"
+    raise RowError(
         f"has the fields {names}, expected those of one of the layouts {', '.join(_LAYOUTS)}"
     )
 
@@ -203,71 +231,123 @@ def _check(row: Row) -> None:
     if checker.has_candidates():
         checker.candidates()
     if checker.problems:
-        raise _RowError("; ".join(checker.problems))
+        raise RowError("; ".join(checker.problems))
 
 
-def _from_rows(row: Row) -> Row:
-    return row
-
-
-def _from_chosen_rejected(row: Row) -> Row:
-    kept = {name: row[name] for name in ("margin", "context", "output_text") if name in row}
-    if isinstance(row.get("chosen"), list) and isinstance(row.get("rejected"), list):
-        return _from_conversations(row) | kept
-    prompt = _field(row, "input_text" if "input_text" in row else "prompt")
-    return (
-        _preference({"input_text": prompt}, _field(row, "chosen"), _field(row, "rejected")) | kept
+def _repeats_prompt(row: Row) -> bool:
+    """Whether both answers begin with a prompt that is a text."""
+    prompt = row.get("input_text")
+    answers = row.get("candidate_0"), row.get("candidate_1")
+    return isinstance(prompt, str) and all(
+        isinstance(answer, str) and answer.startswith(prompt) for answer in answers
     )
 
 
-def _from_conversations(row: Row) -> Row:
-    prompt = row.get("prompt")
-    chosen, rejected = row["chosen"], row["rejected"]
-    before = prompt if isinstance(prompt, list) else []
-    if not chosen or not rejected or chosen[:-1] != rejected[:-1]:
-        raise _NoPreferenceError
-    turns = [*before, *chosen[:-1]]
-    if not turns and isinstance(prompt, str):
-        turns = [{"role": "user", "content": prompt}]
-    answers = [conversation[-1] for conversation in (chosen, rejected)]
-    for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
-            raise _RowError(
-                f"{name}[-1]: is {describe(answer)}, expected a turn with role and content"
-            )
-    if not turns:
-        raise _NoPreferenceError
-    return _preference({"messages": turns}, answers[0]["content"], answers[1]["content"])
+def _from_rows(row: Row) -> _Converted:
+    return row, RowChecker(row).used()
 
 
-def _from_tldr(row: Row) -> Row:
+def _from_alpaca(row: Row) -> _Converted:
+    prompt, used = _own_prompt(row)
+    written, kept = _complete(row, prompt)
+    return written | {"output_text": _field(row, "output")}, used | kept | {"output"}
+
+
+def _from_chosen_rejected(row: Row) -> _Converted:
+    chosen, rejected = (
+        [answer] if isinstance(answer, dict) else answer
+        for answer in (row.get("chosen"), row.get("rejected"))
+    )
+    prompt, used = _own_prompt(row)
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        prompt, answers = split_answers(prompt, chosen, rejected)
+    else:
+        answers = [_field(row, "chosen"), _field(row, "rejected")]
+        if isinstance(prompt, str) and _is_dialogue(prompt, *answers):
+            written, kept = _from_hh(row)
+            return written, used | kept
+        if prompt is None:
+            _field(row, "prompt")
+    written, kept = _complete(row, prompt)
+    return _preference(written, *answers), used | kept | {"chosen", "rejected"}
+
+
+def _is_dialogue(prompt: str, chosen: str, rejected: str) -> bool:
+    """Whether the answers are HH-RLHF's dialogues, which begin with the prompt."""
+    begins = prompt.strip()
+    return begins.startswith("Human:") and all(
+        text.lstrip().startswith(begins) and _ANSWER in text for text in (chosen, rejected)
+    )
+
+
+def _own_prompt(row: Row) -> tuple[str | list[Row] | None, set[str]]:
+    """The prompt that stands beside the answers, and the fields that it is made of."""
+    name = next((name for name in ("messages", *_PROMPT_FIELDS) if row.get(name) is not None), None)
+    if name == "messages" and row.get("prompt") is not None:
+        name = "prompt"  # `messages` then is the prompt with its answer
+    if name is None:
+        return None, set()
+    if isinstance(row[name], list) and name in ("prompt", "messages"):
+        return checked_turns(row[name], name), {name}
+    text = _field(row, name)
+    if name == "instruction" and holds_something(row.get("input")):
+        return f"{text}\n\n{_field(row, 'input')}", {name, "input"}
+    return text, {name}
+
+
+def _complete(row: Row, prompt: str | list[Row] | None) -> tuple[Row, set[str]]:
+    """A prompt with the row's system text and earlier turns, and the fields that were used."""
+    kept: Row = {name: row[name] for name in ("margin", "context", "output_text") if name in row}
+    used = set(kept)
+    if isinstance(row.get("history"), list) and row["history"]:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+        prompt = joined(history_turns(row["history"]), turns)
+        used.add("history")
+    system = _field(row, "system") if holds_something(row.get("system")) else ""
+    used.add("system")
+    if isinstance(prompt, str):
+        if system:
+            context = _field(row, "context") if holds_something(row.get("context")) else ""
+            kept["context"] = "\n\n".join(part for part in (system, context) if part)
+        return {"input_text": prompt} | kept, used
+    turns = prompt or []
+    if system and turns and author(turns[0]) == "system":
+        if turns[0]["content"].strip() != system.strip():
+            raise RowError("system: is not the first turn's text, expected one system text")
+    elif system:
+        turns = [{"role": "system", "content": system}, *turns]
+    return {"messages": turns} | kept, used
+
+
+def _from_tldr(row: Row) -> _Converted:
     info, summaries = row.get("info"), row.get("summaries")
     if not isinstance(info, dict):
-        raise _RowError(f"info: is {describe(info)}, expected an object with post")
+        raise RowError(f"info: is {describe(info)}, expected an object with post")
     if not isinstance(summaries, list) or len(summaries) != 2:
-        raise _RowError(f"summaries: is {describe(summaries)}, expected a list of two")
+        raise RowError(f"summaries: is {describe(summaries)}, expected a list of two")
     texts = [summary.get("text") if isinstance(summary, dict) else None for summary in summaries]
     for number, text in enumerate(texts):
         if not isinstance(text, str):
-            raise _RowError(f"summaries[{number}].text: is {describe(text)}, expected text")
+            raise RowError(f"summaries[{number}].text: is {describe(text)}, expected text")
     name = "post" if info.get("post") is not None else "article"  # the CNN/DM rows
     if not isinstance(info.get(name), str):
-        raise _RowError(f"info.post: is {describe(info.get('post'))}, expected text")
+        raise RowError(f"info.post: is {describe(info.get('post'))}, expected text")
     heads = (("subreddit", "SUBREDDIT: r/"), ("title", "TITLE: "))
     parts = [head + info[key] for key, head in heads if isinstance(info.get(key), str)]
     text = "\n\n".join([*parts, f"POST: {info[name]}", "TL;DR:"]) if parts else info[name]
     pair = {"input_text": text, "candidate_0": texts[0], "candidate_1": texts[1]}
-    return pair | ({"choice": row["choice"]} if "choice" in row else {})
+    choice = {"choice": row["choice"]} if "choice" in row else {}
+    return pair | choice, {"info", "summaries", "choice"}
 
 
-def _from_hh(row: Row) -> Row:
+def _from_hh(row: Row) -> _Converted:
     chosen, rejected = _field(row, "chosen"), _field(row, "rejected")
     end = chosen.rfind(_ANSWER)
     if end < 0 or not chosen.lstrip().startswith("Human:"):
-        raise _RowError('chosen: is no dialogue, expected "\\n\\nHuman: …\\n\\nAssistant: …"')
+        raise RowError('chosen: is no dialogue, expected "\\n\\nHuman: …\\n\\nAssistant: …"')
     prompt = chosen[: end + len(_ANSWER)]
     if not rejected.startswith(prompt) or _SPEAKER.search(rejected, len(prompt)):
-        raise _NoPreferenceError
+        raise NoPreferenceError
     turns: list[dict[str, str]] = []
     pieces = _SPEAKER.split("\n\n" + chosen[:end].lstrip())[1:]
     for speaker, content in zip(pieces[::2], pieces[1::2], strict=True):
@@ -279,17 +359,16 @@ def _from_hh(row: Row) -> Row:
     if turns[-1]["author"] != "user" or any(
         turn["author"] == "user" and not turn["content"].strip() for turn in turns
     ):
-        raise _NoPreferenceError
+        raise NoPreferenceError
     answers = (text[len(prompt) :].strip() for text in (chosen, rejected))
-    return _preference({"messages": turns}, *answers)
+    written, kept = _complete(row, turns)
+    return _preference(written, *answers), kept | {"chosen", "rejected"}
 
 
 def _field(row: Row, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
-        raise _RowError(
-            f"{name}: is {describe(value) if name in row else 'missing'}, expected text"
-        )
+        raise RowError(f"{name}: is {describe(value) if name in row else 'missing'}, expected text")
     return value
 
 
@@ -297,9 +376,10 @@ def _preference(prompt: Row, chosen: str, rejected: str) -> Row:
     return prompt | {"candidate_0": chosen, "candidate_1": rejected, "choice": 0}
 
 
-_LAYOUTS: dict[str, Callable[[Row], Row]] = {
+_LAYOUTS: dict[str, Callable[[Row], _Converted]] = {
     "rows": _from_rows,
     "chosen_rejected": _from_chosen_rejected,
+    "alpaca": _from_alpaca,
     "tldr_comparisons": _from_tldr,
     "hh_rlhf": _from_hh,
 }

@@ -1,7 +1,6 @@
 """Paths to lines to JSON values, whatever is in the files, in bounded memory."""
 
 import contextlib
-import difflib
 import glob
 import json
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf import storage
-from rlhf.errors import InputError
+from rlhf.errors import InputError, closest
 from rlhf.storage import is_remote, locate, open_store, reason
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -91,9 +90,9 @@ def _similar(path: str) -> str:
         if not folder.is_dir():
             return f" (there is no folder {folder})"
         names = [entry.name for entry in folder.iterdir()]
-        near = difflib.get_close_matches(Path(path).name, names, n=1)
+        near = closest(Path(path).name, names)
         if near:
-            return f" (did you mean {folder / near[0]}?)"
+            return f" (did you mean {folder / near}?)"
     return ""
 
 
@@ -215,7 +214,7 @@ def _parse_line(raw: bytes, file: int, line: int) -> JsonLine:
         return JsonLine(file, line, problem=f"is longer than {limit} MiB, expected one row")
     try:
         value = json.loads(raw.decode("utf-8"))
-        if _SURROGATE_ESCAPE.search(raw) and (mended := _mend(value)) != value:
+        if _SURROGATE_ESCAPE.search(raw) and (mended := mend(value)) != value:
             return JsonLine(file, line, mended, mended=True)
         return JsonLine(file, line, value)
     except UnicodeDecodeError as error:
@@ -231,11 +230,12 @@ def _parse_line(raw: bytes, file: int, line: int) -> JsonLine:
         return JsonLine(file, line, problem=problem)
 
 
-def _mend(value: Any) -> Any:
+def mend(value: Any) -> Any:
+    """Replaces half characters in all texts of a JSON value by U+FFFD."""
     if isinstance(value, str):
         return _SURROGATE.sub("\ufffd", value)
     if isinstance(value, list):
-        return [_mend(item) for item in value]
+        return [mend(item) for item in value]
     if isinstance(value, dict):
-        return {_mend(key): _mend(item) for key, item in value.items()}
+        return {mend(key): mend(item) for key, item in value.items()}
     return value

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from rlhf.data.batching import permutation
+from rlhf.data.duplicates import PairCounter
 from rlhf.data.files import JsonLine, expand_paths, read_json_lines
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.rows import (
@@ -23,7 +24,7 @@ from rlhf.data.rows import (
     preference_schema,
     prompt_schema,
 )
-from rlhf.data.schema import RowChecker, describe
+from rlhf.data.schema import RowChecker, add_names, describe
 from rlhf.errors import InputError
 
 __all__ = [
@@ -94,6 +95,7 @@ def load_preferences(
     Raises:
         InputError: For missing files, bad rows (all of them at once), or if no row is left.
     """
+    pairs = PairCounter()
 
     def normalise(checker: RowChecker, report: ReadReport) -> dict[str, Any] | None:
         if candidates_optional and not checker.has_candidates():
@@ -105,6 +107,8 @@ def load_preferences(
             report.identical += 1
             return None
         report.blank_candidates += (not pair.candidate_0.strip()) + (not pair.candidate_1.strip())
+        if not checker.problems:
+            pairs.add(columns["text"], pair.candidate_0, pair.candidate_1, pair.choice)
         return columns | {
             "candidate_0": pair.candidate_0,
             "candidate_1": pair.candidate_1,
@@ -113,9 +117,11 @@ def load_preferences(
         }
 
     schema = preference_schema()
-    return PreferenceData(
-        *read_rows(paths, name, on_bad_rows, normalise, schema, may_be_empty=candidates_optional)
+    store, report, fingerprint = read_rows(
+        paths, name, on_bad_rows, normalise, schema, may_be_empty=candidates_optional
     )
+    report.repeated, report.contradictions = pairs.counts()
+    return PreferenceData(store, report, fingerprint)
 
 
 def split_holdout(
@@ -215,6 +221,7 @@ def _check_line(
         vars(report).update(before)  # a bad row counts as nothing else
         return None
     report.mended += line.mended
+    add_names(report.unused, checker.unused())
     return columns
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, overload
 
-from rlhf.data.schema import PreferenceRow, PromptRow, PromptText
+from rlhf.data.schema import PreferenceRow, PromptRow, PromptText, named
 
 RowT = TypeVar("RowT", PromptRow, PreferenceRow)
 
@@ -37,6 +37,9 @@ class ReadReport:
         without_candidates: Rows passed over because they are not preferences.
         mended: Rows with half characters, which were replaced.
         conversations: Kept rows that have `messages`.
+        repeated: Kept pairs that say what an earlier one says.
+        contradictions: Pairs of a prompt and two candidates that are kept with either choice.
+        unused: Names of fields that hold something and that no stage reads; the first ones.
         problems: The first problems of skipped rows.
     """
 
@@ -50,6 +53,9 @@ class ReadReport:
     without_candidates: int = 0
     mended: int = 0
     conversations: int = 0
+    repeated: int = 0
+    contradictions: int = 0
+    unused: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -62,9 +68,13 @@ class ReadReport:
             (self.blank_references, "blank output_text kept"),
             (self.without_candidates, "rows without candidates passed over"),
             (self.mended, "rows with half characters (lone surrogates) mended"),
+            (self.repeated, "pairs that an earlier row has too, with the same choice"),
+            (self.contradictions, "contradicting pairs (same candidates, either choice)"),
         )
         said = [f"{self.name}: {self.rows} rows from {self.files} file{_s(self.files)}"]
         said += [f"{self.name}: {what}: {count}" for count, what in facts if count]
+        if self.unused:
+            said.append(f"{self.name}: fields not used: {named(self.unused)}")
         return said + [f"  left out: {problem}" for problem in self.problems]
 
 

@@ -6,17 +6,25 @@ may have `context` and `output_text`. Other fields are ignored, and an optional 
 counts as missing.
 """
 
-import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from typing import Any
+
+from rlhf.errors import closest
 
 Span = tuple[int, int]
 
 AUTHORS = ("user", "assistant", "system")
+PROMPT_FIELDS = ("input_text", "messages", "prompt", "context", "output_text")
 CANDIDATE_FIELDS = ("candidate_0", "candidate_1", "choice", "chosen", "rejected")
+FIELDS = frozenset((*PROMPT_FIELDS, *CANDIDATE_FIELDS, "margin"))
+_TURN_FIELDS = frozenset(("author", "role", "content"))
 _EXCERPT = 40
+_MOST_NAMES = 20
+_MOST_KEYS = 64
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,30 @@ class RowChecker:
         """Whether the row says anything about two answers."""
         return any(self._has(name) for name in CANDIDATE_FIELDS)
 
+    def used(self) -> set[str]:
+        """The names of fields that some stage reads, of a row that says everything once."""
+        used = set(FIELDS)
+        if self._has("input_text") or self._has("messages"):
+            text = self.row.get("input_text")
+            used -= {"prompt"} if self.row.get("prompt") != text else set()
+        if self._has("candidate_0") or self._has("candidate_1"):
+            used -= {"chosen", "rejected"}
+        elif self._has("chosen") or self._has("rejected"):
+            used -= {"choice"}
+        return used
+
+    def unused(self) -> list[str]:
+        """The names of fields that hold something and that no stage reads, its turns' too."""
+        used = self.used()
+        names = [name for name, value in self.row.items() if name not in used]
+        names = [name for name in names if holds_something(self.row[name])]
+        turns = self.row.get("messages")
+        for turn in turns if isinstance(turns, list) else ():
+            if isinstance(turn, dict) and not turn.keys() <= _TURN_FIELDS:
+                others = turn.keys() - _TURN_FIELDS
+                names += [f"messages[].{key}" for key in turn if key in others and turn[key]]
+        return names
+
     def _has(self, name: str) -> bool:
         return self.row.get(name) is not None
 
@@ -227,7 +259,7 @@ class RowChecker:
         if not isinstance(turn, dict):
             self._wrong(place, f"is {describe(turn)}", "an object with author and content")
             return None
-        author = turn.get("author", turn.get("role"))
+        author = turn.get("role") if turn.get("author") is None else turn["author"]
         content = turn.get("content")
         if author not in AUTHORS:
             what = "is missing" if author is None else f"is {describe(author)}"
@@ -256,17 +288,47 @@ class RowChecker:
             self._wrong(place, f"is {turns[-1]}", "user as the last author, who gets the answer")
 
     def _missing(self, name: str, expected: str) -> None:
-        near = difflib.get_close_matches(name, [key for key in self.row if key != name], n=1)
-        if near:
-            hint = f" (did you mean {name} by {near[0]}?)"
-        elif self.row:
-            hint = f" (the row has {', '.join(_shorten(key) for key in list(self.row)[:8])})"
-        else:
-            hint = " (the row is empty)"
+        hint = _hint(name, tuple(key[: _EXCERPT + 1] for key in islice(self.row, _MOST_KEYS)))
         self._wrong(name, f"is missing{hint}", expected)
 
     def _wrong(self, place: str, what: str, expected: str) -> None:
         self.problems.append(f"{place}: {what}, expected {expected}")
+
+
+@lru_cache(maxsize=256)
+def _hint(name: str, keys: tuple[str, ...]) -> str:
+    """What a row with some keys may have meant by a field that it lacks."""
+    if not keys:
+        return " (the row is empty)"
+    if "instruction" in keys and "output" in keys:
+        return " (rows with instruction and output are of layout alpaca: rlhf data convert)"
+    own = [key for key in keys if key not in FIELDS]
+    near = closest(name, own)
+    missing = FIELDS - {name} - set(keys)
+    # Nobody shall rename a field and lose by it what stands in another one.
+    if near and all(key == near or closest(key, missing) for key in own):
+        return f" (did you mean {name} by {_shorten(near)}?)"
+    return f" (the row has {named(keys[:8])})"
+
+
+def holds_something(value: Any) -> bool:
+    """Whether losing a field with this value would lose something."""
+    return value is not None and value != "" and value != [] and value != {}
+
+
+def add_names(names: list[str], more: Iterable[str]) -> None:
+    """Adds the names that are not there yet, up to a few more than are ever shown."""
+    for name in more:
+        if len(names) > _MOST_NAMES:
+            return
+        if (short := name[: _EXCERPT + 1]) not in names:
+            names.append(short)
+
+
+def named(names: Sequence[str]) -> str:
+    """Names of fields for people, some of them if they are many."""
+    rest = ["…"] if len(names) > _MOST_NAMES else []
+    return ", ".join([*map(_shorten, names[:_MOST_NAMES]), *rest])
 
 
 def _shorten(text: str) -> str:

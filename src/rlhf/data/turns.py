@@ -1,0 +1,124 @@
+"""Conversations as other layouts write them, put together without saying anything twice.
+
+A turn is an object with `role` (or `author`) and `content`; two turns are the same one if author
+and text are, spaces around the text aside.
+"""
+
+from typing import Any
+
+from rlhf.data.schema import describe
+
+Row = dict[str, Any]
+
+
+class RowError(ValueError):
+    """A row is not of its layout; the message has the form of `RowChecker`'s problems."""
+
+
+class NoPreferenceError(Exception):
+    """A row is of its layout, but no preference between two answers to one prompt."""
+
+
+def split_answers(
+    prompt: str | list[Row] | None, chosen: list[Any], rejected: list[Any]
+) -> tuple[list[Row], list[str]]:
+    """The turns before two answers, and the answers."""
+    if not chosen or not rejected:
+        raise NoPreferenceError
+    for name, conversation in (("chosen", chosen), ("rejected", rejected)):
+        last = conversation[-1]
+        if not isinstance(last, dict) or not isinstance(_content(last), str):
+            raise RowError(
+                f"{name}[-1]: is {describe(last)}, expected a turn with role and content"
+            )
+    chosen, rejected = checked_turns(chosen, "chosen"), checked_turns(rejected, "rejected")
+    answers = [conversation[-1] for conversation in (chosen, rejected)]
+    shared = chosen[:-1]
+    if list(map(_said, shared)) != list(map(_said, rejected[:-1])) or any(
+        author(answer) not in (None, "assistant") for answer in answers
+    ):
+        raise NoPreferenceError
+    if isinstance(prompt, str) and not prompt.strip():
+        prompt = None
+    if isinstance(prompt, list) and prompt and _said(prompt[-1]) in map(_said, answers):
+        own, others = list(map(_said, prompt[:-1])), list(map(_said, shared))
+        if own[len(own) - len(others) :] == others:
+            prompt = prompt[:-1]  # some files repeat the answer, too
+    turns = joined(prompt, shared)
+    if not turns:
+        raise NoPreferenceError
+    return turns, [answer["content"] for answer in answers]
+
+
+def joined(prompt: str | list[Row] | None, shared: list[Row]) -> list[Row]:
+    """The prompt's own turns and those that the conversations share, each of them once."""
+    if isinstance(prompt, str):
+        if any(turn["content"].strip() == prompt.strip() for turn in shared):
+            return shared
+        prompt = [{"role": "user", "content": prompt}]
+    before = prompt or []
+    own, others = list(map(_said, before)), list(map(_said, shared))
+    if _contains(others, own):
+        return shared
+    for common in range(min(len(own), len(others)), 0, -1):
+        if own[-common:] == others[:common]:
+            return before + shared[common:]
+    clash = own and others and (others[0][0] == "system" or own[-1][0] == others[0][0])
+    if clash or _contains(own, others):
+        raise RowError(
+            "prompt: is not how chosen and rejected begin, expected their first turns or none"
+        )
+    return before + shared
+
+
+def _contains(turns: list[Any], part: list[Any]) -> bool:
+    starts = range(len(turns) - len(part) + 1) if part else ()
+    return any(turns[start : start + len(part)] == part for start in starts)
+
+
+def history_turns(history: list[Any]) -> list[Row]:
+    """The turns of a list of [question, answer], or of a list that holds turns already."""
+    if all(isinstance(turn, dict) for turn in history):
+        return checked_turns(history, "history")
+    turns = []
+    for number, pair in enumerate(history):
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+        ):
+            raise RowError(
+                f"history[{number}]: is {describe(pair)}, expected two texts, question and answer"
+            )
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
+
+
+def checked_turns(values: list[Any], name: str) -> list[Row]:
+    """Turns whose content is text; texts in parts are put together."""
+    turns = []
+    for number, turn in enumerate(values):
+        content = _content(turn) if isinstance(turn, dict) else None
+        if not isinstance(content, str):
+            raise RowError(
+                f"{name}[{number}]: is {describe(turn)}, expected a turn with role and content"
+            )
+        turns.append({**turn, "content": content})
+    return turns
+
+
+def _content(turn: Row) -> Any:
+    content = turn.get("content")
+    if isinstance(content, list) and content:
+        texts = [part["text"] for part in content if isinstance(part, dict) and "text" in part]
+        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+    return content
+
+
+def author(turn: Row) -> Any:
+    """Who speaks, as `author` or `role` tells it; None if neither does."""
+    return turn.get("role") if turn.get("author") is None else turn["author"]
+
+
+def _said(turn: Row) -> tuple[Any, str]:
+    """What makes two turns the same one."""
+    return author(turn), turn["content"].strip()
