@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,7 +228,9 @@ class Run:
         )
         escaped = json.dumps(json.dumps(executor_input, ensure_ascii=False), ensure_ascii=False)
         text = text.replace("{{$.json_escape[1]}}", escaped[1:-1])
-        text = self._at_run_time(text)
+        # A task's number is its own; a whole number that may be negative, as Vertex writes it.
+        number = str(-zlib.crc32(executor_input["outputs"]["outputFile"].encode()))
+        text = self._at_run_time(text).replace("{{$.pipeline_task_uuid}}", number)
         assert "{{$" not in text, text
         return text
 

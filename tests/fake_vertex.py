@@ -17,9 +17,11 @@ from urllib.parse import parse_qs, urlsplit
 from google.cloud.aiplatform_v1.types import (
     CustomJob,
     ListCustomJobsResponse,
+    ListPipelineJobsResponse,
     PipelineJob,
     PipelineState,
 )
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.json_format import MessageToDict, ParseDict
 
 PARENT = r"/v1/(?P<parent>projects/[^/]+/locations/[^/]+)"
@@ -36,11 +38,13 @@ class FakeVertex:
         pipelines: By resource name.
         custom_jobs: All, in the order in which they were made.
         steps: What happens to a pipeline, one at each look at it; the last one holds.
-        refuse: Status and message with which the next POST is answered; None to take it.
+        refuse: Status and message with which a new pipeline is answered; None to take it.
+        refuse_list: The same for a list of pipelines.
     """
 
     ROUTES: ClassVar[Sequence[tuple[str, str, str]]] = (
         ("POST", PARENT + r"/pipelineJobs", "create_pipeline"),
+        ("GET", PARENT + r"/pipelineJobs", "list_pipelines"),
         ("GET", PARENT + r"/pipelineJobs/(?P<number>[^/:]+)", "get_pipeline"),
         ("GET", PARENT + r"/customJobs", "list_custom_jobs"),
     )
@@ -51,6 +55,7 @@ class FakeVertex:
         self.custom_jobs: list[CustomJob] = []
         self.steps: list[Callable[[PipelineJob], None]] = []
         self.refuse: tuple[int, str] | None = None
+        self.refuse_list: tuple[int, str] | None = None
         self._numbers = itertools.count(1)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
@@ -98,6 +103,21 @@ class FakeVertex:
             step(job)
         return 200, message(job)
 
+    def list_pipelines(self, parent: str, query: Mapping[str, str], **_: Any) -> Answer:
+        """By state, a page of two at a time, with the fields of the read mask only."""
+        if self.refuse_list is not None:
+            return _error(*self.refuse_list)
+        terms = query.get("filter", "").split(" OR ")
+        wanted = [re.fullmatch(r'state="(PIPELINE_STATE_\w+)"', term) for term in terms]
+        assert all(wanted), f"a filter that this fake does not know: {query}"
+        states = {PipelineState[match[1]] for match in wanted if match}
+        jobs = self.pipelines.items()
+        found = [job for name, job in jobs if name.startswith(f"{parent}/") and job.state in states]
+        start = int(query.get("pageToken") or 0)
+        shown = [_masked(job, query.get("readMask", "")) for job in found[start : start + 2]]
+        more = str(start + 2) if start + 2 < len(found) else ""
+        return 200, message(ListPipelineJobsResponse(pipeline_jobs=shown, next_page_token=more))
+
     def list_custom_jobs(self, parent: str, query: Mapping[str, str], **_: Any) -> Answer:
         wanted = re.fullmatch(r'display_name="(.*)"', query.get("filter", ""))
         assert wanted, f"a filter that this fake does not know: {query}"
@@ -114,6 +134,14 @@ class FakeVertex:
         job = CustomJob({"create_time": NOW, **fields, "name": name})
         self.custom_jobs.append(job)
         return job
+
+
+def _masked(job: PipelineJob, mask: str) -> PipelineJob:
+    fields = FieldMask()
+    fields.FromJsonString(mask)  # raises for what is no mask
+    copy = PipelineJob()
+    fields.MergeMessage(PipelineJob.pb(job), PipelineJob.pb(copy))
+    return copy
 
 
 def message(resource: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf.cli import main
 from rlhf.config import PipelineConfig, load_config
-from rlhf.vertex.parameters import to_config, to_parameters
+from rlhf.vertex.conversion import to_config, to_parameters
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -101,7 +101,8 @@ def stages_of(config: PipelineConfig) -> dict[str, dict]:
 
 def test_the_parameters_of_google_s_notebook_are_those_of_the_yaml():
     given = json.loads((ROOT / "configs" / "vertex_tldr.json").read_text())
-    yaml = load_config(PipelineConfig, str(ROOT / "configs" / "vertex_tldr.yaml"))
+    path = str(ROOT / "configs" / "vertex_tldr.yaml")
+    yaml = load_config(PipelineConfig, path, {"output_dir": "gs://my-bucket/rlhf/tldr"})
     folder, _, name = yaml.output_dir.rpartition("/")
     config = to_config(given | {"output_directory": folder, "run_name": name})
     assert config.output_dir == yaml.output_dir

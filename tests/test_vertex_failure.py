@@ -93,7 +93,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
         (RuntimeError("CUDA error: unspecified launch failure"), False),
-        (StorageError("gs://b/x could not be written"), False),
+        (StorageError("gs://bkt/x could not be written"), False),
         (ConnectionResetError("peer"), False),
         # Another Hub, another day: such an input error may not come again.
         (caused(InputError("base_model: x: cannot be reached"), ConnectionError("refused")), False),
@@ -197,16 +197,16 @@ def read(path: str) -> str:
 def test_a_task_answers_in_every_place_where_kfp_looks(folder):
     task = Task.from_executor_input(executor_input(folder))
     assert task.inputs == {"run_name": "first", "kl_coeff": 0.5}
-    task.values |= {"path": "gs://b/ü", "count": 2}
+    task.values |= {"path": "gs://bkt/ü", "count": 2}
     task.metadata["metrics"] = {"reward": 0.5}
     task.write_artifact("summary", "# ü\n")
     task.write_artifact("no such artifact", "ignored")
     task.answer()
-    assert read(f"{folder}/out/path") == "gs://b/ü"
+    assert read(f"{folder}/out/path") == "gs://bkt/ü"
     assert read(f"{folder}/out/count") == "2"
     assert read(f"{folder}/out/summary") == "# ü\n"
     answer = json.loads(read(f"{folder}/out/executor_output.json"))
-    assert answer["parameterValues"] == {"path": "gs://b/ü", "count": 2}
+    assert answer["parameterValues"] == {"path": "gs://bkt/ü", "count": 2}
     [metrics] = answer["artifacts"]["metrics"]["artifacts"]
     assert metrics == {
         "name": "m",
@@ -228,8 +228,8 @@ def test_a_broken_executor_input_is_one_clear_error(text):
 
 
 def test_mounted_paths_become_addresses():
-    assert as_url("/gcs/b/x") == "gs://b/x"
-    for same in ("gs://b/gcs/x", "/tmp/gcs/x", "x"):
+    assert as_url("/gcs/bkt/x") == "gs://bkt/x"
+    for same in ("gs://bkt/gcs/x", "/tmp/gcs/x", "x"):
         assert as_url(same) == same
 
 
@@ -284,8 +284,8 @@ def test_a_page_has_notes_metrics_and_the_stages_own_samples(folder):
     write_file(join(folder, "samples.md"), "# Samples\n\n| | before | after |\n")
     write_file(join(folder, "samples.jsonl"), '{"step": 0, "x": "not shown"}\n')
     metrics = {"reward": 1.5, "finished": True, "kl": math.nan}
-    page = markdown("inference", folder, metrics, ["everything is in gs://b/run", "second"])
-    assert page.startswith("# inference\n\n- everything is in gs://b/run\n- second\n\n## Metrics")
+    page = markdown("inference", folder, metrics, ["everything is in gs://bkt/run", "second"])
+    assert page.startswith("# inference\n\n- everything is in gs://bkt/run\n- second\n\n## Metrics")
     assert "| reward | 1.5 |" in page
     assert "finished" not in page
     assert "kl" not in page

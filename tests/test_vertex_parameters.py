@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rlhf.config import PipelineConfig
 from rlhf.errors import InputError
 from rlhf.vertex.base_models import HUB_NAMES
-from rlhf.vertex.parameters import PARAMETERS, REQUIRED, SECTIONS, to_config, to_parameters
+from rlhf.vertex.conversion import to_config, to_parameters
+from rlhf.vertex.parameters import PARAMETERS, REQUIRED, SECTIONS
 
 # What Google's course notebook passes, and where the results go, which its pipeline did not ask.
 NOTEBOOK = {
@@ -29,14 +30,15 @@ NOTEBOOK = {
     "kl_coeff": 0.1,
     "instruction": "Summarize in less than 50 words",
 }
-PLACE = {"output_directory": "gs://bucket/runs", "run_name": "first"}
+PLACE = {"output_directory": "gs://bkt/runs", "run_name": "first"}
 LEAST = {
-    "prompt_dataset": "gs://b/prompts.jsonl",
-    "preference_dataset": "gs://b/pairs.jsonl",
+    "prompt_dataset": "gs://bkt/prompts.jsonl",
+    "preference_dataset": "gs://bkt/pairs.jsonl",
     "large_model_reference": "google/flan-t5-base",
     **PLACE,
 }
 STAGES = tuple(SECTIONS.values())
+HERE = "projects/my-project/locations/us-central1"
 
 
 def problems_of(**parameters: Any) -> list[str]:
@@ -55,8 +57,8 @@ def refused(**fields: Any) -> list[str]:
 def run_config(**fields: Any) -> PipelineConfig:
     least = {
         "base_model": "google/flan-t5-base",
-        "preference_dataset": "gs://b/pairs.jsonl",
-        "output_dir": "gs://b/runs/first",
+        "preference_dataset": "gs://bkt/pairs.jsonl",
+        "output_dir": "gs://bkt/runs/first",
     }
     return PipelineConfig.model_validate(least | fields)
 
@@ -90,7 +92,7 @@ def test_the_notebooks_parameters_mean_what_they_meant():
     assert {(s.prompt_sequence_length, s.target_sequence_length) for s in (reward, tuned)} == {
         (512, 64)
     }
-    assert tuned.output_dir == "gs://bucket/runs/first/policy"
+    assert tuned.output_dir == "gs://bkt/runs/first/policy"
 
 
 def test_steps_left_out_are_googles_and_zero_leaves_them_to_the_stage():
@@ -165,10 +167,10 @@ def test_all_problems_are_said_at_once_by_the_parameters_names():
         ({"reinforcement_learning_train_steps": -3}, "reinforcement_learning_train_steps: "),
         ({"labels": {"team": 5}}, "labels: team: expected text, got 5"),
         ({"labels": {"Team": "nlp"}}, "labels: Team=nlp: expected lower case"),
-        ({"eval_dataset": "[gs://b/x"}, "eval_dataset: expected an address, or a JSON list"),
+        ({"eval_dataset": "[gs://bkt/x"}, "eval_dataset: expected an address, or a JSON list"),
         ({"eval_dataset": "[]"}, "eval_dataset: "),
         ({"accelerator_type": "NVIDIA_L5"}, "accelerator_type: unknown accelerator 'NVIDIA_L5'"),
-        ({"tensorboard_resource_id": "projects/p/locations/l/tensorboards/1"}, "needs a service_"),
+        ({"tensorboard_resource_id": f"{HERE}/tensorboards/1"}, "needs a service_"),
         ({"encryption_spec_key_name": "key"}, "encryption_spec_key_name: expected projects/P/"),
         ({"huggingface_token_secret": "hf_secret"}, "looks like a token"),
         ({"timeout": "1h"}, "timeout: "),
@@ -181,7 +183,10 @@ def test_all_problems_are_said_at_once_by_the_parameters_names():
         ),
         ({"ppo_config": {"num_minibatches": 3}}, "ppo_config: num_minibatches: 3 does not divide"),
         ({"ppo_config": {"dry_run": True}}, "ppo_config: dry_run: "),
-        ({"inference_config": {"eval_dataset": "gs://b/x"}}, "inference_config: eval_dataset: "),
+        (
+            {"inference_config": {"eval_dataset": "gs://bkt/x"}},
+            "inference_config: eval_dataset: ",
+        ),
     ],
 )
 def test_a_problem_names_the_parameter(parameters, said):
@@ -205,7 +210,7 @@ def test_googles_model_names(name, address):
     assert config.stage_config("ppo").revision == "v2"
 
 
-@pytest.mark.parametrize("address", ["gs://b/model", "/gcs/b/model", "meta-llama/Llama-3.2-1B"])
+@pytest.mark.parametrize("address", ["gs://bkt/model", "/gcs/bkt/model", "meta-llama/Llama-3.2-1B"])
 def test_addresses_are_taken_as_they_are(address):
     assert to_config(LEAST | {"large_model_reference": address}).base_model == address
 
@@ -237,15 +242,18 @@ def test_tpus_are_refused_with_the_alternative(kind):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"sft_dataset": "gs://b/demos.jsonl"}, "sft_dataset"),
-        ({"sft": {"dataset": "gs://b/demos.jsonl"}}, "sft_dataset"),
+        ({"sft_dataset": "gs://bkt/demos.jsonl"}, "sft_dataset"),
+        ({"sft": {"dataset": "gs://bkt/demos.jsonl"}}, "sft_dataset"),
         ({"ppo": {"instruction": "Be brief."}}, "ppo.instruction"),
         ({"reward_model": {"prompt_sequence_length": 9}}, "reward_model.prompt_sequence_length"),
-        ({"ppo": {"prompt_dataset": "gs://b/x.jsonl"}}, "ppo.prompt_dataset"),
+        ({"ppo": {"prompt_dataset": "gs://bkt/x.jsonl"}}, "ppo.prompt_dataset"),
         ({"ppo": {"base_model": "a/b"}}, "ppo.base_model"),
         ({"inference": {"base_model": "a/b"}}, "inference.base_model"),
-        ({"reward_model": {"preference_dataset": "gs://b/x"}}, "reward_model.preference_dataset"),
-        ({"inference": {"eval_dataset": "gs://b/x.jsonl"}}, "inference.eval_dataset"),
+        (
+            {"reward_model": {"preference_dataset": "gs://bkt/x"}},
+            "reward_model.preference_dataset",
+        ),
+        ({"inference": {"eval_dataset": "gs://bkt/x.jsonl"}}, "inference.eval_dataset"),
         ({"base_model": "t5-small"}, "base_model"),  # another one on the Hub
         ({"reward_model": {"base_model": "t5-large"}}, "reward_model.base_model"),
         ({"base_model": "gpt2"}, "base_model"),
@@ -278,9 +286,9 @@ def _all_floats(value: Any) -> Any:
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from("\"\n\\{}'"))
 PATHS = st.sampled_from(
-    ["gs://b/ü.jsonl", "/gcs/b/*.jsonl", ["gs://b/1.jsonl", 'gs://b/"2".jsonl']]
+    ["gs://bkt/ü.jsonl", "/gcs/bkt/*.jsonl", ["gs://bkt/1.jsonl", 'gs://bkt/"2".jsonl']]
 )
-BASES = st.sampled_from(["google/flan-t5-base", "gs://b/model", "/gcs/b/model"])
+BASES = st.sampled_from(["google/flan-t5-base", "gs://bkt/model", "/gcs/bkt/model"])
 LORA = st.fixed_dictionaries(
     {},
     optional={

@@ -150,8 +150,8 @@ def test_each_step_gets_and_gives_what_its_component_declares(spec):
 FULL = {
     "service_account": "tuner@p.iam.gserviceaccount.com",
     "network": "projects/1/global/networks/vpc",
-    "encryption_spec_key_name": "projects/p/locations/l/keyRings/r/cryptoKeys/k",
-    "tensorboard_resource_id": "projects/1/locations/l/tensorboards/2",
+    "encryption_spec_key_name": "projects/p/locations/us-central1/keyRings/r/cryptoKeys/k",
+    "tensorboard_resource_id": "projects/1/locations/us-central1/tensorboards/2",
     "strategy": "FLEX_START",
     "timeout": "3600s",
     "restart_job_on_worker_restart": True,
@@ -166,7 +166,8 @@ DECIDED = {
     "resolved_accelerator_type": "NVIDIA_L4",
     "resolved_accelerator_count": 1.0,
     "resolved_tuning_location": "europe-west4",
-    "resolved_run_directory": "gs://b/runs/first",
+    "resolved_run_directory": "gs://bkt/runs/first",
+    "resolved_run_name": "first",
     "resolved_output_prediction_gcs_path": "",
     **{
         f"resolved_{stage}_config": json.dumps({"instruction": FULL["instruction"]})
@@ -180,12 +181,12 @@ def rendered(
 ) -> dict[str, dict[str, Any]]:
     """Each task's payload, as the launcher hands it to Vertex, after placeholders have values."""
     least = {
-        "prompt_dataset": "gs://b/p.jsonl",
-        "preference_dataset": "gs://b/c.jsonl",
+        "prompt_dataset": "gs://bkt/p.jsonl",
+        "preference_dataset": "gs://bkt/c.jsonl",
         "large_model_reference": "t5-small",
-        "eval_dataset": "gs://b/e.jsonl",
+        "eval_dataset": "gs://bkt/e.jsonl",
     }
-    run = Run(COMMITTED, least | parameters, "gs://b/root", tmp_path, "http://none", None)
+    run = Run(COMMITTED, least | parameters, "gs://bkt/root", tmp_path, "http://none", None)
     run.outputs["validate"] = decided
     payloads = {}
     for name, component, inputs in run.tasks(run.spec["root"]["dag"], run.values):
@@ -226,7 +227,8 @@ def test_default_payloads_are_custom_jobs(tmp_path):
         assert payload["job_spec"]["scheduling"]["strategy"] == "STANDARD"
         image = pool["container_spec"]["image_uri"]
         assert image == "us-central1-docker.pkg.dev/test-project/rlhf/rlhf:0.1.0"
-        assert job.display_name == f"pipeline-job-{name.replace('-', '_')}"
+        run = "pipeline-job" if name == "validate" else "first"
+        assert job.display_name == f"{run}-{name.replace('-', '_')}"
 
 
 def test_full_payloads_are_custom_jobs(tmp_path):
@@ -242,7 +244,7 @@ def test_full_payloads_are_custom_jobs(tmp_path):
         assert job.job_spec.scheduling.restart_job_on_worker_restart
         assert pool.disk_spec.boot_disk_size_gb == 300
         # Free text survives two layers of JSON.
-        stage, flag = pool.container_spec.args[1:]
+        stage, flag, *_ = pool.container_spec.args[1:]
         assert stage == name.replace("-", "_")
         given = json.loads(flag.removeprefix("--executor_input="))["inputs"]["parameterValues"]
         text = (
@@ -266,7 +268,7 @@ def test_full_payloads_are_custom_jobs(tmp_path):
         assert job.job_spec.tensorboard == FULL["tensorboard_resource_id"]
         # Restarts and stages must not write over one another's logs.
         prefix = job.job_spec.base_output_directory.output_uri_prefix
-        assert prefix == f"gs://b/runs/first/vertex/{stage}"
+        assert prefix == f"gs://bkt/runs/first/vertex/{stage}"
 
 
 def test_accelerators_are_those_that_vertex_knows():

@@ -5,19 +5,13 @@ thing. No field changes a result.
 """
 
 import json
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import StringConstraints, field_validator
 
+from rlhf.config import cloud_names
 from rlhf.config.common import Schema, option
 from rlhf.config.describe import nearest
-
-# Labels of Google Cloud: lower case, digits, - and _; at most 63 characters.
-_LABEL = re.compile(r"[a-z0-9_-]{0,63}")
-_TENSORBOARD = re.compile(r"projects/[^/]+/locations/[^/]+/tensorboards/[^/]+")
-_KEY = re.compile(r"projects/[^/]+/locations/[^/]+/keyRings/[^/]+/cryptoKeys/[^/]+")
-_SECRET = re.compile(r"[A-Za-z0-9_-]+|projects/[^/]+/secrets/[^/]+(/versions/[^/]+)?")
 
 # Vertex's names, those of its TPUs apart; a test compares them with its client library's.
 ACCELERATORS = (
@@ -37,7 +31,22 @@ ACCELERATORS = (
     "NVIDIA_TESLA_K80",
 )
 
-Seconds = Annotated[str, StringConstraints(pattern=r"^\d+s$")]
+# A protobuf Duration holds 10 000 years; a longer one is no JSON that Vertex can read.
+LONGEST = 315_576_000_000
+WEEK = 7 * 24 * 3600
+
+Seconds = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,15}s$")]
+# Fields with a name whose form is known.
+_SHAPED = (
+    "project",
+    "image",
+    "service_account",
+    "network",
+    "encryption_spec_key_name",
+    "tensorboard_resource_id",
+    "huggingface_token_secret",
+    "serving_container_image",
+)
 
 
 def cloud(default: Any, description: str, **bounds: Any) -> Any:
@@ -101,6 +110,11 @@ class VertexConfig(Schema):
     serving_container_image: str = cloud(
         "", "Image that serves merged/. With it, the tuned model goes to the Model Registry."
     )
+    check_inputs: Literal["here", "job"] = cloud(
+        "here",
+        "Where rows, base models and bucket are looked at before a run: here, by whoever submits, "
+        "and again by the validation job; or by that job alone, which alone needs access then.",
+    )
     deploy_model: bool = cloud(
         False, "Only warns: an endpoint costs money until deleted. The docs have the command."
     )
@@ -123,36 +137,15 @@ class VertexConfig(Schema):
 
     def cross_problems(self) -> list[str]:
         """Say what Vertex would refuse, or accept and then not do."""
-        problems = []
-        if self.accelerator_type.upper().startswith("TPU"):
-            problems.append(
-                f"accelerator_type: {self.accelerator_type} cannot be used, the code runs on GPU "
-                "and CPU; give GPU, or an accelerator such as NVIDIA_L4"
-            )
-        elif self.accelerator_type not in ("GPU", "CPU", *ACCELERATORS):
-            known = nearest(self.accelerator_type.upper(), ("GPU", "CPU", *ACCELERATORS))
-            problems.append(
-                f"accelerator_type: unknown accelerator {self.accelerator_type!r}{known}; "
-                f"expected GPU, CPU or one of {', '.join(ACCELERATORS)}"
-            )
-        if self.accelerator_type == "CPU" and self.accelerator_count:
-            problems.append("accelerator_count: a CPU job has none; leave it out")
-        if self.tensorboard_resource_id and not self.service_account:
-            problems.append("tensorboard_resource_id: needs a service_account, give one")
-        for name, pattern, expected in (
-            ("tensorboard_resource_id", _TENSORBOARD, "projects/P/locations/L/tensorboards/ID"),
-            (
-                "encryption_spec_key_name",
-                _KEY,
-                "projects/P/locations/L/keyRings/R/cryptoKeys/K",
-            ),
-            ("huggingface_token_secret", _SECRET, "NAME or projects/P/secrets/NAME/versions/V"),
-        ):
+        problems = self._accelerator_problems()
+        for name in ("location", "tuning_location"):
             value = getattr(self, name)
-            if value and not pattern.fullmatch(value):
-                # A token pasted by mistake must not show up in an error either.
-                shown = "" if name == "huggingface_token_secret" else f", got {value!r}"
-                problems.append(f"{name}: expected {expected}{shown}")
+            if value and (wrong := cloud_names.region(value)):
+                problems.append(f"{name}: {wrong}")
+        for name in _SHAPED:
+            value = getattr(self, name)
+            if value and (wrong := cloud_names.shape(name, value)):
+                problems.append(f"{name}: {wrong}")
         if self.huggingface_token_secret.startswith("hf_"):
             problems.append(
                 "huggingface_token_secret: looks like a token; expected the name of a secret that "
@@ -160,9 +153,64 @@ class VertexConfig(Schema):
             )
         if self.pipeline_root and not self.pipeline_root.startswith("gs://"):
             problems.append(f"pipeline_root: expected gs://…, got {self.pipeline_root!r}")
-        problems += [
-            f"labels: {name}={value}: expected lower case letters, digits, - and _, at most 63"
-            for name, value in self.labels.items()
-            if not (name and _LABEL.fullmatch(name) and _LABEL.fullmatch(value))
-        ]
+        elif wrong := cloud_names.address(self.pipeline_root):
+            problems.append(f"pipeline_root: {wrong}")
+        if len(self.model_display_name) > 128:
+            problems.append("model_display_name: expected at most 128 characters")
+        problems += [f"labels: {wrong}" for wrong in cloud_names.labels(self.labels)]
+        return problems + self._region_problems() + self._time_problems()
+
+    def _accelerator_problems(self) -> list[str]:
+        known = ("GPU", "CPU", *ACCELERATORS)
+        if self.accelerator_type.upper().startswith("TPU"):
+            return [
+                f"accelerator_type: {self.accelerator_type} cannot be used, the code runs on GPU "
+                "and CPU; give GPU, or an accelerator such as NVIDIA_L4"
+            ]
+        if self.accelerator_type not in known:
+            return [
+                f"accelerator_type: unknown accelerator {self.accelerator_type!r}"
+                f"{nearest(self.accelerator_type.upper(), known)}; "
+                f"expected GPU, CPU or one of {', '.join(ACCELERATORS)}"
+            ]
+        if self.accelerator_type == "CPU" and self.accelerator_count:
+            return ["accelerator_count: a CPU job has none; leave it out"]
+        return []
+
+    def _region_problems(self) -> list[str]:
+        """A key and a TensorBoard serve only jobs of their own region."""
+        problems = []
+        gpus = self.tuning_location or self.location
+        key = cloud_names.region_of(self.encryption_spec_key_name)
+        elsewhere = [region for region in dict.fromkeys((self.location, gpus)) if region != key]
+        if key and elsewhere:
+            problems.append(
+                f"encryption_spec_key_name: the key is in {key}, but jobs run in "
+                f"{' and '.join(elsewhere)}; a key serves its own region only, so location and "
+                "tuning_location have to be the key's"
+            )
+        board = cloud_names.region_of(self.tensorboard_resource_id)
+        if board and board != gpus:
+            problems.append(
+                f"tensorboard_resource_id: the TensorBoard is in {board}, the GPU jobs in {gpus}; "
+                f"make one there: gcloud ai tensorboards create --region={gpus}"
+            )
+        if self.tensorboard_resource_id and not self.service_account:
+            problems.append("tensorboard_resource_id: needs a service_account, give one")
+        return problems
+
+    def _time_problems(self) -> list[str]:
+        problems = []
+        seconds = int(self.timeout[:-1])
+        if not 0 < seconds <= LONGEST:
+            problems.append(
+                f"timeout: expected at least 1s, at most {LONGEST}s, got {self.timeout}"
+            )
+        elif self.strategy == "FLEX_START" and seconds > WEEK:
+            problems.append(
+                f"timeout: FLEX_START gives machines for at most seven days, {WEEK}s, got "
+                f"{self.timeout}"
+            )
+        if int(self.max_wait_duration[:-1]) > LONGEST:
+            problems.append(f"max_wait_duration: expected at most {LONGEST}s")
         return problems

@@ -6,12 +6,15 @@ Everything comes in through KFP's executor input and the AIP_* variables; the st
 ordinary configuration and knows of neither. Exit codes are those of the command `rlhf`.
 """
 
+import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import click
+import torch
 
 from rlhf.cli import exit_code, quiet_third_parties, stop_by_signal
 from rlhf.config import PipelineConfig
@@ -22,10 +25,11 @@ from rlhf.pipeline import STAGES, check_inputs
 from rlhf.storage import as_url, open_store
 from rlhf.tracking import say
 from rlhf.vertex import failure
+from rlhf.vertex.addresses import LONGEST_RUN_NAME
 from rlhf.vertex.cloud import export_huggingface_token, register_model
+from rlhf.vertex.conversion import problems_in_the_cloud, to_config
 from rlhf.vertex.executor import Task, write_file
 from rlhf.vertex.machines import fit
-from rlhf.vertex.parameters import to_config
 from rlhf.vertex.summary import markdown, numbers
 
 DEPLOY_NOTE = (
@@ -41,6 +45,8 @@ def validate(task: Task) -> None:
         InputError: All problems of parameters, rows, base models, output folder and machine.
     """
     config = to_config(task.inputs)
+    if problems := problems_in_the_cloud(config, _cuda()):
+        raise InputError(problems)
     lines = check_inputs(config)
     check_writable(config.output_dir)
     config, machine, why = fit(config)
@@ -59,9 +65,36 @@ def validate(task: Task) -> None:
         "resolved_accelerator_count": machine.accelerator_count,
         "resolved_tuning_location": config.vertex.tuning_location or config.vertex.location,
         "resolved_run_directory": as_url(config.output_dir),
+        "resolved_run_name": task.inputs["run_name"],
         "resolved_output_prediction_gcs_path": _predictions(config) if config.eval_dataset else "",
     }
     task.write_artifact("summary", "# validate\n\n" + "\n".join(f"- {note}" for note in notes))
+
+
+def own_run_name(given: str, pipeline_job: str, pipeline_task: str) -> str:
+    """Name a run that was not named, so that no other run has its folder.
+
+    The compiled pipeline's default is the name of the pipeline's job, which is the same for every
+    use of the pipeline in it, such as those of a ParallelFor. A job that is started again has the
+    same step, and so the same name.
+
+    Args:
+        given: The parameter run_name.
+        pipeline_job: Name of the pipeline's job; "" if not known.
+        pipeline_task: Number of the validation step.
+    """
+    if not pipeline_job or given != pipeline_job:
+        return given
+    name = f"{pipeline_job}-{pipeline_task}"
+    if len(name) <= LONGEST_RUN_NAME:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{pipeline_job[: LONGEST_RUN_NAME - 17]}-{digest}"
+
+
+def _cuda() -> int:
+    """Torch's CUDA build, 126 for 12.6, and 0 for a CPU build."""
+    return int((torch.version.cuda or "0").replace(".", ""))
 
 
 def stage_settings(config: PipelineConfig, stage: str) -> dict[str, Any]:
@@ -192,9 +225,15 @@ def _leave(folder: str, found: failure.Failure) -> None:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("stage", type=click.Choice(["validate", "reward_model", "ppo", "inference"]))
 @click.option("--executor_input", required=True, help="KFP's executor input, JSON.")
-def command(stage: str, executor_input: str) -> None:
+@click.option("--pipeline_job", default="", help="Name of the pipeline's job.")
+@click.option("--pipeline_task", default="", help="Number of this step in it.")
+def command(stage: str, executor_input: str, pipeline_job: str, pipeline_task: str) -> None:
     """Run one task of the pipeline `rlhf-pipeline`."""
-    _attempt(stage, Task.from_executor_input(executor_input))
+    task = Task.from_executor_input(executor_input)
+    if stage == "validate":
+        name = own_run_name(str(task.inputs.get("run_name", "")), pipeline_job, pipeline_task)
+        task = replace(task, inputs={**task.inputs, "run_name": name})
+    _attempt(stage, task)
 
 
 def main() -> int:

@@ -1,13 +1,20 @@
-"""Which machine a run gets: the table of the docs, and the choice by memory."""
+"""Which machine a run gets: the table of the docs, the choice by memory, and what is as told."""
 
-import re
 from dataclasses import dataclass
 
-from rlhf.config import PipelineConfig, StageConfig, VertexConfig
+from rlhf.config import PipelineConfig, StageConfig
 from rlhf.errors import InputError
 from rlhf.models.loading import read_model_config
 from rlhf.models.memory import count_parameters, memory_per_role, total_memory
 from rlhf.pipeline import on_the_given_base
+from rlhf.vertex.machine_types import (
+    ACCELERATORS,
+    DEFAULT_CPU,
+    MACHINE_TYPES,
+    accelerator_of,
+    machine_with_one,
+    problems_of_machine,
+)
 
 GIB = 2**30
 # The estimate is good to a factor of two at worst; this leaves room for the usual error.
@@ -16,13 +23,13 @@ HEADROOM = 1.3
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine of Vertex AI.
+    """A machine of Vertex AI as a job asks for it.
 
     Attributes:
         machine_type: Vertex's name of it.
         accelerator_type: Vertex's name of its accelerators; "" for none.
         accelerator_count: How many.
-        memory: GiB of one accelerator; 0 without.
+        memory: GiB of one accelerator, or without one of the machine.
     """
 
     machine_type: str
@@ -30,31 +37,19 @@ class Machine:
     accelerator_count: int = 0
     memory: int = 0
 
+    @property
+    def has(self) -> str:
+        """What the memory belongs to."""
+        return self.accelerator_type or self.machine_type
 
-CPU = Machine("n1-highmem-8")
+
+def _with_one(name: str) -> Machine:
+    accelerator = next(iter(MACHINE_TYPES[name].accelerators))
+    return Machine(name, accelerator, 1, ACCELERATORS[accelerator].memory)
+
+
 # In order of price; a run gets the first that it fits on. The stages use one accelerator.
-TABLE = (
-    Machine("g2-standard-12", "NVIDIA_L4", 1, 24),
-    Machine("a2-highgpu-1g", "NVIDIA_TESLA_A100", 1, 40),
-    Machine("a2-ultragpu-1g", "NVIDIA_A100_80GB", 1, 80),
-)
-# Not chosen by itself: scarce, or without bfloat16.
-_ON_REQUEST = (
-    Machine("a3-highgpu-1g", "NVIDIA_H100_80GB", 1, 80),
-    Machine("n1-standard-8", "NVIDIA_TESLA_T4", 1, 16),
-    Machine("n1-standard-8", "NVIDIA_TESLA_V100", 1, 16),
-)
-# Machines that come with their accelerators: {family}-…-{count}g, or g2 by size.
-_BUILT_IN = {
-    "g2-standard": "NVIDIA_L4",
-    "a2-highgpu": "NVIDIA_TESLA_A100",
-    "a2-megagpu": "NVIDIA_TESLA_A100",
-    "a2-ultragpu": "NVIDIA_A100_80GB",
-    "a3-highgpu": "NVIDIA_H100_80GB",
-    "a3-megagpu": "NVIDIA_H100_MEGA_80GB",
-    "a3-ultragpu": "NVIDIA_H200_141GB",
-}
-_L4_OF_G2 = {"24": 2, "48": 4, "96": 8}
+TABLE = tuple(map(_with_one, ("g2-standard-12", "a2-highgpu-1g", "a2-ultragpu-1g")))
 
 
 class TooLarge(InputError):  # noqa: N818 (says what is the matter)
@@ -88,54 +83,136 @@ def fit(config: PipelineConfig) -> tuple[PipelineConfig, Machine, str]:
 
 
 def choose_machine(config: PipelineConfig) -> tuple[Machine, str]:
-    """Pick the machine for the GPU jobs of a run.
+    """Pick the machine for the GPU jobs of a run, or look at the one that was named.
 
     Args:
-        config: The run; reads `config.json` of its bases where memory decides.
+        config: The run; reads `config.json` of its bases.
 
     Returns:
         The machine, and a sentence on why.
 
     Raises:
-        InputError: The fields do not name a machine, or no machine of the table is large enough.
+        InputError: The fields do not name a machine, or the run needs more memory than it has.
+    """
+    if problems := problems_of_run(config):
+        raise InputError(problems)
+    told = named_machine(config)
+    if told is None:
+        need = _need(config, bfloat16=True)
+        if (machine := _first_that_fits(need.bytes)) is not None:
+            return machine, f"{machine.machine_type}: {need}, {machine.has} has {machine.memory}"
+        raise TooLarge(
+            f"machine_type: {need}, and {HEADROOM - 1:.0%} to spare because that is an estimate; "
+            f"{TABLE[-1].has} has {TABLE[-1].memory}; {_LOWER}, or name another accelerator_type"
+        )
+    kind = ACCELERATORS.get(told.accelerator_type)
+    need = _need(config, bfloat16=kind is not None and kind.bfloat16)
+    if need.bytes > told.memory * GIB:
+        raise TooLarge(
+            f"machine_type: {need}; {told.has} has {told.memory}; {_instead(config, told)}{_LOWER}"
+        )
+    near = need.bytes * HEADROOM > told.memory * GIB
+    why = f"{told.machine_type}: as told; {need}, {told.has} has {told.memory}"
+    return told, f"{why}, which is close" if near else why
+
+
+def problems_of_run(config: PipelineConfig, cuda: int | None = None) -> list[str]:
+    """Say what is wrong with the named machine before any base model is read.
+
+    Args:
+        config: The run.
+        cuda: torch's CUDA build in the image; None: by the image's tag.
     """
     wanted = config.vertex
-    if wanted.machine_type or wanted.accelerator_type != "GPU":
-        machine = _as_told(wanted)
-        return machine, f"{machine.machine_type}: as told"
-    if wanted.accelerator_count > 1:
-        raise InputError(
-            "accelerator_count: a stage uses one accelerator, and without a machine_type a machine "
-            f"with one is chosen; leave it out, or give the machine with {wanted.accelerator_count}"
+    problems = problems_of_machine(wanted, cuda)
+    accelerator = "" if problems else accelerator_of(wanted)
+    if accelerator and not ACCELERATORS[accelerator].bfloat16:
+        for stage in _stages(config):
+            if config.stage_config(stage).dtype == "bfloat16":
+                own = getattr(config, stage)
+                problems.append(
+                    f"{f'{stage}.' if 'dtype' in own else ''}dtype: {accelerator} has no bfloat16; "
+                    "give float32 or auto, or an accelerator_type such as NVIDIA_L4"
+                )
+    return list(dict.fromkeys(problems))
+
+
+def named_machine(config: PipelineConfig) -> Machine | None:
+    """Return the machine that the fields name; None where it is left to the memory."""
+    wanted = config.vertex
+    if wanted.accelerator_type == "CPU":
+        name = wanted.machine_type or DEFAULT_CPU
+        return Machine(name, memory=int(MACHINE_TYPES[name].memory * 10**9 / GIB))
+    accelerator = accelerator_of(wanted)
+    if not accelerator:
+        return None
+    name = wanted.machine_type or machine_with_one(accelerator)
+    return Machine(name, accelerator, 1, ACCELERATORS[accelerator].memory)
+
+
+_LOWER = (
+    "lower micro_batch_size, max_tokens_per_micro_batch or rollout_batch_size, set "
+    "gradient_checkpointing or use LoRA"
+)
+
+
+@dataclass(frozen=True)
+class _Need:
+    """Memory of the stage that needs most, and of what it is."""
+
+    bytes: int
+    stage: str
+    base: str
+    parameters: int
+
+    def __str__(self) -> str:
+        billions = self.parameters / 1e9
+        return (
+            f"{self.base} has {billions:.2f} B parameters, {self.stage} needs about "
+            f"{self.bytes / GIB:.0f} GiB"
         )
-    stages = ("reward_model", "ppo", *(("inference",) if config.eval_dataset else ()))
+
+
+def _stages(config: PipelineConfig) -> tuple[str, ...]:
+    return ("reward_model", "ppo", *(("inference",) if config.eval_dataset else ()))
+
+
+def _need(config: PipelineConfig, *, bfloat16: bool) -> _Need:
+    """Reckon the memory of a run; `bfloat16` says whether the hardware has that type."""
     needed, stage = max(
-        (total_memory(memory_per_role(*_on_a_gpu(config, name))), name) for name in stages
+        (total_memory(memory_per_role(*_on_a_device(config, name, bfloat16))), name)
+        for name in _stages(config)
     )
     stage_config = on_the_given_base(config, stage)
     base = stage_config.base_model or ""
     size = count_parameters(read_model_config(base, stage_config.revision)).base
-    for machine in TABLE:
-        if needed * HEADROOM <= machine.memory * GIB:
-            return machine, (
-                f"{machine.machine_type}: {base} has {size / 1e9:.2f} B parameters, {stage} needs "
-                f"about {needed / GIB:.0f} GiB, {machine.accelerator_type} has {machine.memory}"
-            )
-    raise TooLarge(
-        f"machine_type: {stage} of {base} ({size / 1e9:.1f} B parameters) needs about "
-        f"{needed / GIB:.0f} GiB, and {HEADROOM - 1:.0%} to spare because that is an estimate; "
-        f"{TABLE[-1].accelerator_type} has {TABLE[-1].memory}; lower "
-        "micro_batch_size, max_tokens_per_micro_batch or rollout_batch_size, set "
-        "gradient_checkpointing, use LoRA, or give a machine_type"
-    )
+    return _Need(needed, stage, base, size)
 
 
-def _on_a_gpu(config: PipelineConfig, stage: str) -> tuple[object, StageConfig, object]:
-    """What a stage's memory is reckoned from, with the types that a GPU would use."""
+def _first_that_fits(needed: int) -> Machine | None:
+    return next((machine for machine in TABLE if needed * HEADROOM <= machine.memory * GIB), None)
+
+
+def _instead(config: PipelineConfig, told: Machine) -> str:
+    """Name a machine that would do."""
+    if told.accelerator_type:
+        fitting = _first_that_fits(_need(config, bfloat16=True).bytes)
+        return f"give machine_type {fitting.machine_type}, or " if fitting else ""
+    needed = _need(config, bfloat16=False).bytes / 10**9
+    roomy = sorted((m.memory, name) for name, m in MACHINE_TYPES.items() if "n1-highmem" in name)
+    fitting_names = [name for memory, name in roomy if memory >= needed]
+    return f"give machine_type {fitting_names[0]}, or " if fitting_names else ""
+
+
+def _on_a_device(
+    config: PipelineConfig, stage: str, bfloat16: bool
+) -> tuple[object, StageConfig, object]:
+    """What a stage's memory is reckoned from, with the types that a device would use."""
     stage_config: StageConfig = on_the_given_base(config, stage)
     stage_config = stage_config.model_copy(update={"device": "cpu"})
     if stage_config.dtype == "auto":
-        stage_config = stage_config.model_copy(update={"dtype": "bfloat16"})
+        dtype = "bfloat16" if bfloat16 else "float32"
+        stage_config = stage_config.model_copy(update={"dtype": dtype})
     judge = None
     if stage == "ppo":
         reward = on_the_given_base(config, "reward_model")
@@ -143,53 +220,3 @@ def _on_a_gpu(config: PipelineConfig, stage: str) -> tuple[object, StageConfig, 
             judge = read_model_config(reward.base_model, reward.revision)
     model = read_model_config(stage_config.base_model or "", stage_config.revision)
     return model, stage_config, judge
-
-
-def _as_told(wanted: VertexConfig) -> Machine:
-    kind, count = wanted.accelerator_type, wanted.accelerator_count
-    if kind == "CPU":
-        if wanted.machine_type and (own := _accelerators_of(wanted.machine_type)):
-            raise InputError(
-                f"accelerator_type: {wanted.machine_type} comes with {own[0]}, not without "
-                f"accelerators; give another machine_type, such as {CPU.machine_type}"
-            )
-        return Machine(wanted.machine_type or CPU.machine_type)
-    if not wanted.machine_type:
-        for machine in (*TABLE, *_ON_REQUEST):
-            if machine.accelerator_type == kind and count in (0, machine.accelerator_count):
-                return machine
-        raise InputError(
-            f"accelerator_type: there is no usual machine for {count or 1} {kind}; give a "
-            "machine_type too"
-        )
-    built_in = _accelerators_of(wanted.machine_type)
-    if built_in is None:
-        if kind == "GPU":
-            raise InputError(
-                f"accelerator_type: {wanted.machine_type} is not known to come with GPUs; give an "
-                "accelerator such as NVIDIA_TESLA_T4, or CPU"
-            )
-        return Machine(wanted.machine_type, kind, count or 1)
-    own_kind, own_count = built_in
-    # Vertex refuses any other than what such a machine comes with.
-    if kind not in ("GPU", own_kind):
-        raise InputError(
-            f"accelerator_type: {wanted.machine_type} comes with {own_kind}, not with {kind}"
-        )
-    if count not in (0, own_count):
-        raise InputError(
-            f"accelerator_count: {wanted.machine_type} comes with {own_count}, not with {count}; "
-            "leave it out"
-        )
-    return Machine(wanted.machine_type, own_kind, own_count)
-
-
-def _accelerators_of(machine_type: str) -> tuple[str, int] | None:
-    """Kind and number of the accelerators that a machine comes with."""
-    family, _, size = machine_type.rpartition("-")
-    if family not in _BUILT_IN:
-        return None
-    if family == "g2-standard":
-        return _BUILT_IN[family], _L4_OF_G2.get(size, 1)
-    digits = re.match(r"\d+", size)
-    return _BUILT_IN[family], int(digits.group()) if digits else 1

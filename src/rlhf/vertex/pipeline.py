@@ -31,7 +31,6 @@ _OF_GPU_JOBS = (
     "project",
     "location",
     "image",
-    "run_name",
     "boot_disk_type",
     "boot_disk_size_gb",
     "service_account",
@@ -53,6 +52,7 @@ _DECIDED = {
     "accelerator_count": int,
     "tuning_location": str,
     "run_directory": str,
+    "run_name": str,
 }
 # Output parameters of each step, all text but for the number of accelerators.
 OUTPUTS: dict[str, dict[str, type]] = {
@@ -90,6 +90,7 @@ def payload(
     given: dict[str, Any],
     machine: dict[str, Any],
     extra: dict[str, Any],
+    arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The CustomJob that one step asks Vertex for.
 
@@ -109,7 +110,12 @@ def payload(
                     "container_spec": {
                         "image_uri": given["image"],
                         # KFP escapes the executor input, so free text in it cannot break the JSON.
-                        "args": ["job", stage, "--executor_input={{$.json_escape[1]}}"],
+                        "args": [
+                            "job",
+                            stage,
+                            "--executor_input={{$.json_escape[1]}}",
+                            *arguments,
+                        ],
                     },
                 }
             ],
@@ -135,7 +141,18 @@ def _validation_job(given: dict[str, Any]) -> dsl.ContainerSpec:
     return build_serverless_customjob_container_spec(
         project=given["project"],
         location=given["location"],
-        custom_job_payload=payload("validate", on_demand, {"machine_type": VALIDATION_MACHINE}, {}),
+        custom_job_payload=payload(
+            "validate",
+            on_demand,
+            {"machine_type": VALIDATION_MACHINE},
+            {},
+            # By these a run without a name of its own gets one that no other use of the pipeline
+            # has: a step's number is its own in a loop and in a pipeline within a pipeline too.
+            [
+                f"--pipeline_job={dsl.PIPELINE_JOB_NAME_PLACEHOLDER}",
+                f"--pipeline_task={dsl.PIPELINE_TASK_ID_PLACEHOLDER}",
+            ],
+        ),
         gcp_resources=given["gcp_resources"],
     )
 

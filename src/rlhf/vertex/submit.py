@@ -1,7 +1,6 @@
 """From a configuration to a running pipeline: checks, the request, and following it."""
 
 import json
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ import google.auth
 from google.api_core.exceptions import GoogleAPIError
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+from google.auth.transport.requests import AuthorizedSession
 from google.cloud import aiplatform
 from google.protobuf.json_format import MessageToDict
 from pydantic import ValidationError
@@ -23,20 +23,13 @@ from rlhf.pipeline import check_inputs
 from rlhf.storage import as_url, find_files, open_store
 from rlhf.tracking import say
 from rlhf.vertex import TEMPLATE, default_image
+from rlhf.vertex.addresses import not_in_the_cloud
+from rlhf.vertex.conversion import to_config, to_parameters
 from rlhf.vertex.follow import follow
+from rlhf.vertex.image import pinned
 from rlhf.vertex.job import DEPLOY_NOTE
-from rlhf.vertex.machines import fit
-from rlhf.vertex.parameters import RUN_NAME, to_config, to_parameters
-
-# Fields that hold files or folders which the jobs read.
-_PATHS = (
-    "preference_dataset",
-    "prompt_dataset",
-    "eval_dataset",
-    "normalization_dataset",
-    "reward_model_path",
-    "tensorboard_dir",
-)
+from rlhf.vertex.living import refuse_second_writer
+from rlhf.vertex.machines import Machine, fit, named_machine, problems_of_run
 
 
 def read_parameters(
@@ -96,80 +89,56 @@ def submit(config: PipelineConfig, *, wait: bool = False) -> int:
     Raises:
         InputError: Anything that can be known to be wrong before money is spent.
     """
-    config = config.model_copy(update={"output_dir": as_url(config.output_dir)})
-    problems = not_in_the_cloud(config)
-    try:
-        parameters = to_parameters(config)
-    except InputError as error:
-        raise InputError(problems + error.problems) from None
-    if problems:
-        raise InputError(problems)
-    to_config(parameters)  # what the validation step will do
+    config = config.model_copy(update={"output_dir": as_url(config.output_dir).rstrip("/")})
+    parameters = _parameters(config)
     project, credentials = _identity(config)
     location = config.vertex.location
     parameters |= {"project": project, "location": location}
     parameters.setdefault("image", default_image(project, location))
-    if not config.dry_run:
-        _check_bucket(config, project)
-    for line in _check_here(config):
+    lines = _check_access(config, parameters, credentials)
+    for line in [*lines, *_request_lines(config, parameters)]:
         say(line)
-    _say_request(config, parameters)
     aiplatform.init(project=project, location=location, credentials=credentials)
     job = pipeline_job(config, parameters)
     if config.dry_run:
         print(json.dumps(_request(job), indent=2, ensure_ascii=False))
         return 0
-    try:
-        job.submit()
-    except (GoogleAPIError, GoogleAuthError) as error:
-        message = getattr(error, "message", error)
-        raise InputError(f"Vertex AI refused the pipeline: {message}") from error
+    _send(job, f"projects/{project}/locations/{location}", config.output_dir)
     say(f"submitted {job.resource_name}")
     return follow(job, config) if wait else 0
 
 
-def not_in_the_cloud(config: PipelineConfig) -> list[str]:
-    """Name the fields with paths that a job on another machine cannot see."""
-    problems = []
-    folder, _, run_name = config.output_dir.rstrip("/").rpartition("/")
-    if not folder.startswith("gs://") or folder == "gs://":
-        problems.append(f"output_dir: expected gs://BUCKET/FOLDER/RUN, got {config.output_dir}")
-    elif not RUN_NAME.fullmatch(run_name):
-        problems.append(
-            "output_dir: its last part is the name of the run; expected letters, digits, ., - and "
-            f"_, at most 100, got {run_name!r}"
+def _parameters(config: PipelineConfig) -> dict[str, Any]:
+    """Write a run as the pipeline's parameters.
+
+    Raises:
+        InputError: All that is wrong and can be known without reading anything.
+    """
+    problems = [*not_in_the_cloud(config), *problems_of_run(config)]
+    parameters: dict[str, Any] = {}
+    try:
+        parameters = to_parameters(config)
+        to_config(parameters)  # what the validation step will do
+    except InputError as error:
+        named = any(problem.startswith("output_dir:") for problem in problems)
+        same = ("output_directory:", "run_name:") if named else ()
+        problems += [problem for problem in error.problems if not problem.startswith(same)]
+    if problems:
+        raise InputError(problems)
+    return parameters
+
+
+def _send(job: aiplatform.PipelineJob, parent: str, output_dir: str) -> None:
+    """Ask Vertex AI for the pipeline, unless another one still writes into its folder."""
+    refuse_second_writer(job.api_client, parent, output_dir)
+    try:
+        # Not job.submit(), which would look into the bucket, and make one of a misspelled name.
+        job._gca_resource = job.api_client.create_pipeline_job(
+            parent=parent, pipeline_job=job._gca_resource, pipeline_job_id=job.job_id
         )
-    for stage in ("reward_model", "ppo", "inference"):
-        stage_config, own = config.stage_config(stage), getattr(config, stage)
-        for field in _PATHS:
-            # What a stage gets in the place of a field that was not given was named already.
-            if field not in own and getattr(config, field, None) is None:
-                continue
-            given = getattr(stage_config, field, None) or []
-            name = f"{stage}.{field}" if field in own else field
-            problems += [
-                _copy_it(name, path)
-                for path in ([given] if isinstance(given, str) else given)
-                if not path.startswith(("gs://", "/gcs/"))
-            ]
-        base = stage_config.base_model
-        here = base and (base.startswith((".", "/", "~")) or os.path.isdir(base))
-        if here and not base.startswith("/gcs/"):
-            name = f"{stage}.base_model" if own.get("base_model") == base else "base_model"
-            problems.append(
-                f"{name}: {base} is on this machine, the jobs are not; give a Hub id or a gs:// "
-                "folder"
-            )
-    return list(dict.fromkeys(problems))
-
-
-def _copy_it(name: str, path: str) -> str:
-    if "://" in path:
-        return f"{name}: {path}: the jobs read gs:// addresses; copy it to the bucket"
-    return (
-        f"{name}: {path} is on this machine, the jobs are not; copy it to the bucket (gcloud "
-        "storage cp) and give its gs:// address"
-    )
+    except (GoogleAPIError, GoogleAuthError) as error:
+        message = getattr(error, "message", error)
+        raise InputError(f"Vertex AI refused the pipeline: {message}") from error
 
 
 def pipeline_job(config: PipelineConfig, parameters: Mapping[str, Any]) -> aiplatform.PipelineJob:
@@ -216,8 +185,48 @@ def _identity(config: PipelineConfig) -> tuple[str, Any]:
     return given or own, credentials
 
 
+def _check_access(
+    config: PipelineConfig, parameters: dict[str, Any], credentials: Any
+) -> list[str]:
+    """Look at bucket, image, files and base models from here, unless that is left to the job.
+
+    Puts the image's digest into the parameters, where the registry tells it.
+
+    Returns:
+        What was found, for people.
+
+    Raises:
+        InputError: All that is wrong with any of them.
+    """
+    if config.vertex.check_inputs == "job":
+        return ["rows, base models, bucket and image: looked at by the validation job only"]
+    lines: list[str] = []
+    problems: list[str] = []
+    anonymous = isinstance(credentials, AnonymousCredentials)
+
+    def image() -> list[str]:
+        if anonymous:
+            return []
+        parameters["image"], note = pinned(parameters["image"], AuthorizedSession(credentials))
+        return [note] if note else []
+
+    def bucket() -> list[str]:
+        if not config.dry_run:
+            _check_bucket(config, parameters["project"])
+        return []
+
+    for check in (bucket, image, lambda: _check_here(config)):
+        try:
+            lines += check()
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return lines
+
+
 def _check_bucket(config: PipelineConfig, project: str) -> None:
-    """Look for the bucket of the results: the client library would make one of a misspelt name.
+    """Look for the bucket of the results.
 
     Raises:
         InputError: There is no such bucket, or one cannot look into it from here.
@@ -255,38 +264,45 @@ def _gated(error: InputError, config: PipelineConfig) -> bool:
     return bases and bool(config.vertex.huggingface_token_secret)
 
 
-def _say_request(config: PipelineConfig, parameters: Mapping[str, Any]) -> None:
+def _machine(config: PipelineConfig) -> tuple[Machine | None, str]:
+    """Return the machine and why; None where only the validation step can choose it."""
+    if config.vertex.check_inputs == "job":
+        told = named_machine(config)
+        return told, "as told" if told else "by the memory that the run needs"
     try:
         _, machine, why = fit(config)
-        accelerators = f"{machine.accelerator_count} x {machine.accelerator_type}"
-        shown = f"{machine.machine_type}" + (
-            f" with {accelerators}" if machine.accelerator_count else ""
-        )
-        if machine.accelerator_count > 1:
-            say(f"accelerator_count: {machine.accelerator_count}, of which a stage uses one")
     except InputError as error:
         if not _gated(error, config):
             raise
-        shown, why = "chosen by the validation step", error.problems[0]
+        return named_machine(config), error.problems[0]
+    return machine, why
+
+
+def _request_lines(config: PipelineConfig, parameters: Mapping[str, Any]) -> list[str]:
+    machine, why = _machine(config)
+    shown = "chosen by the validation step" if machine is None else machine.machine_type
+    if machine is not None and machine.accelerator_type:
+        shown += f" with {machine.accelerator_count} x {machine.accelerator_type}"
     vertex = config.vertex
     stages = ["reward_model", "ppo", *(["inference"] if config.eval_dataset else [])]
     steps = [f"{stage} {_steps(config.stage_config(stage))}" for stage in stages[:2]]
+    place = vertex.tuning_location or vertex.location
     lines = {
         "project": f"{parameters['project']}, {parameters['location']}",
         "image": parameters["image"],
         "jobs": f"validate (CPU), {', '.join(stages)}; one after the other",
         "steps": ", ".join(steps),
-        "machine": f"{shown} in {vertex.tuning_location or vertex.location}, {vertex.strategy}",
+        "machine": f"{shown} in {place}, {vertex.strategy} (whether {place} has it is not checked)",
         "because": why,
         "at most": f"{int(vertex.timeout[:-1]) / 3600:.3g} h a job",
         "output": config.output_dir,
     }
-    for name, value in lines.items():
-        say(f"{name:>8}: {value}")
+    said = [f"{name:>8}: {value}" for name, value in lines.items()]
     if not config.eval_dataset:
-        say("no eval_dataset: the pipeline ends after PPO")
+        said.append("no eval_dataset: the pipeline ends after PPO")
     if vertex.deploy_model:
-        say(DEPLOY_NOTE)
+        said.append(DEPLOY_NOTE)
+    return said
 
 
 def _steps(config: TrainingConfig) -> str:

@@ -1,0 +1,77 @@
+"""Addresses of a run, looked at from the jobs: what they can reach, and what can be an address."""
+
+import os
+import re
+
+from rlhf.config import PipelineConfig, cloud_names
+from rlhf.storage import as_url
+
+# It becomes part of folder and job names.
+LONGEST_RUN_NAME = 100
+RUN_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_RUN_NAME - 1}}}")
+# Fields that hold files or folders which the jobs read.
+_PATHS = (
+    "preference_dataset",
+    "prompt_dataset",
+    "eval_dataset",
+    "normalization_dataset",
+    "reward_model_path",
+    "tensorboard_dir",
+)
+
+
+def not_in_the_cloud(config: PipelineConfig) -> list[str]:
+    """Name the fields with addresses that a job on another machine cannot see, or nobody can."""
+    problems = _of_output(as_url(config.output_dir))
+    for stage in ("reward_model", "ppo", "inference"):
+        stage_config, own = config.stage_config(stage), getattr(config, stage)
+        for field in _PATHS:
+            # What a stage gets in the place of a field that was not given was named already.
+            if field not in own and getattr(config, field, None) is None:
+                continue
+            given = getattr(stage_config, field, None) or []
+            name = f"{stage}.{field}" if field in own else field
+            for path in [given] if isinstance(given, str) else given:
+                problems += _of_file(name, path)
+        if base := stage_config.base_model:
+            name = f"{stage}.base_model" if own.get("base_model") == base else "base_model"
+            problems += _of_base(name, base)
+    return list(dict.fromkeys(problems))
+
+
+def _of_output(output_dir: str) -> list[str]:
+    folder, _, run_name = output_dir.rstrip("/").rpartition("/")
+    if not folder.startswith("gs://") or folder == "gs://":
+        return [f"output_dir: expected gs://BUCKET/FOLDER/RUN, got {output_dir}"]
+    if wrong := cloud_names.address(folder):
+        return [f"output_dir: {wrong}"]
+    if not RUN_NAME.fullmatch(run_name):
+        return [
+            "output_dir: its last part is the name of the run; expected letters, digits, ., - and "
+            f"_, at most 100, got {run_name!r}"
+        ]
+    return []
+
+
+def _of_file(name: str, path: str) -> list[str]:
+    if path.startswith(("gs://", "/gcs/")):
+        wrong = cloud_names.address(path)
+        return [f"{name}: {wrong}"] if wrong else []
+    if "://" in path:
+        return [f"{name}: {path}: the jobs read gs:// addresses; copy it to the bucket"]
+    return [
+        f"{name}: {path} is on this machine, the jobs are not; copy it to the bucket (gcloud "
+        "storage cp) and give its gs:// address"
+    ]
+
+
+def _of_base(name: str, base: str) -> list[str]:
+    if wrong := cloud_names.address(base):
+        return [f"{name}: {wrong}"]
+    if base.startswith("/gcs/"):
+        return []
+    if base.startswith((".", "/", "~")) or os.path.isdir(base):
+        return [
+            f"{name}: {base} is on this machine, the jobs are not; give a Hub id or a gs:// folder"
+        ]
+    return []
