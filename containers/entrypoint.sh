@@ -2,6 +2,7 @@
 # docker run IMAGE quickstart --arch t5            an ordinary command of rlhf
 # docker run IMAGE rlhf quickstart --arch t5       the same
 # docker run IMAGE job STAGE --executor_input=...  a step of the Vertex pipeline
+# docker run IMAGE serve --model FOLDER            a tuned model over HTTP, as Vertex's endpoints do
 #
 # exec, so that Python takes this shell's place as process 1 and gets SIGTERM itself: a stage saves
 # and exits with 75.
@@ -11,6 +12,10 @@ case "${1:-}" in
 job)
     shift
     exec python -m rlhf.vertex.job "$@"
+    ;;
+serve)
+    shift
+    exec python -m rlhf.vertex.serve "$@"
     ;;
 rlhf)
     shift
