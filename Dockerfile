@@ -9,7 +9,9 @@
 
 # torch's wheels bring their own CUDA libraries, and the driver comes from the host. A base image
 # with CUDA would therefore hold the same gigabytes twice. 3.11 is the Python of constraints.txt.
-FROM python:3.11.14-slim-bookworm AS base
+# Builds that are to be repeated give it by its digest (docs/vertex.md, section 3).
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
+FROM ${PYTHON_IMAGE} AS base
 
 
 FROM base AS dependencies
@@ -77,4 +79,4 @@ LABEL org.opencontainers.image.title="rlhf-ppo" \
     org.opencontainers.image.description="Reinforcement learning from human feedback for T5 and LLaMA models" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="${VERSION}" \
-    org.opencontainers.image.revision="${REVISION}"
+    org.opencontainers.image.revision="${REVISION:-unknown}"

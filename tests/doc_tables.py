@@ -25,7 +25,7 @@ AT_RUN_TIME = {
     "location": "the pipeline's",
     "image": "see there",
     "output_directory": "the pipeline root",
-    "run_name": "the pipeline job's name",
+    "run_name": "the pipeline job's name and the step's number",
 }
 
 

@@ -31,16 +31,24 @@ class Stage:
 
 
 def stages() -> list[Stage]:
-    """The instructions of the Dockerfile, continued lines joined, comments left out."""
+    """The instructions of the Dockerfile, continued lines joined, comments left out.
+
+    An ARG before the first FROM is for the FROM lines, which show its default here.
+    """
     text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M)
     found: list[Stage] = []
+    of_bases: dict[str, str] = {}
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         if not line.strip():
             continue
         keyword, value = line.split(maxsplit=1)
         if keyword == "FROM":
             base, _, name = value.partition(" AS ")
-            found.append(Stage(base, name))
+            found.append(Stage(string.Template(base).substitute(of_bases), name))
+        elif not found:
+            assert keyword == "ARG", line
+            argument, _, default = value.partition("=")
+            of_bases[argument] = default
         else:
             found[-1].steps.append((keyword, value))
     return found

@@ -92,6 +92,7 @@ def stand_ins(folder: Path) -> dict[str, str]:
         (["rlhf", "sft", "--instruction", "'b'\n$c"], ["rlhf", "sft", "--instruction", "'b'\n$c"]),
         (["job", "ppo", '--executor_input={"a": " "}'],
          ["python", "-m", "rlhf.vertex.job", "ppo", '--executor_input={"a": " "}']),
+        (["serve", "--model", "a b"], ["python", "-m", "rlhf.vertex.serve", "--model", "a b"]),
     ],
 )  # fmt: skip
 def test_entrypoint_becomes_the_command(
@@ -237,8 +238,12 @@ def test_cloud_build_pushes_what_ran_its_quickstarts() -> None:
     build, *checks = config["steps"]
     assert build["args"][0] == "build"
     assert build["args"][-3:] == ["--tag", "${_IMAGE}", "."]
-    given = {word.partition("=")[0] for word in build["args"] if re.match(r"[A-Z]+=", word)}
-    assert given <= {v.partition("=")[0] for stage in STAGES for v in stage.values("ARG")}
+    given = {word.partition("=")[0] for word in build["args"] if re.match(r"[A-Z_]+=", word)}
+    assert given == {"PYTHON_IMAGE", "VARIANT", "REVISION"}
+    for name in given:
+        assert re.search(rf"^ARG {name}=", DOCKERFILE, re.M), name
+    # A build without a revision has an empty one, not a wrong one.
+    assert 'revision="${REVISION:-unknown}"' in DOCKERFILE
     assert [check["args"][-1] for check in checks] == ["t5", "llama"]
     for check in checks:
         assert check["args"][0] == "run"
@@ -252,6 +257,8 @@ def test_cloud_build_pushes_what_ran_its_quickstarts() -> None:
     used = set(re.findall(r"\$\{(_\w+)\}", re.sub(r"(?m)^\s*#.*$", "", text)))
     assert used == set(substitutions)
     assert substitutions["_TAG"] == VERSION
+    assert substitutions["_REVISION"] == "${COMMIT_SHA}"  # of a trigger; others give it
+    assert f"ARG PYTHON_IMAGE={substitutions['_PYTHON_IMAGE']}\n" in DOCKERFILE
     assert f"VARIANT={substitutions['_VARIANT']}" in STAGES[1].values("ARG")
     assert f"VARIANT ?= {substitutions['_VARIANT']}\n" in (ROOT / "Makefile").read_text()
     assert substitutions["_IMAGE"] == (

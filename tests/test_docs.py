@@ -29,8 +29,8 @@ from rlhf import pipeline
 from rlhf.cli import main
 from rlhf.predictions import Prediction
 from rlhf.vertex import machines
+from rlhf.vertex.conversion import to_config
 from rlhf.vertex.failure import Failure
-from rlhf.vertex.parameters import to_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,6 +45,7 @@ NOT_RUN = {
     "printf %s": "is piped into gcloud",
     "docker ": "needs Docker",
     "vllm ": "is another program, for GPUs",
+    "git clone ": "needs the network",
     "hf download ": "needs the network; only its flags are looked at",
     "tensorboard ": "serves until it is stopped",
 }
@@ -187,6 +188,24 @@ def vertex_commands() -> list[str]:
     return found
 
 
+def own_commands() -> list[str]:
+    """`rlhf vertex` commands of the page on Vertex AI."""
+    return [
+        string.Template(command).substitute(exported(VERTEX))
+        for command in commands(VERTEX)
+        if command.startswith("rlhf vertex ")
+    ]
+
+
+def test_every_command_goes_to_the_readers_region() -> None:
+    regional = ("gcloud ai ", "gcloud artifacts ", "gcloud kms ", "gcloud builds submit",
+                "gcloud storage buckets create", "docker push", "rlhf vertex submit")  # fmt: skip
+    found = [command for command in commands(VERTEX) if command.startswith(regional)]
+    assert {command.split()[1] for command in found} >= {"ai", "artifacts", "builds", "vertex"}
+    for command in found:
+        assert "$LOCATION" in command, command
+
+
 @pytest.fixture(scope="module")
 def cloud(workplace: Path) -> Iterator[Path]:
     """A folder with configs/, a bucket with the data that they name, Hub models, nobody's key.
@@ -247,6 +266,14 @@ def test_vertex_commands_make_the_request(
     assert ("t5" in sent["large_model_reference"]) == t5
     assert sent["reinforcement_learning_train_steps"] == 320
     assert ("g2-standard-12" if t5 else "a2-ultragpu-1g") in shown.err
+    place = words[words.index("--vertex.location") + 1] if "--vertex.location" in words else ""
+    if command in own_commands():
+        # Nothing of a run may lie in another region than the reader's.
+        del request["pipelineSpec"]
+        assert place == exported(VERTEX)["LOCATION"] != "us-central1"
+        assert sent["location"] == place
+        assert sent["image"].startswith(f"{place}-docker.pkg.dev/")
+        assert "us-central1" not in json.dumps(request)
     if "--output_dir" in words:
         target = words[words.index("--output_dir") + 1]
         assert target == f"{sent['output_directory']}/{sent['run_name']}"
