@@ -22,8 +22,6 @@ from rlhf.models.loading import (
     check_limits,
     load_language_model,
     load_tokenizer,
-    pick_device,
-    pick_dtype,
     read_model_config,
 )
 from rlhf.models.remote import local_folder
@@ -225,22 +223,6 @@ def test_sequence_limits(arch: str) -> None:
     problems = check_limits(config, 100, 29)
     assert bool(problems) is (arch == "llama")
     assert all("100" in p and "128 positions" in p for p in problems)
-
-
-def test_device_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pick_device("cpu").type == "cpu"
-    for capabilities, dtype in (
-        ({"amx_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": False}, torch.float32),
-        ({}, torch.float32),
-    ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda now=capabilities: now)
-        assert pick_dtype("auto", torch.device("cpu")) == dtype
-    assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
-    if not torch.cuda.is_available():
-        assert pick_device("auto").type == "cpu"
-        with pytest.raises(InputError, match="device: 'cuda'"):
-            pick_device("cuda")
 
 
 def test_remote_checkpoints_are_copied_once(

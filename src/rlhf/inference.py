@@ -12,8 +12,9 @@ from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import PreferenceData, PromptData, load_preferences, load_prompts
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.evaluation import evaluate_preferences
+from rlhf.hardware import pick_device
 from rlhf.local_metrics import module_metrics
-from rlhf.models.loading import check_limits, load_tokenizer, pick_device, read_model_config
+from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
 from rlhf.models.memory import dry_run_report
 from rlhf.models.policy import PolicySource, find_policy, weights_fingerprint
 from rlhf.models.roles import check_judge

@@ -10,10 +10,10 @@ from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import PreferenceData, PromptData
 from rlhf.data.tokenising import Tokeniser
 from rlhf.errors import InputError
+from rlhf.hardware import pick_device
 from rlhf.models.loading import (
     check_limits,
     load_tokenizer,
-    pick_device,
     prompt_layout,
     read_model_config,
 )

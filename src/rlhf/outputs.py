@@ -20,6 +20,7 @@ from typing import Any
 from rlhf import storage
 from rlhf.config import StageConfig, config_to_yaml, result_fields
 from rlhf.errors import InputError
+from rlhf.hardware import dtype_name
 from rlhf.storage import find_files, open_store, reason, storage_errors, upload
 
 RUN_FILE = "run.json"
@@ -289,7 +290,8 @@ def prepare_output(
             `resume: never`.
     """
     contents = {f"{name} (content)": value for name, value in data_fingerprints.items()}
-    fields = {**result_fields(config), **contents}
+    resolved = config.model_copy(update={"dtype": dtype_name(config.dtype, config.device)})
+    fields = {**result_fields(resolved), **contents}
     identity = json.loads(json.dumps({"stage": stage, "fields": fields}, default=str))
     output = Output(config.output_dir)
     if Path(config.output_dir).is_file() and not output.remote:
@@ -311,12 +313,15 @@ def prepare_output(
             "choose another output_dir or empty the folder"
         )
     if earlier is not None and (finished or begun):
-        _refuse_changes(config.output_dir, earlier, identity)
+        _refuse_changes(config, earlier, identity)
     status = Status.FINISHED if finished else Status.CONTINUE if begun else Status.FRESH
-    return Run(status, output, identity, config_to_yaml(config))
+    return Run(status, output, identity, config_to_yaml(resolved))
 
 
-def _refuse_changes(folder: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _refuse_changes(
+    config: StageConfig, earlier: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    folder = config.output_dir
     if earlier.get("stage") != now["stage"]:
         raise InputError(
             f"output_dir: {folder} holds a run of {earlier.get('stage')}, not of {now['stage']}; "
@@ -327,11 +332,16 @@ def _refuse_changes(folder: str, earlier: Mapping[str, Any], now: Mapping[str, A
         name for name in {**old, **new} if _addresses(old.get(name)) != _addresses(new.get(name))
     ]
     if changed:
+        changes = {n: f"{n}: changed from {old.get(n)!r} to {new.get(n)!r}" for n in changed}
+        if "dtype" in changes and config.dtype == "auto" and old.get("dtype") != "auto":
+            changes["dtype"] += (
+                f", which is what auto means on this machine; give {old.get('dtype')} to continue"
+            )
         raise InputError(
-            [f"{name}: changed from {old.get(name)!r} to {new.get(name)!r}" for name in changed]
-            + [
+            [
+                *changes.values(),
                 f"output_dir: {folder} holds a run made with the old values; choose another "
-                "output_dir, or empty the folder"
+                "output_dir, or empty the folder",
             ]
         )
 

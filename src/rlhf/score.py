@@ -18,8 +18,8 @@ from rlhf.data.reading import MAX_PROBLEMS
 from rlhf.data.schema import PromptText, RowChecker
 from rlhf.errors import InputError
 from rlhf.evaluation import bootstrap_interval, evaluate_preferences
+from rlhf.hardware import pick_device
 from rlhf.models.judges import Scorer
-from rlhf.models.loading import pick_device
 from rlhf.models.remote import local_folder
 from rlhf.models.roles import (
     RECORD_FILE,

@@ -139,7 +139,7 @@ class StageConfig(Schema):
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
         "Type of the frozen weights and of computation; what is trained is float32. "
-        "auto: bfloat16 where the hardware has it natively.",
+        "auto: bfloat16 where the hardware multiplies in it (AVX-512 BF16, AMX, ARM BF16, GPUs).",
     )
     batch_size: int = option(
         64, "Rows of a training step: demonstrations, pairs or episodes; or rows at once.", ge=1

@@ -19,6 +19,7 @@ from transformers import (
 from rlhf.config import StageConfig
 from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
+from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.attention import SDPA_FLOAT32
 from rlhf.models.heap import keep_freed_memory
 from rlhf.models.language_model import (
@@ -31,33 +32,6 @@ from rlhf.models.weights import quiet_transformers
 from rlhf.storage import is_remote
 
 SUPPORTED = "rlhf trains T5 (also v1.1 and Flan) and LLaMA models"
-
-
-def pick_device(device: str) -> torch.device:
-    """`auto` is cuda where there is one, else cpu.
-
-    Raises:
-        InputError: The device is not one that torch has here.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device: {device!r} cannot be used here ({reason}); try auto") from error
-    return torch.device(device)
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies matrices in it, else float32."""
-    if dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # AMX; what other CPUs have is no faster than float32 with LoRA around it
-        native = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.bfloat16 if native else torch.float32
 
 
 def read_model_config(base_model: str, revision: str | None = None) -> PretrainedConfig:

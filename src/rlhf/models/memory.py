@@ -26,8 +26,9 @@ from rlhf.config import (
     StageConfig,
     TrainingConfig,
 )
+from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.language_model import FAMILIES, EncoderDecoderModel
-from rlhf.models.loading import pick_device, pick_dtype, read_model_config
+from rlhf.models.loading import read_model_config
 from rlhf.models.logprobs import LOGITS_PER_CHUNK
 
 # fp32 weight, gradient and AdamW's two moments.

@@ -20,10 +20,11 @@ from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptText
 from rlhf.data.tokenising import Tokeniser
 from rlhf.errors import InputError
+from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.heads import ScalarHead
 from rlhf.models.judges import Scorer, SequenceClassifier
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.loading import load_language_model, pick_device, pick_dtype
+from rlhf.models.loading import load_language_model
 from rlhf.models.remote import local_folder
 from rlhf.models.saving import load_adapter, save_adapter, save_merged
 from rlhf.storage import is_remote
