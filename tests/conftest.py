@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -72,6 +73,24 @@ def object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ob
     """An object store for gs://, empty and without faults."""
     with running_store(tmp_path, monkeypatch) as store:
         yield store
+
+
+@pytest.fixture
+def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Vertex's API, credentials of nobody, and files that nobody looks into."""
+    from submission import fake_api  # and with it Google's client library
+
+    yield from fake_api(monkeypatch)
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> str:
+    """A configuration for `rlhf vertex submit`."""
+    from submission import YAML
+
+    path = tmp_path / "run.yaml"
+    path.write_text(YAML, encoding="utf-8")
+    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -85,6 +85,7 @@ class CustomJobs(FakeVertex):
         resource.name = f"{parent}/customJobs/{number}"
         resource.state = JobState.JOB_STATE_PENDING
         job = Job(resource, self.folder / f"job-{number}.log")
+        job.log.touch()  # whoever sees the job may read it at once
         self.jobs[resource.name] = job
         threading.Thread(target=self._run, args=(job,), daemon=True).start()
         return 200, message(resource)

@@ -14,11 +14,17 @@ from compiled_pipeline import Run
 from google.cloud.aiplatform_v1.types import AcceleratorType, CustomJob
 from google.protobuf import json_format
 from google_cloud_pipeline_components.container.v1.gcp_launcher.utils import json_util
+from kfp import compiler, dsl
 from kfp.pipeline_spec import pipeline_spec_pb2
 
 from rlhf.config.vertex import ACCELERATORS
+from rlhf.errors import InputError
+from rlhf.vertex import job
+from rlhf.vertex.addresses import RUN_NAME
+from rlhf.vertex.executor import Task
+from rlhf.vertex.machines import Machine
 from rlhf.vertex.parameters import PARAMETERS, REQUIRED
-from rlhf.vertex.pipeline import compile_pipeline
+from rlhf.vertex.pipeline import compile_pipeline, rlhf_pipeline
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = ROOT / "kfp" / "rlhf_pipeline.yaml"
@@ -201,9 +207,9 @@ def rendered(
 
 
 def parsed(payload: dict[str, Any]) -> CustomJob:
-    job = CustomJob()
-    json_format.ParseDict(payload, job._pb)
-    return job
+    custom_job = CustomJob()
+    json_format.ParseDict(payload, custom_job._pb)
+    return custom_job
 
 
 def test_default_payloads_are_custom_jobs(tmp_path):
@@ -269,6 +275,155 @@ def test_full_payloads_are_custom_jobs(tmp_path):
         # Restarts and stages must not write over one another's logs.
         prefix = job.job_spec.base_output_directory.output_uri_prefix
         assert prefix == f"gs://bkt/runs/first/vertex/{stage}"
+
+
+LEAST = {
+    "prompt_dataset": "gs://bkt/p.jsonl",
+    "preference_dataset": "gs://bkt/c.jsonl",
+    "large_model_reference": "t5-small",
+}
+
+
+def test_a_pipeline_may_be_used_several_times_in_another(tmp_path):
+    """Each use has a validation step, which is told the number that is its own."""
+
+    @dsl.pipeline(name="several")
+    def several() -> None:
+        rlhf_pipeline(**LEAST)
+        rlhf_pipeline(**LEAST)
+        with dsl.ParallelFor([1, 2]) as _:
+            rlhf_pipeline(**LEAST)
+
+    path = str(tmp_path / "several.yaml")
+    compiler.Compiler().compile(several, path)
+    spec = yaml.safe_load(Path(path).read_text())
+    steps = {
+        name: executor["container"]["args"]
+        for name, executor in spec["deploymentSpec"]["executors"].items()
+    }
+    checks = [arguments for name, arguments in steps.items() if "validate" in name]
+    assert len(checks) == 3  # the third runs twice
+    for arguments in checks:
+        text = arguments[arguments.index("--payload") + 1]
+        assert '"--pipeline_job={{$.pipeline_job_name}}"' in text
+        assert '"--pipeline_task={{$.pipeline_task_uuid}}"' in text
+    # The steps after it have folder and name from it, not from the pipeline's parameters.
+    for name, definition in spec["components"].items():
+        for task in definition.get("dag", {}).get("tasks", {}).values():
+            stage = task["componentRef"]["name"]
+            if stage.startswith(("comp-reward-model", "comp-ppo")):
+                given = task["inputs"]["parameters"]
+                for field in ("run_name", "run_directory", "config"):
+                    assert given[field]["taskOutputParameter"]["producerTask"] == "validate", name
+
+
+def decided(monkeypatch, tmp_path: Path, run_name: str, task: str) -> dict[str, Any]:
+    """What the validation step of a pipeline job `job-1` answers."""
+    monkeypatch.setattr(job, "check_inputs", lambda config: [])
+    monkeypatch.setattr(job, "check_writable", lambda folder: None)
+    monkeypatch.setattr(job, "fit", lambda config: (config, Machine("n1-highmem-8"), "as told"))
+    monkeypatch.setattr(job.failure, "read_failure", lambda folder: None)
+    values = {
+        **LEAST,
+        "output_directory": "gs://bkt/root",
+        "run_name": run_name,
+        "accelerator_type": "CPU",
+    }
+    answer = tmp_path / f"{task}.json"
+    given = {"inputs": {"parameterValues": values}, "outputs": {"outputFile": str(answer)}}
+    job.command.main(
+        [
+            "validate",
+            f"--executor_input={json.dumps(given)}",
+            "--pipeline_job=job-1",
+            f"--pipeline_task={task}",
+        ],
+        standalone_mode=False,
+    )
+    return json.loads(answer.read_text())["parameterValues"]
+
+
+def test_runs_without_a_name_share_no_folder(monkeypatch, tmp_path):
+    tasks = ["7081", "-3312", "908", "-908"]
+    folders = {}
+    for task in tasks:
+        values = decided(monkeypatch, tmp_path, "job-1", task)
+        folder = values["resolved_run_directory"]
+        assert folder == f"gs://bkt/root/{values['resolved_run_name']}"
+        assert json.loads(values["resolved_ppo_config"])["output_dir"] == f"{folder}/policy"
+        folders[task] = folder
+    assert len(set(folders.values())) == len(tasks)
+    # A job that is started again is the same step, and finds what it left.
+    again = decided(monkeypatch, tmp_path, "job-1", tasks[1])
+    assert again["resolved_run_directory"] == folders[tasks[1]]
+    # A name that somebody chose stays.
+    named = decided(monkeypatch, tmp_path, "mine", tasks[0])
+    assert named["resolved_run_directory"] == "gs://bkt/root/mine"
+
+
+def test_long_names_of_jobs_stay_apart():
+    name = "x" * 120
+    short = [job.own_run_name(name, name, task) for task in ("1", "2")]
+    assert len(set(short)) == 2
+    assert all(RUN_NAME.fullmatch(text) for text in short)
+    assert job.own_run_name("mine", "", "") == "mine"
+
+
+def test_the_validation_says_all_that_is_wrong_at_once(monkeypatch, tmp_path):
+    """Parameters of the console, which nobody has looked at: machine, rows and folder."""
+
+    def fails(problem: str) -> Any:
+        def check(_: Any) -> None:
+            raise InputError(problem)
+
+        return check
+
+    monkeypatch.setattr(job, "check_inputs", fails("gs://bkt/p.jsonl:3: choice: wrong"))
+    monkeypatch.setattr(job, "check_writable", fails("output_directory: cannot be written"))
+    monkeypatch.setattr(job.torch.version, "cuda", "12.6")
+    inputs = {
+        **LEAST,
+        "output_directory": "gs://bkt/root",
+        "run_name": "one",
+        "machine_type": "a4-highgpu-8g",
+        "eval_dataset": "/data/e.jsonl",
+        "ppo_config": {"dtype": "bfloat16"},
+    }
+    with pytest.raises(InputError) as caught:
+        job.validate(Task(inputs))
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [
+        "gs://bkt/p.jsonl:3",
+        "output_directory",
+        "eval_dataset",
+        "machine_type",
+        "boot_disk_type",
+        "image",
+    ]
+    turing = inputs | {"machine_type": "", "accelerator_type": "NVIDIA_TESLA_T4"}
+    with pytest.raises(InputError, match="ppo_config: dtype: NVIDIA_TESLA_T4 has no bfloat16"):
+        job.validate(Task(turing))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "said"),
+    [
+        ("13.0", "image: torch for CUDA 13.0 has no code for NVIDIA_TESLA_V100 any more"),
+        (None, "image: has torch's CPU build"),
+    ],
+)
+def test_the_validation_looks_at_the_torch_that_is_there(monkeypatch, cuda, said):
+    monkeypatch.setattr(job, "check_inputs", lambda config: [])
+    monkeypatch.setattr(job, "check_writable", lambda folder: None)
+    monkeypatch.setattr(job.torch.version, "cuda", cuda)
+    inputs = {
+        **LEAST,
+        "output_directory": "gs://bkt/root",
+        "run_name": "one",
+        "accelerator_type": "NVIDIA_TESLA_V100",
+        "image": "gcr.io/p/mine:1",  # which says nothing
+    }
+    with pytest.raises(InputError, match=said):
+        job.validate(Task(inputs))
 
 
 def test_accelerators_are_those_that_vertex_knows():

@@ -148,11 +148,15 @@ def vertex_submit(ctx: click.Context, /, parameters: str | None, wait: bool, **_
 def vertex_compile(output: str) -> None:
     """Write the pipeline's YAML, for the console or for other tools of KFP."""
     _needs_vertex()
+    from rlhf.tracking import say
     from rlhf.vertex.pipeline import compile_pipeline
 
     if not output.endswith(".yaml"):
         raise InputError(f"OUTPUT.yaml: expected a name ending in .yaml, got {output}")
     compile_pipeline(output)
+    say(
+        "its default image is a tag; give `image` with a digest where all runs are to have the same"
+    )
 
 
 def _needs_vertex() -> None:

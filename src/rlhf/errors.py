@@ -1,8 +1,9 @@
 """What the library raises when the caller has to do something."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
+from typing import Any
 
 # Comparing takes time by the product of the lengths: names from files may have any length.
 _LONGEST_NAME = 100
@@ -19,6 +20,27 @@ class InputError(Exception):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+def together(*checks: Callable[[], Any]) -> list[Any]:
+    """Run checks of which none needs another, and return what each returned.
+
+    Raises:
+        InputError: The problems of all that failed, each said once.
+    """
+    results: list[Any] = []
+    errors: list[InputError] = []
+    for check in checks:
+        try:
+            results.append(check())
+        except InputError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        problems = [problem for error in errors for problem in error.problems]
+        raise InputError(list(dict.fromkeys(problems))) from errors[0]
+    return results
 
 
 class StorageError(OSError):

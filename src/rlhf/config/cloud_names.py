@@ -58,8 +58,9 @@ _PART = r"[A-Za-z0-9._:-]+"
 # By field: what its value looks like, and how that is said.
 _SHAPES = {
     "project": (
-        # An ID, with the organization's domain in front in old ones, or the number.
-        r"([a-z0-9.-]+\.[a-z]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]|[0-9]{1,19}",
+        # Old ones have the organization's domain in front. Vertex takes a project's number too, but
+        # the registry of the default image does not.
+        r"([a-z0-9.-]+\.[a-z]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]",
         "a project ID: 6 to 30 lower case letters, digits and -, the first a letter",
     ),
     "service_account": (
@@ -136,17 +137,29 @@ def shape(field: str, value: str) -> str:
     return f"expected {expected}" + ("" if secret else f", got {value!r:.200}")
 
 
-def address(path: str) -> str:
-    """Check an address in a bucket, gs:// or /gcs/; anything else has no bucket to look at."""
+def address(path: str, *, written: bool = False) -> str:
+    """Check an address in a bucket, gs:// or /gcs/; anything else has no bucket to look at.
+
+    Args:
+        path: The address, which may be a glob where it is read.
+        written: Whether objects are to be made there.
+    """
     if left := _left_in(path):
         return left
+    parts = path.rstrip("/").split("/")[3:]
+    if ".." in parts or "." in parts or any(ord(character) < 32 for character in path):
+        return f"{path!r}: expected no . or .. between slashes, and no control characters"
+    if written and ("" in parts or re.search(r"[*?\[\]#]", path)):
+        return f"{path}: expected no empty part, and none of * ? [ ] #"
     for start in ("gs://", "/gcs/"):
         if path.startswith(start):
             bucket = path.removeprefix(start).split("/")[0]
-            if not _BUCKET.fullmatch(bucket):
+            reserved = bucket.startswith("goog") or "google" in bucket
+            numbers = bucket.replace(".", "").isdecimal() and bucket.count(".") == 3
+            if not _BUCKET.fullmatch(bucket) or numbers or (written and reserved):
                 return (
                     f"{path}: {bucket!r} cannot be a bucket; expected 3 to 63 lower case letters, "
-                    "digits, -, _ and ."
+                    "digits, -, _ and ., no IP address, and no name of Google's"
                 )
     return ""
 

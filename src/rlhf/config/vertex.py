@@ -5,9 +5,10 @@ thing. No field changes a result.
 """
 
 import json
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import StringConstraints, field_validator
+from pydantic import AfterValidator, field_validator
 
 from rlhf.config import cloud_names
 from rlhf.config.common import Schema, option
@@ -35,7 +36,14 @@ ACCELERATORS = (
 LONGEST = 315_576_000_000
 WEEK = 7 * 24 * 3600
 
-Seconds = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,15}s$")]
+
+def _seconds(value: str) -> str:
+    if not re.fullmatch(r"[0-9]{1,15}s", value):
+        raise ValueError(f"expected whole seconds and an s, such as 3600s, got {value!r:.50}")
+    return value
+
+
+Seconds = Annotated[str, AfterValidator(_seconds)]
 # Fields with a name whose form is known.
 _SHAPED = (
     "project",
@@ -52,6 +60,11 @@ _SHAPED = (
 def cloud(default: Any, description: str, **bounds: Any) -> Any:
     """Declare a field that says where and on what a run is made, never what it gives."""
     return option(default, description, affects_result=False, **bounds)
+
+
+def _place(name: str, resource: str) -> str:
+    """Location of a resource; "" for none, and for what is no resource."""
+    return "" if cloud_names.shape(name, resource) else cloud_names.region_of(resource)
 
 
 class VertexConfig(Schema):
@@ -153,7 +166,7 @@ class VertexConfig(Schema):
             )
         if self.pipeline_root and not self.pipeline_root.startswith("gs://"):
             problems.append(f"pipeline_root: expected gs://…, got {self.pipeline_root!r}")
-        elif wrong := cloud_names.address(self.pipeline_root):
+        elif wrong := cloud_names.address(self.pipeline_root, written=True):
             problems.append(f"pipeline_root: {wrong}")
         if len(self.model_display_name) > 128:
             problems.append("model_display_name: expected at most 128 characters")
@@ -181,7 +194,7 @@ class VertexConfig(Schema):
         """A key and a TensorBoard serve only jobs of their own region."""
         problems = []
         gpus = self.tuning_location or self.location
-        key = cloud_names.region_of(self.encryption_spec_key_name)
+        key = _place("encryption_spec_key_name", self.encryption_spec_key_name)
         elsewhere = [region for region in dict.fromkeys((self.location, gpus)) if region != key]
         if key and elsewhere:
             problems.append(
@@ -189,7 +202,7 @@ class VertexConfig(Schema):
                 f"{' and '.join(elsewhere)}; a key serves its own region only, so location and "
                 "tuning_location have to be the key's"
             )
-        board = cloud_names.region_of(self.tensorboard_resource_id)
+        board = _place("tensorboard_resource_id", self.tensorboard_resource_id)
         if board and board != gpus:
             problems.append(
                 f"tensorboard_resource_id: the TensorBoard is in {board}, the GPU jobs in {gpus}; "

@@ -17,4 +17,6 @@ def default_image(project: str, location: str) -> str:
         project: Project, or what stands for it.
         location: Region, or what stands for it.
     """
+    # The registry writes example.com:project with a slash.
+    project = project.replace(":", "/")
     return f"{location}-docker.pkg.dev/{project}/rlhf/rlhf:{__version__}"

@@ -9,6 +9,8 @@ from rlhf.storage import as_url
 # It becomes part of folder and job names.
 LONGEST_RUN_NAME = 100
 RUN_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_RUN_NAME - 1}}}")
+# The folder beside the runs in which Vertex keeps its own files.
+PIPELINE_ROOT = "pipeline_root"
 # Fields that hold files or folders which the jobs read.
 _PATHS = (
     "preference_dataset",
@@ -22,7 +24,11 @@ _PATHS = (
 
 def not_in_the_cloud(config: PipelineConfig) -> list[str]:
     """Name the fields with addresses that a job on another machine cannot see, or nobody can."""
-    problems = _of_output(as_url(config.output_dir))
+    output_dir = as_url(config.output_dir).rstrip("/")
+    problems = _of_output(output_dir)
+    root = config.vertex.pipeline_root.rstrip("/")
+    if root == output_dir or root.startswith(f"{output_dir}/"):
+        problems.append(f"vertex.pipeline_root: {root} is the run's own folder; give another")
     for stage in ("reward_model", "ppo", "inference"):
         stage_config, own = config.stage_config(stage), getattr(config, stage)
         for field in _PATHS:
@@ -43,8 +49,12 @@ def _of_output(output_dir: str) -> list[str]:
     folder, _, run_name = output_dir.rstrip("/").rpartition("/")
     if not folder.startswith("gs://") or folder == "gs://":
         return [f"output_dir: expected gs://BUCKET/FOLDER/RUN, got {output_dir}"]
-    if wrong := cloud_names.address(folder):
+    if wrong := cloud_names.address(folder, written=True):
         return [f"output_dir: {wrong}"]
+    if run_name == PIPELINE_ROOT:
+        return [
+            f"output_dir: {PIPELINE_ROOT} is where Vertex keeps its own files; name it otherwise"
+        ]
     if not RUN_NAME.fullmatch(run_name):
         return [
             "output_dir: its last part is the name of the run; expected letters, digits, ., - and "

@@ -219,7 +219,7 @@ def _meant(name: str, value: Any) -> Any:
             raise ValueError("is required, but not given")
         if not value.startswith(("gs://", "/gcs/")):
             raise ValueError(f"expected gs://BUCKET/FOLDER, got {value!r:.200}")
-        if wrong := cloud_names.address(value):
+        if wrong := cloud_names.address(value, written=True):
             raise ValueError(wrong)
     if name == "run_name" and not value:
         raise ValueError("is required, but not given")

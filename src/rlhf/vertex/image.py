@@ -68,7 +68,7 @@ def pinned(image: str, session: Any) -> tuple[str, str]:
         return image, f"image: its digest cannot be looked up: {error}"
     if answer.status_code == 404:
         raise InputError(
-            f"image: there is no {image}; build and push it (docs/vertex.md, section 3), or "
+            f"vertex.image: there is no {image}; build and push it (docs/vertex.md, section 3), or "
             "correct the address"
         )
     digest = answer.headers.get("Docker-Content-Digest", "")

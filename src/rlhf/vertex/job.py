@@ -19,7 +19,7 @@ import torch
 from rlhf.cli import exit_code, quiet_third_parties, stop_by_signal
 from rlhf.config import PipelineConfig
 from rlhf.config.pipeline import STAGE_CLASSES
-from rlhf.errors import InputError, StoppedBySignal
+from rlhf.errors import InputError, StoppedBySignal, together
 from rlhf.outputs import join
 from rlhf.pipeline import STAGES, check_inputs
 from rlhf.storage import as_url, open_store
@@ -29,7 +29,7 @@ from rlhf.vertex.addresses import LONGEST_RUN_NAME
 from rlhf.vertex.cloud import export_huggingface_token, register_model
 from rlhf.vertex.conversion import problems_in_the_cloud, to_config
 from rlhf.vertex.executor import Task, write_file
-from rlhf.vertex.machines import fit
+from rlhf.vertex.machines import Machine, fit
 from rlhf.vertex.summary import markdown, numbers
 
 DEPLOY_NOTE = (
@@ -45,11 +45,15 @@ def validate(task: Task) -> None:
         InputError: All problems of parameters, rows, base models, output folder and machine.
     """
     config = to_config(task.inputs)
-    if problems := problems_in_the_cloud(config, _cuda()):
-        raise InputError(problems)
-    lines = check_inputs(config)
-    check_writable(config.output_dir)
-    config, machine, why = fit(config)
+
+    def on_vertex() -> tuple[PipelineConfig, Machine, str]:
+        if problems := problems_in_the_cloud(config, _cuda()):
+            raise InputError(problems)
+        return fit(config)
+
+    lines, _, (config, machine, why) = together(
+        lambda: check_inputs(config), lambda: check_writable(config.output_dir), on_vertex
+    )
     notes = [*lines, why]
     if config.vertex.deploy_model:
         notes.append(DEPLOY_NOTE)

@@ -16,14 +16,14 @@ from google.cloud import aiplatform
 from google.protobuf.json_format import MessageToDict
 from pydantic import ValidationError
 
-from rlhf.config import PipelineConfig, TrainingConfig
+from rlhf.config import PipelineConfig, TrainingConfig, VertexConfig
 from rlhf.config.loading import merged, nested, validation_problems
-from rlhf.errors import InputError
+from rlhf.errors import InputError, together
 from rlhf.pipeline import check_inputs
 from rlhf.storage import as_url, find_files, open_store
 from rlhf.tracking import say
 from rlhf.vertex import TEMPLATE, default_image
-from rlhf.vertex.addresses import not_in_the_cloud
+from rlhf.vertex.addresses import PIPELINE_ROOT, not_in_the_cloud
 from rlhf.vertex.conversion import to_config, to_parameters
 from rlhf.vertex.follow import follow
 from rlhf.vertex.image import pinned
@@ -114,7 +114,7 @@ def _parameters(config: PipelineConfig) -> dict[str, Any]:
     Raises:
         InputError: All that is wrong and can be known without reading anything.
     """
-    problems = [*not_in_the_cloud(config), *problems_of_run(config)]
+    problems = [*not_in_the_cloud(config), *_of_section(problems_of_run(config))]
     parameters: dict[str, Any] = {}
     try:
         parameters = to_parameters(config)
@@ -126,6 +126,12 @@ def _parameters(config: PipelineConfig) -> dict[str, Any]:
     if problems:
         raise InputError(problems)
     return parameters
+
+
+def _of_section(problems: Sequence[str]) -> list[str]:
+    """Name fields of `vertex` as they stand in a configuration and in flags."""
+    fields = set(VertexConfig.model_fields)
+    return [f"vertex.{text}" if text.split(":")[0] in fields else text for text in problems]
 
 
 def _send(job: aiplatform.PipelineJob, parent: str, output_dir: str) -> None:
@@ -144,7 +150,7 @@ def _send(job: aiplatform.PipelineJob, parent: str, output_dir: str) -> None:
 def pipeline_job(config: PipelineConfig, parameters: Mapping[str, Any]) -> aiplatform.PipelineJob:
     """The request, made from the pipeline that ships with the package."""
     slug = re.sub(r"[^a-z0-9]+", "-", parameters["run_name"].lower()).strip("-")
-    root = config.vertex.pipeline_root or f"{parameters['output_directory']}/pipeline_root"
+    root = config.vertex.pipeline_root or f"{parameters['output_directory']}/{PIPELINE_ROOT}"
     job = aiplatform.PipelineJob(
         display_name=parameters["run_name"],
         template_path=str(files("rlhf.vertex") / TEMPLATE),
@@ -200,8 +206,6 @@ def _check_access(
     """
     if config.vertex.check_inputs == "job":
         return ["rows, base models, bucket and image: looked at by the validation job only"]
-    lines: list[str] = []
-    problems: list[str] = []
     anonymous = isinstance(credentials, AnonymousCredentials)
 
     def image() -> list[str]:
@@ -215,14 +219,8 @@ def _check_access(
             _check_bucket(config, parameters["project"])
         return []
 
-    for check in (bucket, image, lambda: _check_here(config)):
-        try:
-            lines += check()
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(problems)
-    return lines
+    found = together(bucket, image, lambda: _check_here(config))
+    return [line for lines in found for line in lines]
 
 
 def _check_bucket(config: PipelineConfig, project: str) -> None:
@@ -273,7 +271,7 @@ def _machine(config: PipelineConfig) -> tuple[Machine | None, str]:
         _, machine, why = fit(config)
     except InputError as error:
         if not _gated(error, config):
-            raise
+            raise InputError(_of_section(error.problems)) from error
         return named_machine(config), error.problems[0]
     return machine, why
 
