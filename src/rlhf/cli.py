@@ -266,7 +266,7 @@ def quiet_third_parties() -> None:
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+        "TOKENIZERS_PARALLELISM": "true",  # said, so that no advice comes when git is called
     }.items():
         os.environ.setdefault(name, value)
     if not sys.warnoptions:

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.comparison import Models, load_models, predict_rows
 from rlhf.config import InferenceConfig
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.reading import PreferenceData, PromptData, load_preferences, load_prompts
+from rlhf.data.reading import PreferenceData, PromptData, load_preferences, load_prompts, read_once
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.evaluation import evaluate_preferences
 from rlhf.hardware import pick_device
@@ -157,11 +157,12 @@ def _read_inputs(config: InferenceConfig, source: PolicySource) -> _Inputs:
     problems: list[str] = []
     prompts = preferences = None
     try:
-        prompts = load_prompts(config.eval_dataset, name="eval_dataset", **rows)
-        if config.reward_model_path is not None:
-            preferences = load_preferences(
-                config.eval_dataset, name="eval_dataset", candidates_optional=True, **rows
-            )
+        with read_once():
+            prompts = load_prompts(config.eval_dataset, name="eval_dataset", **rows)
+            if config.reward_model_path is not None:
+                preferences = load_preferences(
+                    config.eval_dataset, name="eval_dataset", candidates_optional=True, **rows
+                )
     except InputError as error:
         problems += error.problems
     problems += check_limits(

@@ -5,7 +5,6 @@ was stopped goes on where it was, stage by stage.
 """
 
 import gc
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ from typing import Any
 import torch
 
 from rlhf.config import PipelineConfig, config_to_yaml
-from rlhf.data.files import expand_paths, read_json_lines
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.reading import load_preferences, load_prompts, split_holdout
+from rlhf.data.reading import load_preferences, load_prompts, read_once, split_holdout
 from rlhf.errors import InputError
 from rlhf.inference import run_inference
 from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
@@ -59,6 +57,12 @@ def run_pipeline(config: PipelineConfig) -> PipelineResult:
         InputError: Anything wrong with files, configuration or checkpoints.
         StoppedBySignal: After SIGTERM or SIGINT, with everything so far saved.
     """
+    # Without `eval_dataset` the lines of the preference rows are written again, in two parts.
+    with read_once(keep_lines=config.eval_dataset is None and not config.dry_run):
+        return _run(config)
+
+
+def _run(config: PipelineConfig) -> PipelineResult:
     start = time.monotonic()
     lines = check_inputs(config)
     if config.dry_run:
@@ -100,6 +104,11 @@ def check_inputs(config: PipelineConfig) -> list[str]:
     Raises:
         InputError: All problems of all stages, rows first, then limits.
     """
+    with read_once():
+        return _check_inputs(config)
+
+
+def _check_inputs(config: PipelineConfig) -> list[str]:
     rows: dict[str, None] = {}  # an ordered set: stages share files
     limits: dict[str, None] = {}
     lines: dict[str, None] = {}
@@ -164,6 +173,8 @@ def _readers(stage: str, config: Any, renderer: PromptRenderer) -> Iterator[Call
 def hold_out_rows(config: PipelineConfig) -> PipelineConfig:
     """Splits the preference rows into OUT/data if there is no `eval_dataset`.
 
+    Reads nothing inside the `read_once(keep_lines=True)` of a run.
+
     Returns:
         The configuration that reads the two files, or the given one.
     """
@@ -185,22 +196,15 @@ def hold_out_rows(config: PipelineConfig) -> PipelineConfig:
     output = Output(folder)
     for name, part in (("preferences", train), ("held_out", held_out)):
         files[name] = join(folder, f"{name}.jsonl")
-        rows = _raw_lines(stage_config.preference_dataset, {row.source for row in part})
-        write_text(output.path / f"{name}.jsonl", "".join(rows))
+        write_text(
+            output.path / f"{name}.jsonl", (f"{line.decode()}\n" for line in part.raw_lines())
+        )
     output.publish()
     say(f"pipeline: {len(held_out)} preference rows held out by prompt: {files['held_out']}")
     data = config.model_dump(exclude_unset=True)
     data |= {"preference_dataset": files["preferences"], "eval_dataset": files["held_out"]}
     data.get("reward_model", {}).pop("preference_dataset", None)
     return PipelineConfig.model_validate(data)
-
-
-def _raw_lines(paths: str | list[str], sources: set[str]) -> Iterator[str]:
-    """The rows that come from the given places (FILE:LINE), with all their fields."""
-    files = expand_paths(paths, "preference_dataset")
-    for line in read_json_lines(files):
-        if f"{files[line.file]}:{line.line}" in sources:
-            yield json.dumps(line.value, ensure_ascii=False) + "\n"
 
 
 def _finished(folder: str) -> bool:

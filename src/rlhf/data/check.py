@@ -1,16 +1,19 @@
 """What `rlhf data check` tells about a file before any training is started."""
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-from rlhf.data.duplicates import PairCounter
+import numpy as np
+from numpy.typing import NDArray
+
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.reading import OnBadRows, Paths, prompt_columns, read_rows
-from rlhf.data.rows import PromptData, ReadReport, prompt_schema
-from rlhf.data.schema import RowChecker
-from rlhf.data.tokenising import Tokeniser
+from rlhf.data.reading import OnBadRows, Paths, scan_files
+from rlhf.data.rows import Flag, PromptData, ReadReport, text_sizes
+from rlhf.data.selection import Wants, numbers, select_rows
+
+if TYPE_CHECKING:
+    from rlhf.data.tokenising import Tokeniser
 
 Kind = Literal["auto", "preference", "prompt", "demonstration"]
 
@@ -34,10 +37,10 @@ class Lengths:
     quantiles: tuple[int, ...]
 
     @classmethod
-    def of(cls, what: str, unit: str, lengths: Sequence[int]) -> "Lengths":
+    def of(cls, what: str, unit: str, lengths: Sequence[int] | NDArray[np.int64]) -> "Lengths":
         """Sums up at least one length."""
-        ordered = sorted(lengths)
-        quantiles = tuple(ordered[round(q * (len(ordered) - 1))] for q in _QUANTILES)
+        ordered = np.sort(np.asarray(lengths))
+        quantiles = tuple(int(ordered[round(q * (len(ordered) - 1))]) for q in _QUANTILES)
         return cls(what, unit, len(ordered), quantiles)
 
     def line(self) -> str:
@@ -139,59 +142,26 @@ def check_files(
         limits = (prompt_sequence_length, target_sequence_length)
         tokeniser = _load_tokeniser(base_model, revision, limits)
         renderer = PromptRenderer.for_tokenizer(tokeniser.tokenizer, instruction)
-    tally = _Tally(kind, renderer)
-    data = PromptData(*read_rows(paths, "data", on_bad_rows, tally.normalise, prompt_schema()))
-    report = tally.report(data.report)
-    _measure(data, report, tokeniser)
+    scanned = scan_files(paths, renderer, "data")
+    taken = select_rows(scanned, _WANTS[kind], "data", on_bad_rows, fingerprint=False)
+    report = CheckReport(taken.report)
+    data = PromptData(
+        scanned.table, scanned.files, taken.report, "", taken.index, scanned.token_counts
+    )
+    _describe(data, report, tokeniser, pairs=_WANTS[kind].pair != "ignored")
     return report
 
 
-class _Tally:
-    """Counts what rows are, while they are read."""
-
-    def __init__(self, kind: Kind, renderer: PromptRenderer) -> None:
-        self.kind = kind
-        self.renderer = renderer
-        self.found = CheckReport(ReadReport("data"))
-        self.prompts: set[bytes] = set()
-        self.pairs = PairCounter()
-
-    def normalise(self, checker: RowChecker, read: ReadReport) -> dict[str, Any] | None:
-        """The columns of a row; the answers of either kind stand in `references`."""
-        answers: list[str] = []
-        pair = None
-        if self.kind == "preference" or (self.kind == "auto" and checker.has_candidates()):
-            pair = checker.candidates()
-            answers = [pair.candidate_0, pair.candidate_1]
-        columns = prompt_columns(checker, self.renderer, read)
-        references = checker.references(self.kind == "demonstration")
-        if checker.problems:
-            return None
-        read.blank_references += sum(not text.strip() for text in references)
-        if pair is not None:
-            read.blank_candidates += sum(not text.strip() for text in answers)
-            if answers[0] == answers[1]:
-                read.identical += 1
-                return None
-            self.found.preferences += 1
-            prompt = columns["input_text"]
-            self.found.repeating += all(answer.startswith(prompt) for answer in answers)
-            self.pairs.add(columns["text"], answers[0], answers[1], pair.choice)
-            self.found.second_chosen += pair.choice
-            other = answers[1 - pair.choice]
-            self.found.longer_chosen += len(answers[pair.choice]) > len(other)
-        self.found.references += len(references)
-        self.prompts.add(hashlib.sha256(columns["text"].encode()).digest()[:16])
-        return columns | {"references": [*answers, *references]}
-
-    def report(self, read: ReadReport) -> CheckReport:
-        """The counts as the beginning of a report."""
-        read.repeated, read.contradictions = self.pairs.counts()
-        prompts = read.rows - self.found.preferences
-        return replace(self.found, read=read, prompts=prompts, distinct_prompts=len(self.prompts))
+_WANTS: dict[Kind, Wants] = {
+    "auto": Wants(pair="if present"),
+    "preference": Wants(pair="required", output="if present"),
+    "prompt": Wants(),
+    "demonstration": Wants(output="required"),
+}
 
 
-def _load_tokeniser(base_model: str, revision: str | None, limits: tuple[int, int]) -> Tokeniser:
+def _load_tokeniser(base_model: str, revision: str | None, limits: tuple[int, int]) -> "Tokeniser":
+    from rlhf.data.tokenising import Tokeniser
     from rlhf.models.loading import load_tokenizer, prompt_layout, read_model_config
 
     config = read_model_config(base_model, revision)
@@ -199,33 +169,56 @@ def _load_tokeniser(base_model: str, revision: str | None, limits: tuple[int, in
     return Tokeniser(tokenizer, prompt_layout(config, tokenizer), *limits)
 
 
-def _measure(data: PromptData, report: CheckReport, tokeniser: Tokeniser | None) -> None:
-    """Fills in the lengths.
+def _describe(
+    data: PromptData, report: CheckReport, tokeniser: "Tokeniser | None", pairs: bool
+) -> None:
+    """Counts what rows are and how long their texts are.
 
     Raises:
         InputError: If a prompt does not fit even when shortened.
     """
-    prompts: list[int] = []
-    answers: list[int] = []
-    for texts, replies in _batches(data):
+    prompts: list[NDArray[np.int64]] = []
+    answers: list[NDArray[np.int64]] = []
+    seen: list[NDArray[np.uint64]] = []
+    for batch in data.batches(_COLUMNS):
+        flags = numbers(batch, "flags")
+        has_pair = flags & Flag.HAS_PAIR != 0 if pairs else np.zeros(len(flags), bool)
+        choice = numbers(batch, "choice") == 1
+        candidates = [batch.column(name) for name in ("candidate_0", "candidate_1")]
+        sizes = [text_sizes(column)[0] for column in candidates]
+        chosen, other = np.where(choice, sizes[::-1], sizes)
+        references = batch.column("references").flatten()
+        report.preferences += int(has_pair.sum())
+        report.prompts += int((~has_pair).sum())
+        report.references += len(references)
+        report.second_chosen += int((has_pair & choice).sum())
+        report.longer_chosen += int((has_pair & (chosen > other)).sum())
+        report.repeating += int((has_pair & (flags & Flag.REPEATS != 0)).sum())
+        seen.append(np.unique(numbers(batch, "prompt_hash")))
         if tokeniser is None:
-            prompts += [len(prompt.text) for prompt in texts]
-            answers += [len(reply) for reply in replies]
+            prompts.append(text_sizes(batch.column("text"))[0])
+            answers += [size[has_pair] for size in sizes] + [text_sizes(references)[0]]
         else:
-            prompts += tokeniser.prompt_lengths(texts)
-            answers += tokeniser.response_lengths(replies)
+            texts = [*(column.filter(has_pair) for column in candidates), references]
+            answers += [tokeniser.count_responses(column.to_pylist()) for column in texts]
+    report.distinct_prompts = len(np.unique(np.concatenate(seen)))
     unit = "characters" if tokeniser is None else "tokens"
-    report.lengths = [Lengths.of("prompts", unit, prompts)]
-    if answers:
-        report.lengths.append(Lengths.of("answers", unit, answers))
-    if tokeniser is None:
-        return
-    report.limits = (tokeniser.prompt_limit, tokeniser.response_limit)
-    report.shortened = tokeniser.check_prompts(data).shortened
-    report.cut = sum(length > tokeniser.response_limit for length in answers)
+    lengths = np.concatenate(prompts) if tokeniser is None else tokeniser.count_prompts(data)
+    report.lengths = [Lengths.of("prompts", unit, lengths)]
+    if any(map(len, answers)):
+        report.lengths.append(Lengths.of("answers", unit, np.concatenate(answers)))
+    if tokeniser is not None:
+        report.limits = (tokeniser.prompt_limit, tokeniser.response_limit)
+        report.shortened = tokeniser.check_prompts(data).shortened
+        report.cut = sum(int((size > tokeniser.response_limit).sum()) for size in answers)
 
 
-def _batches(data: PromptData) -> Iterator[tuple[list[Any], list[str]]]:
-    for start in range(0, len(data), 256):
-        rows = data[start : start + 256]
-        yield [row.prompt for row in rows], [text for row in rows for text in row.references]
+_COLUMNS = (
+    "text",
+    "flags",
+    "choice",
+    "candidate_0",
+    "candidate_1",
+    "references",
+    "prompt_hash",
+)

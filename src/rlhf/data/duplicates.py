@@ -1,26 +1,33 @@
-"""Pairs that a file has more than once, found in eight bytes a row."""
+"""Texts and pairs that a file has more than once, found by hashes of eight bytes."""
 
-from array import array
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
+_ALL_BUT_LAST_BIT = 0xFFFFFFFFFFFFFFFE
 
 
-class PairCounter:
-    """Counts pairs that repeat or contradict an earlier one; see `counts`."""
+def text_hash(text: str) -> int:
+    """64 bits of a text; another process gives others."""
+    return hash(text) & 0xFFFFFFFFFFFFFFFF
 
-    def __init__(self) -> None:
-        # A hash of prompt and candidates in either order; its lowest bit tells which one won.
-        self._pairs = array("Q")
 
-    def add(self, prompt: str, candidate_0: str, candidate_1: str, choice: int) -> None:
-        """Notes one pair of different candidates."""
-        swapped = candidate_0 > candidate_1
-        candidates = (candidate_1, candidate_0) if swapped else (candidate_0, candidate_1)
-        key = hash((prompt, *candidates)) & 0xFFFFFFFFFFFFFFFE
-        self._pairs.append(key | (bool(choice) ^ swapped))
+def pair_hash(prompt: str, candidate_0: str, candidate_1: str, choice: int) -> int:
+    """64 bits of a prompt and two candidates in either order; the last tells which one won."""
+    swapped = candidate_0 > candidate_1
+    candidates = (candidate_1, candidate_0) if swapped else (candidate_0, candidate_1)
+    return hash((prompt, *candidates)) & _ALL_BUT_LAST_BIT | (bool(choice) ^ swapped)
 
-    def counts(self) -> tuple[int, int]:
-        """Returns (rows that say what an earlier row says, pairs with either choice)."""
-        different = np.unique(np.frombuffer(self._pairs, dtype=np.uint64))
-        pairs = np.unique(different >> np.uint64(1))
-        return len(self._pairs) - len(different), len(different) - len(pairs)
+
+def count_pairs(hashes: Sequence[NDArray[np.uint64]]) -> tuple[int, int]:
+    """Returns (rows that say what an earlier row says, pairs with either choice).
+
+    Args:
+        hashes: Of `pair_hash`, in any number of pieces.
+    """
+    pairs = np.sort(np.concatenate(hashes)) if hashes else np.zeros(0, np.uint64)
+    again = pairs[1:] == pairs[:-1]
+    # In order, the two choices of a pair are neighbours.
+    either = (pairs[1:] ^ pairs[:-1]) == 1
+    return int(again.sum()), int(either.sum())

@@ -6,9 +6,8 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from rlhf import storage
 from rlhf.errors import InputError, closest
@@ -18,12 +17,12 @@ MAX_LINE_BYTES = 16 * 2**20
 # Half an emoji, where JavaScript or Java cut a text; neither Arrow nor a tokenizer takes it.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+_scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # json.loads without what lines do not need
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
-@dataclass(frozen=True)
-class JsonLine:
+class JsonLine(NamedTuple):
     """One line that is not blank.
 
     Attributes:
@@ -32,7 +31,8 @@ class JsonLine:
         value: The JSON value; meaningless when there is a problem.
         problem: What is wrong, or "".
         whole_file: The problem concerns the file: no further line of it follows.
-    mended: Half characters (lone surrogates) in its texts were replaced by U+FFFD.
+        mended: Half characters (lone surrogates) in its texts were replaced by U+FFFD.
+        raw: The line itself, without the spaces around it.
     """
 
     file: int
@@ -41,6 +41,7 @@ class JsonLine:
     problem: str = ""
     whole_file: bool = False
     mended: bool = False
+    raw: bytes = b""
 
 
 def expand_paths(paths: str | Sequence[str], name: str) -> list[str]:
@@ -213,10 +214,16 @@ def _parse_line(raw: bytes, file: int, line: int) -> JsonLine:
         limit = MAX_LINE_BYTES // 2**20
         return JsonLine(file, line, problem=f"is longer than {limit} MiB, expected one row")
     try:
-        value = json.loads(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
+        try:
+            value, end = _scan(text, 0)
+        except StopIteration:
+            end = -1
+        if end != len(text):
+            value = json.loads(text)  # says what is wrong
         if _SURROGATE_ESCAPE.search(raw) and (mended := mend(value)) != value:
-            return JsonLine(file, line, mended, mended=True)
-        return JsonLine(file, line, value)
+            return JsonLine(file, line, mended, mended=True, raw=raw)
+        return JsonLine(file, line, value, "", False, False, raw)
     except UnicodeDecodeError as error:
         byte = f"byte 0x{raw[error.start]:02x} at position {error.start + 1}"
         return JsonLine(file, line, problem=f"is not UTF-8 ({byte}), expected UTF-8")

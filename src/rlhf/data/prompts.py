@@ -91,9 +91,18 @@ class PromptRenderer:
         """
         if fields.messages:
             return self._render_messages(fields)
-        parts = [(self.instruction, "fixed"), (fields.context or "", "span")]
+        if not fields.context:
+            return self.render_text(fields.input_text or "")
+        parts = [(self.instruction, "fixed"), (fields.context, "span")]
         turn = _join([*parts, (fields.input_text or "", "span")])
         return PromptText(turn.text, turn.marked("span"))
+
+    def render_text(self, text: str) -> PromptText:
+        """The prompt of a row that has an input and nothing else."""
+        if not text:
+            return PromptText(self.instruction, ())
+        before = self.instruction + SEPARATOR if self.instruction else ""
+        return PromptText(before + text, ((len(before), len(before) + len(text)),))
 
     def raw_input(self, fields: PromptFields) -> str:
         """The row's own input, as predictions repeat it."""

@@ -1,47 +1,40 @@
 """From JSON Lines to checked and rendered rows on disk.
 
-Nothing here needs a model. However long the input, memory stays bounded: rows go one by one into a
-temporary Arrow file, which `datasets` maps back.
+Nothing here needs a model. However long the input, memory stays bounded: one pass writes every row
+into a temporary Arrow file, and each stage takes from it what it wants. Inside `read_once` no file
+is read twice.
 """
 
-import hashlib
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+import contextlib
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 
-from rlhf.data.batching import permutation
-from rlhf.data.duplicates import PairCounter
-from rlhf.data.files import JsonLine, expand_paths, read_json_lines
+import numpy as np
+
+from rlhf.data.files import expand_paths
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.rows import (
-    PreferenceData,
-    PromptData,
-    ReadReport,
-    RowFile,
-    RowWriter,
-    preference_schema,
-    prompt_schema,
-)
-from rlhf.data.schema import RowChecker, add_names, describe
-from rlhf.errors import InputError
+from rlhf.data.rows import PreferenceData, PromptData, ReadReport
+from rlhf.data.scanning import Scan, scan
+from rlhf.data.selection import OnBadRows, Wants, group_rows, numbers, select_rows
+from rlhf.storage import is_remote, open_store
 
 __all__ = [
+    "OnBadRows",
     "PreferenceData",
     "PromptData",
     "ReadReport",
     "load_preferences",
     "load_prompts",
+    "read_once",
+    "scan_files",
     "split_holdout",
 ]
 
 Paths = str | Sequence[str]
-OnBadRows = Literal["error", "skip"]
-# Turns a checked row into Arrow columns, or None to leave it out; counts what it sees.
-Normaliser = Callable[[RowChecker, "ReadReport"], dict[str, Any] | None]
 
 MAX_PROBLEMS = 20
+_MOST_SCANS = 8  # each is a file on disk
 
 
 def load_prompts(
@@ -64,14 +57,17 @@ def load_prompts(
     Raises:
         InputError: For missing files, bad rows (all of them at once), or if no row is left.
     """
-
-    def normalise(checker: RowChecker, report: ReadReport) -> dict[str, Any]:
-        columns = prompt_columns(checker, renderer, report)
-        columns["references"] = checker.references(require_output)
-        report.blank_references += sum(not text.strip() for text in columns["references"])
-        return columns
-
-    return PromptData(*read_rows(paths, name, on_bad_rows, normalise, prompt_schema()))
+    scanned = scan_files(paths, renderer, name)
+    wants = Wants(output="required" if require_output else "if present")
+    taken = select_rows(scanned, wants, name, on_bad_rows)
+    return PromptData(
+        scanned.table,
+        scanned.files,
+        taken.report,
+        taken.fingerprint,
+        taken.index,
+        scanned.token_counts,
+    )
 
 
 def load_preferences(
@@ -95,33 +91,17 @@ def load_preferences(
     Raises:
         InputError: For missing files, bad rows (all of them at once), or if no row is left.
     """
-    pairs = PairCounter()
-
-    def normalise(checker: RowChecker, report: ReadReport) -> dict[str, Any] | None:
-        if candidates_optional and not checker.has_candidates():
-            report.without_candidates += 1
-            return None
-        pair = checker.candidates()
-        columns = prompt_columns(checker, renderer, report)
-        if not checker.problems and pair.candidate_0 == pair.candidate_1:
-            report.identical += 1
-            return None
-        report.blank_candidates += (not pair.candidate_0.strip()) + (not pair.candidate_1.strip())
-        if not checker.problems:
-            pairs.add(columns["text"], pair.candidate_0, pair.candidate_1, pair.choice)
-        return columns | {
-            "candidate_0": pair.candidate_0,
-            "candidate_1": pair.candidate_1,
-            "choice": pair.choice,
-            "margin": pair.margin,
-        }
-
-    schema = preference_schema()
-    store, report, fingerprint = read_rows(
-        paths, name, on_bad_rows, normalise, schema, may_be_empty=candidates_optional
+    scanned = scan_files(paths, renderer, name)
+    wants = Wants(pair="required", pass_over=candidates_optional, output="ignored")
+    taken = select_rows(scanned, wants, name, on_bad_rows)
+    return PreferenceData(
+        scanned.table,
+        scanned.files,
+        taken.report,
+        taken.fingerprint,
+        taken.index,
+        scanned.token_counts,
     )
-    report.repeated, report.contradictions = pairs.counts()
-    return PreferenceData(store, report, fingerprint)
 
 
 def split_holdout(
@@ -139,142 +119,91 @@ def split_holdout(
         (training pairs, held-out pairs), both in their original order. With a single prompt
         nothing can be held out; otherwise at least one prompt is.
     """
-    rows_of: dict[bytes, list[int]] = {}
-    for number, row in enumerate(preferences):
-        digest = hashlib.sha256(row.prompt.text.encode()).digest()[:16]
-        rows_of.setdefault(digest, []).append(number)
-    groups = list(rows_of.values())
+    from rlhf.data.batching import permutation  # torch: not for those who only check files
+
+    batches = preferences.batches(("prompt_hash",))
+    group_of = group_rows([numbers(batch, "prompt_hash") for batch in batches])
+    sizes = np.bincount(group_of)
     wanted = min(limit, max(1, round(fraction * len(preferences))))
-    held: set[int] = set()
-    for number in permutation(len(groups), seed)[: len(groups) - 1]:
+    held: list[int] = []
+    count = 0
+    for group in permutation(len(sizes), seed)[: len(sizes) - 1]:
         # A prompt with very many pairs may not fit; it is only taken if nothing else is there.
-        if len(held) + len(groups[number]) <= wanted:
-            held.update(groups[number])
-    if not held and len(groups) > 1 and limit > 0:
-        smallest = min(groups, key=len)
-        held.update(smallest)
-    train = [number for number in range(len(preferences)) if number not in held]
-    return preferences.select(train), preferences.select(sorted(held))
+        if count + sizes[group] <= wanted:
+            held.append(group)
+            count += sizes[group]
+        if count == wanted:
+            break
+    if not held and len(sizes) > 1 and limit > 0:
+        held.append(int(sizes.argmin()))
+    held_out = np.isin(group_of, held)
+    return (
+        preferences.select(np.flatnonzero(~held_out)),
+        preferences.select(np.flatnonzero(held_out)),
+    )
 
 
-def read_rows(
-    paths: Paths,
-    name: str,
-    on_bad_rows: OnBadRows,
-    normalise: Normaliser,
-    schema: Any,
-    may_be_empty: bool = False,
-) -> tuple[RowFile, ReadReport, str]:
-    """Reads, checks and stores rows; what the `load_` functions have in common.
+class _Scans:
+    """The last scans of a run, by the files and how they were rendered."""
+
+    def __init__(self, keep_lines: bool) -> None:
+        self.keep_lines = keep_lines
+        self._scans: OrderedDict[tuple[object, ...], Scan] = OrderedDict()
+
+    def get(self, files: Sequence[str], renderer: PromptRenderer) -> Scan:
+        """The scan of files; of files that were changed a new one."""
+        key = (renderer.identity, *map(_stamp, files))
+        if key not in self._scans:
+            self._scans[key] = scan(files, renderer, self.keep_lines)
+            if len(self._scans) > _MOST_SCANS:
+                self._scans.popitem(last=False)
+        self._scans.move_to_end(key)
+        return self._scans[key]
+
+
+_scans: _Scans | None = None
+
+
+@contextlib.contextmanager
+def read_once(keep_lines: bool = False) -> Iterator[None]:
+    """Inside, files that did not change are read once, however many stages ask for them.
+
+    Args:
+        keep_lines: Keep the lines as they are, for `RowData.raw_lines`.
+    """
+    global _scans
+    if _scans is not None:  # the outermost one rules
+        yield
+        return
+    _scans = _Scans(keep_lines)
+    try:
+        yield
+    finally:
+        _scans = None
+
+
+def scan_files(paths: Paths, renderer: PromptRenderer, name: str) -> Scan:
+    """All rows of some files, good and bad.
 
     Args:
         paths: Path, glob, fsspec address, or a list of these.
+        renderer: Makes the prompts' texts.
         name: Name of the configuration field, for messages.
-        on_bad_rows: Whether a bad row is an error or is left out and counted.
-        normalise: Makes a row's columns.
-        schema: Arrow schema of the columns.
-        may_be_empty: Whether passing over all rows is no error.
-
-    Returns:
-        What a `RowData` is made of.
 
     Raises:
-        InputError: For missing files, bad rows (all of them at once), or if no row is left.
+        InputError: For missing files.
     """
     files = expand_paths(paths, name)
-    report = ReadReport(name, len(files))
-    problems = _Problems(files)
-    digest = hashlib.sha256()
-    folder = tempfile.mkdtemp(prefix="rlhf-data-")
+    return scan(files, renderer) if _scans is None else _scans.get(files, renderer)
+
+
+def _stamp(path: str) -> tuple[object, ...]:
+    """Changes when a file does."""
     try:
-        with RowWriter(folder, schema) as writer:
-            for line in read_json_lines(files):
-                columns = _check_line(line, normalise, report, problems)
-                if columns is not None:
-                    digest.update(json.dumps(columns, sort_keys=True).encode())
-                    writer.add(columns | {"file": line.file, "line": line.line})
-        report.rows, report.skipped = writer.rows, problems.bad_rows
-        problems.raise_if(on_bad_rows, name, report, may_be_empty)
-        if on_bad_rows == "skip":
-            report.problems = problems.first
-        return RowFile(folder, files), report, digest.hexdigest()
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _check_line(
-    line: JsonLine,
-    normalise: Normaliser,
-    report: ReadReport,
-    problems: "_Problems",
-) -> dict[str, Any] | None:
-    """The columns of one line; None for a bad row or one that is left out."""
-    if line.problem or not isinstance(line.value, dict):
-        problems.add(line, [line.problem or f"is {describe(line.value)}, expected a JSON object"])
-        return None
-    before = vars(report).copy()
-    checker = RowChecker(line.value)
-    columns = normalise(checker, report)
-    if checker.problems:
-        problems.add(line, checker.problems)
-        vars(report).update(before)  # a bad row counts as nothing else
-        return None
-    report.mended += line.mended
-    add_names(report.unused, checker.unused())
-    return columns
-
-
-class _Problems:
-    """Remembers the first problems and counts the others."""
-
-    def __init__(self, files: Sequence[str]) -> None:
-        self.files = files
-        self.first: list[str] = []
-        self.count = self.bad_rows = 0
-        self.fatal: list[str] = []
-
-    def add(self, line: JsonLine, found: Sequence[str]) -> None:
-        path = self.files[line.file]
-        texts = [
-            f"{path}: {one}" if line.whole_file else f"{path}:{line.line}: {one}" for one in found
-        ]
-        self.bad_rows += not line.whole_file
-        self.count += len(texts)
-        self.first += texts[: MAX_PROBLEMS - len(self.first)]
-        if line.whole_file:
-            self.fatal += texts
-
-    def raise_if(
-        self, on_bad_rows: OnBadRows, name: str, report: ReadReport, may_be_empty: bool
-    ) -> None:
-        """Raises InputError for what cannot be let pass."""
-        if self.count and on_bad_rows == "error":
-            rest = self.count - len(self.first)
-            raise InputError([*self.first, *([f"… and {rest} more problems"] if rest else [])])
-        if self.fatal:
-            raise InputError(self.fatal)
-        if not report.rows and not (may_be_empty and report.without_candidates):
-            counts = report.lines()[1:]
-            raise InputError([*self.first, *counts, f"{name}: no valid row is left"])
-
-
-def prompt_columns(
-    checker: RowChecker, renderer: PromptRenderer, report: ReadReport
-) -> dict[str, Any]:
-    """The columns of a row's prompt; none of them if it has problems."""
-    fields = checker.prompt()
-    if checker.problems:
-        return {}
-    try:
-        prompt = renderer.render(fields)
-    except ValueError as error:
-        checker.problems.append(f"messages: {error}, expected a conversation that it renders")
-        return {}
-    report.conversations += bool(fields.messages)
-    return {
-        "text": prompt.text,
-        "spans": [end for span in prompt.spans for end in span],
-        "reserve": [end for span in prompt.reserve for end in span],
-        "input_text": renderer.raw_input(fields),
-    }
+        if is_remote(path):
+            filesystem, root = open_store(path)
+            return path, filesystem.ukey(root)
+        about = os.stat(path)
+    except Exception:  # every store raises its own; reading will tell
+        return path, object()
+    return path, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns

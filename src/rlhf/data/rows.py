@@ -1,25 +1,53 @@
 """Rows in an Arrow file on disk, written one by one and read when asked for.
 
+A `RowTable` has a row for each line of the files that were read, good or bad; a `RowData` is those
+of them that a stage wants.
+
 The file is temporary: it goes with the last object that uses it, or with the process.
 """
 
 import hashlib
+import mmap
 import os
 import shutil
-import weakref
+import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Generic, Self, TypeVar, overload
+from itertools import chain
+from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
-from rlhf.data.schema import PreferenceRow, PromptRow, PromptText, named
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf.data.duplicates import pair_hash, text_hash
+from rlhf.data.schema import Candidates, PreferenceRow, PromptRow, PromptText, named
 
 RowT = TypeVar("RowT", PromptRow, PreferenceRow)
 
 _FILE = "rows.arrow"
-_BATCH_ROWS = 1000
+_BATCH_ROWS = 4000
 _BATCH_CHARACTERS = 8 * 2**20
+_PROMPT = PromptText("", ())
+_NO_CANDIDATES = (None, None, 0, None, 0, 0)
+
+
+class Flag:
+    """What a row of a table is, as bits."""
+
+    OBJECT = 1  # a JSON object
+    HAS_PAIR = 2  # it has candidate fields
+    IDENTICAL = 4  # both candidates are the same text
+    CONVERSATION = 8
+    MENDED = 16
+    NO_OUTPUT = 32
+    BAD_LINE = 64
+    REPEATS = 4096  # both candidates begin with the whole input
+    WHOLE_FILE = 128  # no line, but a file that cannot be read
+    BAD_PAIR = 256
+    BAD_PROMPT = 512
+    BAD_RENDER = 1024
+    BAD_OUTPUT = 2048
 
 
 @dataclass
@@ -78,47 +106,77 @@ class ReadReport:
         return said + [f"  left out: {problem}" for problem in self.problems]
 
 
-class RowFile:
-    """A finished row file; removes its folder when nobody uses it any more.
+class RowTable:
+    """The rows of a finished Arrow file, mapped into memory; the file itself has no name any more.
 
     Attributes:
-        files: The files that were read, for `FILE:LINE`.
-        dataset: The rows as `datasets` maps them.
+        batches: Arrow record batches.
+        starts: Number of the first row of each batch, and of all rows at the end.
     """
 
-    def __init__(self, folder: str, files: Sequence[str]) -> None:
-        from datasets import Dataset
+    def __init__(self, path: str) -> None:
+        import pyarrow as pa
 
-        self.files = list(files)
-        self.dataset = Dataset.from_file(str(Path(folder) / _FILE))
-        # A mapped file needs no name, and without one a killed process leaves nothing behind. Where
-        # open files cannot be removed (Windows), the second attempt succeeds.
-        shutil.rmtree(folder, ignore_errors=True)
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with pa.ipc.open_stream(pa.py_buffer(self._map)) as reader:
+            self.batches = list(reader)
+        self.starts = np.cumsum([0, *(batch.num_rows for batch in self.batches)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def scan(self) -> Iterator[tuple[int, Any]]:
+        """Every batch with the number of its first row; what was read leaves the memory again."""
+        for number, batch in enumerate(self.batches):
+            yield int(self.starts[number]), batch
+            if number % 8 == 7 and hasattr(mmap, "MADV_DONTNEED"):
+                self._map.madvise(mmap.MADV_DONTNEED)
+
+    def row(self, number: int, columns: Sequence[str]) -> dict[str, Any]:
+        """Some columns of one row."""
+        batch = int(np.searchsorted(self.starts, number, side="right")) - 1
+        place = number - int(self.starts[batch])
+        return {name: self.batches[batch].column(name)[place].as_py() for name in columns}
 
 
 class RowData(Sequence[RowT], Generic[RowT]):
     """Rows on disk, read when asked for.
 
+    Args:
+        table: All rows of the files.
+        files: The files, for `FILE:LINE`.
+        report: What reading came upon.
+        fingerprint: Hash of the rows' contents and order.
+        stored: The rows of the table that these are.
+
     Attributes:
         report: What reading came upon.
         fingerprint: Hash of the rows' contents and order.
+        stored: The rows of the table that these are.
+        table: All rows of the files.
     """
+
+    columns: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
-        store: RowFile,
+        table: RowTable,
+        files: Sequence[str],
         report: ReadReport,
         fingerprint: str,
-        index: Sequence[int] | None = None,
+        stored: NDArray[np.int64],
+        token_counts: dict[str, Any] | None = None,
     ) -> None:
         self.report = report
         self.fingerprint = fingerprint
-        self._store = store
-        self._index = index
+        self.stored = stored
+        self.table = table
+        self.token_counts = {} if token_counts is None else token_counts
+        self._files = files
 
     def __len__(self) -> int:
-        return self._store.dataset.num_rows if self._index is None else len(self._index)
+        return len(self.stored)
 
     @overload
     def __getitem__(self, place: int) -> RowT: ...
@@ -129,40 +187,62 @@ class RowData(Sequence[RowT], Generic[RowT]):
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
         number = range(len(self))[place]
-        stored = number if self._index is None else self._index[number]
-        return self._row(self._store.dataset[stored], number)
+        columns = self.table.row(int(self.stored[number]), (*_BASE_COLUMNS, *self.columns))
+        return self._row(columns, number)
 
     def __iter__(self) -> Iterator[RowT]:
-        if self._index is not None:
-            yield from (self[number] for number in range(len(self)))
-            return
         number = 0
-        for batch in self._store.dataset.iter(batch_size=256):
-            for values in zip(*batch.values(), strict=True):
-                yield self._row(dict(zip(batch, values, strict=True)), number)
-                number += 1
+        for batch in self.batches((*_BASE_COLUMNS, *self.columns)):
+            for start in range(0, batch.num_rows, 256):
+                part = batch.slice(start, 256).to_pydict()
+                for values in zip(*part.values(), strict=True):
+                    yield self._row(dict(zip(part, values, strict=True)), number)
+                    number += 1
 
-    def select(self, rows: Sequence[int]) -> Self:
+    def batches(self, columns: Sequence[str]) -> Iterator[Any]:
+        """The rows' columns as Arrow record batches, in their order."""
+        if len(self.stored) and np.any(np.diff(self.stored) < 0):  # chosen in another order
+            for number in self.stored:
+                batch = int(np.searchsorted(self.table.starts, number, side="right")) - 1
+                place = int(number - self.table.starts[batch])
+                yield self.table.batches[batch].select(list(columns)).slice(place, 1)
+            return
+        for start, batch in self.table.scan():
+            ends = np.searchsorted(self.stored, [start, start + batch.num_rows])
+            rows = self.stored[ends[0] : ends[1]] - start
+            if len(rows):
+                yield take(batch.select(list(columns)), rows)
+
+    def raw_lines(self) -> Iterator[bytes]:
+        """The lines that the rows come from, if they were kept (`rlhf.data.reading.read_once`)."""
+        for batch in self.batches(("raw",)):
+            yield from batch.column("raw").to_pylist()
+
+    def select(self, rows: Sequence[int] | NDArray[np.int64]) -> Self:
         """The given rows in the given order, on the same file."""
-        index = list(rows) if self._index is None else [self._index[row] for row in rows]
-        digest = hashlib.sha256(f"{self.fingerprint} {list(rows)}".encode()).hexdigest()
-        return type(self)(self._store, self.report, digest, index)
+        chosen = np.asarray(rows, dtype=np.int64)
+        digest = hashlib.sha256(self.fingerprint.encode() + chosen.tobytes()).hexdigest()
+        return type(self)(
+            self.table, self._files, self.report, digest, self.stored[chosen], self.token_counts
+        )
 
     def _source(self, columns: dict[str, Any]) -> str:
-        return f"{self._store.files[columns['file']]}:{columns['line']}"
+        return f"{self._files[columns['file']]}:{columns['line']}"
 
     @abstractmethod
     def _row(self, columns: dict[str, Any], number: int) -> RowT:
-        """Row `number` from its columns in the store."""
+        """Row `number` from its columns in the table."""
 
 
 class PromptData(RowData[PromptRow]):
     """Prompts, with references where the rows have them."""
 
+    columns: ClassVar[tuple[str, ...]] = ("references",)
+
     def _row(self, columns: dict[str, Any], number: int) -> PromptRow:
         return PromptRow(
-            prompt=_prompt(columns),
-            input_text=columns["input_text"],
+            prompt=prompt_of(columns),
+            input_text=_input_text(columns),
             references=list(columns["references"]),
             source=self._source(columns),
             row=number,
@@ -172,9 +252,11 @@ class PromptData(RowData[PromptRow]):
 class PreferenceData(RowData[PreferenceRow]):
     """Preference pairs."""
 
+    columns: ClassVar[tuple[str, ...]] = ("candidate_0", "candidate_1", "choice", "margin")
+
     def _row(self, columns: dict[str, Any], number: int) -> PreferenceRow:
         return PreferenceRow(
-            prompt=_prompt(columns),
+            prompt=prompt_of(columns),
             candidate_0=columns["candidate_0"],
             candidate_1=columns["candidate_1"],
             choice=columns["choice"],
@@ -184,46 +266,141 @@ class PreferenceData(RowData[PreferenceRow]):
         )
 
 
-class RowWriter:
-    """Writes a row file into a folder, batch by batch.
+class TableWriter:
+    """Writes a table, batch by batch, into a temporary file.
 
     Attributes:
         rows: Rows added so far.
     """
 
-    def __init__(self, folder: str, schema: Any) -> None:
+    def __init__(self) -> None:
         import pyarrow as pa
 
         self.rows = 0
-        self._schema = schema
-        self._pending: list[dict[str, Any]] = []
+        self._schema = _schema()
+        self._folder = tempfile.mkdtemp(prefix="rlhf-data-")
+        self._path = os.path.join(self._folder, _FILE)
+        self._writer = pa.ipc.new_stream(self._path, self._schema)
+        self._pending: list[tuple[Any, ...]] = []
         self._characters = 0
-        self._writer = pa.ipc.new_stream(os.path.join(folder, _FILE), schema)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None and (self._pending or not self.rows):
-            self._flush()
+    def __exit__(self, *_: object) -> None:
         self._writer.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
-    def add(self, columns: dict[str, Any]) -> None:
-        """Appends one row."""
+    def add(
+        self,
+        prompt: PromptText | None,
+        input_text: str,
+        pair: Candidates | None,
+        references: list[str] | None,
+        raw: bytes | None,
+        place: tuple[int, int],
+        flags: int,
+        counts: tuple[int, int, int] = (0, 0, 0),
+    ) -> None:
+        """Appends one row.
+
+        Args:
+            prompt: The rendered prompt, if it is good.
+            input_text: The row's own input.
+            pair: Its two answers, if they are good.
+            references: Texts of `output_text`.
+            raw: The line as it is, if it is to be kept.
+            place: Numbers of file and line.
+            flags: Of `Flag`.
+            counts: Problems of the pair, the prompt and `output_text`.
+        """
         self.rows += 1
-        self._pending.append(columns)
-        self._characters += sum(len(v) for v in columns.values() if isinstance(v, str))
+        prompt = prompt or _PROMPT
+        text, spans, reserve = prompt.text, prompt.spans, prompt.reserve
+        candidates: tuple[Any, ...] = _NO_CANDIDATES
+        size = len(text)
+        if pair is not None:
+            first, second = pair.candidate_0, pair.candidate_1
+            blank = is_blank(first) + is_blank(second)
+            size += len(first) + len(second)
+            pair_key = pair_hash(text, first, second, pair.choice)
+            candidates = (first, second, pair.choice, pair.margin, blank, pair_key)
+        self._pending.append(
+            (
+                text,
+                None if input_text == text else input_text,
+                spans[0] if len(spans) == 1 else tuple(chain.from_iterable(spans)),
+                tuple(chain.from_iterable(reserve)) if reserve else (),
+                text_hash(text),
+                *candidates,
+                references or (),
+                sum(map(is_blank, references)) if references else 0,
+                raw,
+                *place,
+                flags,
+                *counts,
+            )
+        )
+        self._characters += size
         if len(self._pending) >= _BATCH_ROWS or self._characters > _BATCH_CHARACTERS:
             self._flush()
+
+    def finish(self) -> RowTable:
+        """The table, once all rows are added."""
+        self._flush()
+        self._writer.close()
+        return RowTable(self._path)
 
     def _flush(self) -> None:
         import pyarrow as pa
 
-        self._writer.write_batch(pa.RecordBatch.from_pylist(self._pending, self._schema))
+        columns = list(zip(*self._pending, strict=True)) or [()] * len(self._schema)
+        arrays = [
+            _lists(column, kind) if pa.types.is_list(kind) else pa.array(column, type=kind)
+            for column, kind in zip(columns, self._schema.types, strict=True)
+        ]
+        self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self._schema))
         self._pending, self._characters = [], 0
 
 
-def _prompt(columns: dict[str, Any]) -> PromptText:
+def _lists(column: Sequence[Sequence[Any]], kind: Any) -> Any:
+    """An Arrow column of lists; much faster than Arrow's own way."""
+    import pyarrow as pa
+
+    offsets = np.zeros(len(column) + 1, np.int32)
+    np.cumsum(np.fromiter(map(len, column), np.int32, len(column)), out=offsets[1:])
+    values = pa.array(list(chain.from_iterable(column)), type=kind.value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def take(batch: Any, rows: NDArray[np.int64]) -> Any:
+    """Some rows of a record batch; the batch itself if they are all of its rows."""
+    import pyarrow as pa
+
+    return batch if len(rows) == batch.num_rows else batch.take(pa.array(rows))
+
+
+def text_sizes(texts: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(N,) characters and (N,) bytes of an Arrow column of texts; 0 for null."""
+    import pyarrow.compute as pc
+
+    characters, size = (
+        pc.fill_null(length(texts), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        for length in (pc.utf8_length, pc.binary_length)
+    )
+    return characters, size
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has nothing but white space."""
+    return not text or text.isspace()
+
+
+_BASE_COLUMNS = ("text", "spans", "reserve", "input_text", "file", "line")
+
+
+def prompt_of(columns: Mapping[str, Any]) -> PromptText:
+    """The prompt that columns `text`, `spans` and `reserve` of a row hold."""
     spans, reserve = (
         tuple(zip(ends[::2], ends[1::2], strict=True))
         for ends in (columns["spans"], columns["reserve"])
@@ -231,34 +408,38 @@ def _prompt(columns: dict[str, Any]) -> PromptText:
     return PromptText(columns["text"], spans, reserve)
 
 
-def _base_schema() -> Any:
+def _input_text(columns: dict[str, Any]) -> str:
+    text: str | None = columns["input_text"]
+    return columns["text"] if text is None else text
+
+
+def _schema() -> Any:
     import pyarrow as pa
 
-    fields = {"text": pa.string(), "spans": pa.list_(pa.int64()), "reserve": pa.list_(pa.int64())}
-    return pa.schema(fields | {"input_text": pa.string(), "file": pa.int32(), "line": pa.int64()})
-
-
-def prompt_schema() -> Any:
-    """Arrow schema of prompt rows."""
-    import pyarrow as pa
-
-    return _base_schema().append(pa.field("references", pa.list_(pa.string())))
-
-
-def preference_schema() -> Any:
-    """Arrow schema of preference rows."""
-    import pyarrow as pa
-
-    types = {
-        "candidate_0": pa.string(),
-        "candidate_1": pa.string(),
-        "choice": pa.int8(),
-        "margin": pa.float64(),
-    }
-    schema = _base_schema()
-    for column, kind in types.items():
-        schema = schema.append(pa.field(column, kind))
-    return schema
+    return pa.schema(
+        {
+            "text": pa.string(),
+            "input_text": pa.string(),  # null where it is the prompt's text
+            "spans": pa.list_(pa.int64()),
+            "reserve": pa.list_(pa.int64()),
+            "prompt_hash": pa.uint64(),
+            "candidate_0": pa.string(),
+            "candidate_1": pa.string(),
+            "choice": pa.int8(),
+            "margin": pa.float64(),
+            "blank_candidates": pa.int8(),
+            "pair_hash": pa.uint64(),
+            "references": pa.list_(pa.string()),
+            "blank_references": pa.int32(),
+            "raw": pa.binary(),
+            "file": pa.int32(),
+            "line": pa.int64(),
+            "flags": pa.int32(),
+            "pair_problems": pa.int32(),
+            "prompt_problems": pa.int32(),
+            "output_problems": pa.int32(),
+        }
+    )
 
 
 def _s(count: int) -> str:

@@ -4,21 +4,26 @@ What a special token looks like in text means that token only in what surrounds 
 (`PromptText` outside its spans); in user text and in responses it is plain text. Nothing here pads.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from rlhf.data.batching import TokenBatch
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf.data.batching import TokenBatch, chunks
+from rlhf.data.counting import MARGIN, TokenCounter, surely_short
 from rlhf.data.encoding import ANCHORS, Piece, TextEncoder, overlap
 from rlhf.data.prompts import PromptRenderer
+from rlhf.data.rows import RowData, prompt_of, take, text_sizes
 from rlhf.data.schema import Message, PromptFields, PromptText
 from rlhf.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHECK_ROWS = 256
+_COUNT_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -39,18 +44,6 @@ class PromptLayout:
     response_continues_text: bool
     eos_id: int
     eos_ids: frozenset[int]
-
-
-class PromptSource(Protocol):
-    """A row that has a prompt and knows where it was read."""
-
-    @property
-    def prompt(self) -> PromptText:
-        """The rendered prompt."""
-
-    @property
-    def source(self) -> str:
-        """`FILE:LINE`."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +105,10 @@ class Tokeniser:
         self._encoder = TextEncoder(tokenizer)
         self._decode_anchor = self._find_decode_anchor() if layout.response_continues_text else []
 
+    @cached_property
+    def _counter(self) -> TokenCounter:
+        return TokenCounter(self.tokenizer, self._encoder)
+
     def prompt_ids(self, prompt: PromptText) -> list[int]:
         """Ids of one prompt, at most `prompt_limit`; see `prompt_rows`."""
         return self.prompt_rows([prompt])[0]
@@ -147,6 +144,17 @@ class Tokeniser:
     def response_lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of responses before truncation, EOS included."""
         return [len(row) + 1 for row in self._whole_responses(texts)]
+
+    def count_prompts(self, rows: RowData[Any]) -> NDArray[np.int64]:
+        """`prompt_lengths` of all rows."""
+        return self._counts(rows, 0) + self.prompt_limit - self._room()
+
+    def count_responses(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """`response_lengths` of any number of texts."""
+        counter = self._counter
+        continues = self.layout.response_continues_text
+        counts = counter.continuations(texts) if continues else counter.literal(texts)
+        return np.array(counts, np.int64) + 1
 
     def prompts(self, prompts: Sequence[PromptText]) -> TokenBatch:
         """`prompt_rows` as a batch (B, P)."""
@@ -188,21 +196,21 @@ class Tokeniser:
             if len(piece.ids) > self._room():
                 raise InputError(self._too_small(prompt))
 
-    def check_prompts(self, rows: Iterable[PromptSource]) -> PromptLengths:
+    def check_prompts(self, rows: RowData[Any]) -> PromptLengths:
         """Counts the prompts that the limit shortens.
 
         Raises:
             InputError: For prompts of which more must be kept than fits, with their lines.
         """
-        count = shortened = longest = bad = 0
-        around = self.prompt_limit - self._room()
+        room = self._room()
+        counts = self._counts(rows, room)
+        bad = 0
         problems: list[str] = []
-        for batch in _batches(rows, _CHECK_ROWS):
-            prompts = [row.prompt for row in batch]
-            for row, piece in zip(batch, self._encoder.prompts(prompts), strict=True):
-                count += 1
-                shortened += len(piece.ids) > self._room()
-                longest = max(longest, len(piece.ids) + around)
+        doubts = np.flatnonzero(self._in_doubt(rows, counts))
+        for places in chunks(doubts.tolist(), _COUNT_ROWS):
+            some = [rows[place] for place in places]
+            pieces = self._encoder.prompts([row.prompt for row in some])
+            for row, piece in zip(some, pieces, strict=True):
                 if self._shorten(row.prompt, piece) is None:
                     bad += 1
                     if len(problems) < 20:
@@ -211,7 +219,51 @@ class Tokeniser:
             problems.append(f"… and {bad - len(problems)} more prompts")
         if problems:
             raise InputError(problems)
-        return PromptLengths(count, shortened, longest, self.prompt_limit)
+        longest = int(counts.max(initial=0)) + self.prompt_limit - room
+        return PromptLengths(len(rows), int((counts > room).sum()), longest, self.prompt_limit)
+
+    def _counts(self, rows: RowData[Any], limit: int) -> NDArray[np.int64]:
+        """Tokens of the rows' prompts; of those that surely have at most `limit`, perhaps less."""
+        counter = self._counter
+        known = rows.token_counts.setdefault(counter.identity, _Counts(len(rows.table)))
+        start = 0
+        for batch in rows.batches(("text", "spans", "reserve")):
+            stored = rows.stored[start : start + batch.num_rows]
+            start += batch.num_rows
+            short = surely_short(batch.column("text"), limit, counter)
+            missing = np.flatnonzero(~short & (known.counts[stored] < 0))
+            for part in np.array_split(missing, -(-len(missing) // _COUNT_ROWS) or 1):
+                prompts = [prompt_of(one) for one in take(batch, part).to_pylist()]
+                if prompts:
+                    known.counts[stored[part]] = counter.prompts(prompts)
+        counts: NDArray[np.int64] = np.maximum(known.counts[rows.stored], 0).astype(np.int64)
+        return counts
+
+    def _in_doubt(self, rows: RowData[Any], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether what must be kept of a long prompt could be more than fits."""
+        doubts: list[NDArray[np.bool_]] = [np.zeros(0, bool)]
+        for batch in rows.batches(("text", "spans", "reserve")):
+            characters, size = text_sizes(batch.column("text"))
+            fixed = characters - sum(_covered(batch.column(name)) for name in ("spans", "reserve"))
+            # A character is at most its bytes; a normalizer may make several characters of one.
+            most = np.where(characters == size, fixed, 32 * fixed) + MARGIN
+            self._look_at_beginnings(batch, characters, most)
+            doubts.append((most > self._room()) | (not self._counter.one_per_character))
+        return (counts > self._room()) & np.concatenate(doubts)
+
+    def _look_at_beginnings(
+        self, batch: Any, characters: NDArray[np.int64], most: NDArray[np.int64]
+    ) -> None:
+        """Sets `most` where only a beginning must be kept, which is the same in all such rows."""
+        spans = batch.column("spans").to_pylist()
+        counted: dict[int, int] = {}
+        for place in np.flatnonzero(most > self._room()).tolist():
+            if len(spans[place]) == 2 and spans[place][1] == characters[place]:
+                start = spans[place][0]
+                if start not in counted:
+                    beginning = PromptText(batch.column("text")[place].as_py()[:start], ())
+                    counted[start] = self._counter.prompts([beginning])[0] + MARGIN
+                most[place] = counted[start]
 
     def _whole_responses(self, texts: Sequence[str]) -> list[list[int]]:
         if self.layout.response_continues_text:
@@ -282,7 +334,19 @@ class Tokeniser:
         return []
 
 
-def _batches(rows: Iterable[PromptSource], size: int) -> Iterator[list[PromptSource]]:
-    iterator = iter(rows)
-    while batch := list(islice(iterator, size)):
-        yield batch
+class _Counts:
+    """Tokens of all prompts of a table, -1 where they are not known yet."""
+
+    def __init__(self, size: int) -> None:
+        self.counts = np.full(size, -1, np.int32)
+
+
+def _covered(spans: Any) -> NDArray[np.int64]:
+    """(N,) characters in the ranges of an Arrow column of [start, end, start, end, …]."""
+    ends = spans.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+    ends[::2] *= -1
+    sums = np.concatenate([[0], np.cumsum(ends)])
+    lengths = spans.value_lengths().to_numpy(zero_copy_only=False)
+    places = np.concatenate([[0], np.cumsum(lengths)])
+    covered: NDArray[np.int64] = np.diff(sums[places])
+    return covered

@@ -1,0 +1,114 @@
+"""How fast files of preferences are checked, and how much memory that takes.
+
+    python benchmarks/reading.py --rows 1000000
+    python benchmarks/reading.py --rows 1000000 --like preferences.jsonl
+
+Writes rows in the shape of the quickstart's corpus (`short`, 360 bytes), in that of TL;DR (`long`,
+1.6 kB: the same sentences, more of them), and of the rows of a given file (`like`). Each command is
+a process of its own.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlhf.data import toy
+
+Row = dict[str, Any]
+LIMITS = ["--prompt_sequence_length", "512", "--target_sequence_length", "64"]
+
+
+def main() -> None:
+    """Prints a table."""
+    options = parse()
+    print("| rows | command | seconds | rows a second | peak memory |")
+    print("| --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory(prefix="rlhf-reading-") as folder:
+        for name, rows in shapes(options.like).items():
+            path = Path(folder) / f"{name}.jsonl"
+            size = write(path, rows, options.rows)
+            for label, command in commands(path, options.base_model):
+                measure(f"{name}, {size} bytes", label, command, options.rows)
+            path.unlink()
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    toy_llama = Path(toy.__file__).parent / "assets" / "toy_llama"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--base_model", default=str(toy_llama), help="for the dry run")
+    parser.add_argument("--like", help="JSON Lines whose rows are repeated")
+    return parser.parse_args()
+
+
+def shapes(like: str | None) -> dict[str, list[Row]]:
+    """Some rows of each shape, to be repeated."""
+    short = toy_rows(2000)
+    posts = itertools.cycle(row["input_text"].removesuffix(toy.CUE) for row in short)
+    long = [
+        row | {"input_text": " ".join(itertools.islice(posts, 7)) + toy.CUE}
+        for row in toy_rows(500)
+    ]
+    found = {"short": short, "long": long}
+    if like is not None:
+        lines = Path(like).read_text(encoding="utf-8").split("\n")
+        found["like"] = [json.loads(line) for line in lines if line.strip()]
+    return found
+
+
+def toy_rows(count: int) -> list[Row]:
+    """Rows of the quickstart's corpus."""
+    with tempfile.TemporaryDirectory() as folder:
+        toy.write_corpus(folder, 0, toy.CorpusSizes(preferences=count))
+        return toy.read_rows(Path(folder) / "preferences.jsonl")
+
+
+def write(path: Path, rows: list[Row], count: int) -> int:
+    """Writes rows that begin differently. Returns the mean bytes of one."""
+    numbered: Iterator[Row] = (
+        row | {"input_text": f"{random.Random(number).random()} {row['input_text']}"}
+        for number, row in zip(range(count), itertools.cycle(rows), strict=False)
+    )
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(row)}\n" for row in numbered)
+    return path.stat().st_size // count
+
+
+def commands(path: Path, base_model: str) -> Iterator[tuple[str, list[str]]]:
+    """What is measured: a name and the arguments of `rlhf`."""
+    yield "data check", ["data", "check", str(path)]
+    run = ["run", "--base_model", base_model, "--preference_dataset", str(path), *LIMITS]
+    yield "run --dry_run", [*run, "--output_dir", str(path.with_suffix("")), "--dry_run"]
+
+
+def measure(rows: str, label: str, command: list[str], count: int) -> None:
+    """Runs a command in a process that starts nothing else, and prints a line of the table."""
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "rlhf", *command], stdout=subprocess.DEVNULL)
+    usage = wait(process)
+    seconds = time.monotonic() - start
+    memory = usage.ru_maxrss / 2**20
+    print(f"| {rows} | `{label}` | {seconds:.1f} | {count / seconds:,.0f} | {memory:.2f} GiB |")
+
+
+def wait(process: "subprocess.Popen[bytes]") -> resource.struct_rusage:
+    """Waits for the end of a process. Returns what it used."""
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"rlhf ended with status {status}")
+    return usage
+
+
+if __name__ == "__main__":
+    main()

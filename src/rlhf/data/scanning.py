@@ -1,0 +1,312 @@
+"""One pass over files, from which every stage takes the rows that it needs.
+
+Each line becomes a row of a `RowTable` together with what is wrong with its parts: whether it is a
+good row depends on what a stage wants (`rlhf.data.selection`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rlhf.data.files import JsonLine, read_json_lines
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.rows import Flag, RowTable, TableWriter
+from rlhf.data.schema import (
+    Candidates,
+    PromptText,
+    RowChecker,
+    add_names,
+    describe,
+    holds_something,
+)
+
+SHOWN = 20  # as many problems are told before they are only counted
+_MOST_SHAPES = 1000
+_MOST_KEYS = 64
+
+
+class Parts(NamedTuple):
+    """What a row says, part by part, and what is wrong with each part.
+
+    Attributes:
+        prompt: The rendered prompt; None if it has problems.
+        input_text: The row's own input.
+        pair: Its two answers; None if it has no candidate fields, or they have problems.
+        references: The texts of `output_text`; None if the row has none.
+        conversation: It has `messages`.
+        has_pair: It has candidate fields.
+        problems: By part: "pair", "prompt", "render", "output"; None where nothing is wrong.
+    """
+
+    prompt: PromptText | None
+    input_text: str
+    pair: Candidates | None
+    references: list[str] | None
+    conversation: bool
+    has_pair: bool
+    problems: dict[str, list[str]] | None
+
+
+class Shape(NamedTuple):
+    """Which of a row's fields are which, for rows without anything unusual."""
+
+    prompt: str
+    candidate_0: str | None
+    candidate_1: str | None
+    choice: str | None
+    extras: tuple[str, ...]
+
+
+class RowReader:
+    """Reads rows; common ones by a short way, with the same result (`read` and `read_plain`).
+
+    Args:
+        renderer: Makes the prompt's text.
+
+    Attributes:
+        unused: Names of fields that no stage reads.
+    """
+
+    def __init__(self, renderer: PromptRenderer) -> None:
+        self.renderer = renderer
+        self.unused: list[str] = []
+        self._shapes: dict[tuple[str, ...], Shape | None] = {}
+
+    def read(self, row: Mapping[str, Any]) -> Parts:
+        """Reads any row, field by field."""
+        checker = RowChecker(row)
+        add_names(self.unused, checker.unused())
+        problems: dict[str, list[str]] = {}
+
+        def found(part: str) -> bool:
+            if checker.problems:
+                problems[part] = checker.problems
+                checker.problems = []
+            return part in problems
+
+        has_pair = checker.has_candidates()
+        pair = checker.candidates() if has_pair or row.get("margin") is not None else None
+        if found("pair"):
+            pair = None
+        fields = checker.prompt()
+        prompt, input_text = None, ""
+        if not found("prompt"):
+            try:
+                prompt, input_text = self.renderer.render(fields), self.renderer.raw_input(fields)
+            except ValueError as error:
+                what = f"messages: {error}, expected a conversation that it renders"
+                problems["render"] = [what]
+        references: list[str] | None = checker.references()
+        if found("output") or row.get("output_text") is None:
+            references = None
+        return Parts(
+            prompt,
+            input_text,
+            pair if has_pair else None,
+            references,
+            bool(fields.messages),
+            has_pair,
+            problems or None,
+        )
+
+    def read_plain(self, row: Mapping[str, Any]) -> Parts | None:
+        """Reads a row of texts in one of the usual layouts; None if `read` has to."""
+        keys = tuple(row)
+        try:
+            shape = self._shapes[keys]
+        except KeyError:
+            shape = self._learn(keys)
+        if shape is None:
+            return None
+        text = row[shape.prompt]
+        if type(text) is not str or not text or text.isspace():
+            return None
+        references = pair = None
+        if "output_text" in row:
+            value = row["output_text"]
+            if type(value) is str:
+                references = [value]
+            elif value is not None:
+                return None
+        if shape.candidate_0 is not None and shape.candidate_1 is not None:
+            first, second = row[shape.candidate_0], row[shape.candidate_1]
+            choice = 0 if shape.choice is None else row[shape.choice]
+            if type(first) is not str or type(second) is not str:
+                return None
+            if type(choice) is not int or choice not in (0, 1):
+                return None
+            pair = Candidates(first, second, choice, None)
+        if shape.extras:
+            more = (name for name in shape.extras if holds_something(row[name]))
+            add_names(self.unused, more)
+        prompt = self.renderer.render_text(text)
+        return Parts(prompt, text, pair, references, False, pair is not None, None)
+
+    def _learn(self, keys: tuple[str, ...]) -> Shape | None:
+        if len(self._shapes) >= _MOST_SHAPES:  # every row is another one
+            self._shapes.clear()
+        if len(keys) > _MOST_KEYS or sum(map(len, keys)) > _MOST_KEYS * 64:
+            return None
+        self._shapes[keys] = _shape(frozenset(keys), keys)
+        return self._shapes[keys]
+
+
+def _shape(keys: frozenset[str], order: tuple[str, ...]) -> Shape | None:
+    prompts = keys & {"input_text", "prompt"}
+    if len(prompts) != 1 or keys & {"messages", "context", "margin"}:
+        return None
+    (prompt,) = prompts
+    pair: tuple[str | None, str | None, str | None] = (None, None, None)
+    candidates = keys & {"candidate_0", "candidate_1", "choice", "chosen", "rejected"}
+    if candidates == {"candidate_0", "candidate_1", "choice"}:
+        pair = ("candidate_0", "candidate_1", "choice")
+    elif candidates == {"chosen", "rejected"}:
+        pair = ("chosen", "rejected", None)
+    elif candidates:
+        return None
+    known = candidates | prompts | {"output_text"}
+    return Shape(prompt, *pair, tuple(key for key in order if key not in known))
+
+
+class Faults:
+    """What is wrong with bad rows: the texts of those that may have to be told.
+
+    However many rows are bad, only a few texts are kept: the first ones of each kind.
+    """
+
+    def __init__(self) -> None:
+        self.whole_files: list[str] = []
+        self._texts: dict[tuple[int, str], list[str]] = {}
+        self._counts: dict[tuple[str, bool, bool], int] = {}
+
+    def wanted(self, part: str, has_pair: bool, bad_pair: bool) -> bool:
+        """Whether the texts of another such row may have to be told; counts it.
+
+        Args:
+            part: The part that has the problems.
+            has_pair: The row has candidate fields: some stages pass over those without.
+            bad_pair: Its candidates have problems, which hide those of rendering.
+        """
+        key = (part, has_pair, bad_pair)
+        self._counts[key] = self._counts.get(key, 0) + 1
+        return self._counts[key] <= SHOWN
+
+    def add(self, row: int, part: str, texts: Sequence[str]) -> None:
+        """Keeps the texts of one part of a row."""
+        self._texts[row, part] = list(texts[:SHOWN])
+
+    def of(self, row: int, parts: Sequence[str]) -> list[str]:
+        """The texts of some parts of a row."""
+        return [text for part in parts for text in self._texts.get((row, part), ())]
+
+
+class Scan:
+    """What one pass over files found.
+
+    Attributes:
+        files: The files.
+        table: A row for each line.
+        faults: What is wrong with the bad ones.
+        unused: Names of fields that no stage reads.
+        token_counts: Tokens of the prompts by tokenizer, kept for the next stage.
+        selections: What stages took, likewise.
+    """
+
+    def __init__(
+        self, files: Sequence[str], table: RowTable, faults: Faults, unused: list[str]
+    ) -> None:
+        self.files = list(files)
+        self.table = table
+        self.faults = faults
+        self.unused = unused
+        self.token_counts: dict[str, Any] = {}
+        self.selections: dict[Any, Any] = {}
+
+
+def scan(files: Sequence[str], renderer: PromptRenderer, keep_lines: bool = False) -> Scan:
+    """Reads files once, in bounded memory.
+
+    Args:
+        files: Existing files.
+        renderer: Makes the prompts' texts.
+        keep_lines: Keep every line as it is, too.
+    """
+    reader, faults = RowReader(renderer), Faults()
+    with TableWriter() as writer:
+        for line in read_json_lines(files):
+            if line.problem or not isinstance(line.value, dict):
+                _add_fault(line, files, faults, writer)
+                continue
+            parts = reader.read_plain(line.value) or reader.read(line.value)
+            raw = None
+            if keep_lines:
+                raw = json.dumps(line.value).encode() if line.mended else line.raw
+            _add_row(parts, line, faults, writer, raw)
+        table = writer.finish()
+    return Scan(files, table, faults, reader.unused)
+
+
+def _add_fault(line: JsonLine, files: Sequence[str], faults: Faults, writer: TableWriter) -> None:
+    """A line that holds no object."""
+    problem = line.problem or f"is {describe(line.value)}, expected a JSON object"
+    flags = Flag.BAD_LINE
+    if line.whole_file:
+        flags |= Flag.WHOLE_FILE
+        faults.whole_files.append(f"{files[line.file]}: {problem}")
+    elif faults.wanted("line", False, False):
+        faults.add(writer.rows, "line", [problem])
+    writer.add(None, "", None, None, None, (line.file, line.line), flags)
+
+
+_FLAG_OF_PART = {
+    "pair": Flag.BAD_PAIR,
+    "prompt": Flag.BAD_PROMPT,
+    "render": Flag.BAD_RENDER,
+    "output": Flag.BAD_OUTPUT,
+}
+
+
+def _add_row(
+    parts: Parts, line: JsonLine, faults: Faults, writer: TableWriter, raw: bytes | None
+) -> None:
+    prompt, pair, references = parts.prompt, parts.pair, parts.references
+    flags = Flag.OBJECT
+    counts = (0, 0, 0)
+    if parts.conversation:
+        flags |= Flag.CONVERSATION
+    if line.mended:
+        flags |= Flag.MENDED
+    if parts.has_pair:
+        flags |= Flag.HAS_PAIR
+    elif faults.wanted("pair", False, False):
+        faults.add(writer.rows, "pair", _problems_of_no_pair(line.value))
+    if not references:
+        flags |= Flag.NO_OUTPUT
+        bad_output = bool(parts.problems) and "output" in (parts.problems or {})
+        if not bad_output and faults.wanted("no output", parts.has_pair, False):
+            checker = RowChecker(line.value)
+            checker.references(required=True)
+            faults.add(writer.rows, "no output", checker.problems)
+    if parts.problems:
+        bad_pair = "pair" in parts.problems
+        for part, texts in parts.problems.items():
+            flags |= _FLAG_OF_PART[part]
+            if faults.wanted(part, parts.has_pair, bad_pair):
+                faults.add(writer.rows, part, texts)
+        counts = tuple(  # type: ignore[assignment]
+            len(parts.problems.get(part, ())) for part in ("pair", "prompt", "output")
+        )
+    if pair is not None:
+        if pair.candidate_0 == pair.candidate_1:
+            flags |= Flag.IDENTICAL
+        text = parts.input_text
+        if text and pair.candidate_0.startswith(text) and pair.candidate_1.startswith(text):
+            flags |= Flag.REPEATS
+    place = (line.file, line.line)
+    writer.add(prompt, parts.input_text, pair, references, raw, place, flags, counts)
+
+
+def _problems_of_no_pair(row: Mapping[str, Any]) -> list[str]:
+    checker = RowChecker(row)
+    checker.candidates()
+    return checker.problems
