@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from test_language_model import EOS, make_lm, ragged
+from test_language_model import EOS, make_lm, plain_logits, ragged
 from tiny import randomise_lora, tiny_model
 from torch import Tensor
 
@@ -263,3 +263,26 @@ def test_what_cannot_be_compiled_is_said(arch: str) -> None:
     prompts = TokenBatch.from_lists([[5]])
     with pytest.raises(InputError, match=r"compile_decode: .*no compiler"):
         generate(lm, prompts, max_new_tokens=4, temperature=0.0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_log_probabilities_of_samples_are_those_of_plain_transformers(
+    arch: str, chunk_size: int
+) -> None:
+    lm, temperature, limit = make_lm(arch), 0.7, 10
+    prompts, _ = ragged(arch)
+    uniforms = rollout_uniforms(3, 0, range(len(prompts)), limit)
+    made = generate_in_chunks(
+        lm, prompts, chunk_size=chunk_size, max_new_tokens=limit, temperature=temperature,
+        uniforms=uniforms,
+    )  # fmt: skip
+    plain = tiny_model(arch).double().eval()
+    assert made.logprobs.shape == made.responses.ids.shape
+    assert not made.logprobs[~made.responses.mask].any()
+    lists = zip(prompts.tolists(), made.responses.tolists(), strict=True)
+    for row, (prompt, response) in enumerate(lists):
+        logits = plain_logits(arch, plain, prompt, response)[: len(response)] / temperature
+        expected = logits.log_softmax(-1)[range(len(response)), response]
+        torch.testing.assert_close(
+            made.logprobs[row, : len(response)].double(), expected, atol=1e-4, rtol=1e-4
+        )

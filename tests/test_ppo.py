@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,41 @@ def test_first_ratio_is_one(arch: str, rank: int, tmp_path: Path) -> None:
     trainer = make_trainer(arch, tmp_path, lora={"rank": rank}, temperature=0.7)
     for _ in range(2):
         assert trainer.step()["ppo/ratio_first"] < 1e-4
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_decoding_and_update_see_the_same_policy(
+    arch: str, rank: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(arch, tmp_path, lora={"rank": rank}, temperature=0.7)
+    for _ in range(2):
+        assert trainer.step()["ppo/decode_deviation"] < 1e-4
+    assert "decode_deviation" not in capsys.readouterr().err
+
+
+def test_a_fold_that_changes_the_embedding_too_is_seen(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when an adapter sits on an LM head that is tied: the update does not see the change."""
+    trainer = make_trainer(arch, tmp_path)
+    lm = trainer.policy.lm
+    folded, embedding = lm.adapters.folded, lm.module.get_input_embeddings()
+
+    @contextmanager
+    def fold_too_much() -> Iterator[None]:
+        before = embedding.weight.data
+        embedding.weight.data = before + 0.1 * torch.linspace(-1, 1, before.shape[1])
+        try:
+            with folded():
+                yield
+        finally:
+            embedding.weight.data = before
+
+    monkeypatch.setattr(lm.adapters, "folded", fold_too_much)
+    metrics = trainer.step()
+    assert metrics["ppo/ratio_first"] < 1e-4
+    assert metrics["ppo/decode_deviation"] > 1e-2
+    assert "sampled from another distribution" in capsys.readouterr().err
 
 
 # --- roles ---------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ class Rollout:
         responses: (B, R) tokens as sampled, EOS included.
         finished: (B,) bool, true where EOS was sampled before the limit.
         texts: B responses as text.
+        logprobs: (B, R) that decoding gave the sampled tokens, 0 past the end; None where the
+            responses were not sampled here.
     """
 
     prompt_texts: Sequence[PromptText]
@@ -34,6 +36,7 @@ class Rollout:
     responses: TokenBatch
     finished: Tensor
     texts: Sequence[str]
+    logprobs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,9 @@ def rollout_metrics(
         "ppo/explained_variance": objectives.explained_variance(values, returns, mask),
         "ppo/value": float(values.sum() / mask.sum()),
     }
+    if rollout.logprobs is not None:
+        deviation = torch.expm1(experience.logprobs - rollout.logprobs)  # 0 past the end
+        metrics["ppo/decode_deviation"] = float(deviation.abs().max())
     if kl_coeff is not None:
         kl = stats.kl.sum(1)
         metrics |= {

@@ -26,10 +26,13 @@ class Generation:
     Attributes:
         responses: Up to `max_new_tokens` tokens, cut after the first EOS (which is kept).
         finished: (B,) bool, true where the response ends with EOS, false where the limit cut it.
+        logprobs: (B, R) fp32, what decoding itself gave each sampled token; 0 past the end, and
+            everywhere in greedy decoding.
     """
 
     responses: TokenBatch
     finished: Tensor
+    logprobs: Tensor
 
 
 def rollout_uniforms(seed: int, iteration: int, rows: range, max_new_tokens: int) -> Tensor:
@@ -110,6 +113,7 @@ def generate(
     ids = torch.zeros(size, max_new_tokens, dtype=torch.long, device=device)
     lengths = torch.full((size,), max_new_tokens, device=device)
     finished = torch.zeros(size, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(size, max_new_tokens, device=device)
     if temperature > 0 and uniforms is None:
         raise ValueError("sampling needs uniforms; pass them or temperature=0")
     uniforms = None if uniforms is None else uniforms.to(device)
@@ -122,6 +126,9 @@ def generate(
             if temperature > 0:
                 assert uniforms is not None
                 tokens = sample(logits, uniforms[rows, step])
+                logprobs[rows, step] = -torch.nn.functional.cross_entropy(
+                    logits, tokens, reduction="none"
+                )
             else:
                 tokens = logits.argmax(-1)
             ids[rows, step] = tokens
@@ -136,7 +143,10 @@ def generate(
                 state.select(going)
                 rows, tokens = rows[going], tokens[going]
             hidden = lm.decode(state, tokens)
-    return Generation(TokenBatch(ids[:, : int(lengths.max())], lengths), finished)
+    responses = TokenBatch(ids[:, : int(lengths.max())], lengths)
+    # Until they leave the batch, finished rows are decoded on.
+    kept = logprobs[:, : responses.ids.shape[1]].masked_fill(~responses.mask, 0.0)
+    return Generation(responses, finished, kept)
 
 
 def generate_in_chunks(
@@ -168,4 +178,9 @@ def generate_in_chunks(
     back = torch.tensor(order).argsort()
     responses = TokenBatch.concat([part.responses for part in parts]).select(back)
     finished = torch.cat([part.finished for part in parts])
-    return Generation(responses, finished[back.to(finished.device)])
+    width = responses.ids.shape[1]
+    logprobs = torch.cat(
+        [torch.nn.functional.pad(p.logprobs, (0, width - p.logprobs.shape[1])) for p in parts]
+    )
+    back = back.to(finished.device)
+    return Generation(responses, finished[back], logprobs[back])

@@ -48,6 +48,8 @@ from rlhf.training import Callback, ParameterGroup, Trainer
 RATIO_LIMIT = 10.0
 # The first ratios of a step are 1 but for rounding; float32 stays below this.
 RATIO_TOLERANCE = 1e-4
+# Decoding sums in another order than the update; float32 stays below this.
+DECODE_TOLERANCE = 1e-3
 EVALUATION_ROWS = 256
 SAMPLES_PER_STEP = 4
 # Iterations count from 0; this names the draws of evaluations.
@@ -189,7 +191,7 @@ class PPOTrainer(Trainer):
         inputs = inputs or read_inputs(config, reward_fn, model, tokenizer)
         super().__init__(config, num_rows=len(inputs.prompts), run=inputs.run, callbacks=callbacks)
         self.lines = inputs.lines
-        self._warned = False
+        self._warned: set[str] = set()
         self.prompts = inputs.prompts
         self.eval_prompts = inputs.eval_prompts
         bases = load_bases(config, model, inputs.tokenizer, reward_model=reward_fn is None)
@@ -230,7 +232,7 @@ class PPOTrainer(Trainer):
         coefficient = None if self.reference is None else self.kl_controller.value
         metrics = rollout_metrics(rollout, experience, stats, coefficient) | updates
         self.log_samples(rollout_samples(rollout, stats, SAMPLES_PER_STEP))
-        self._warn_of_first_ratio(metrics["ppo/ratio_first"])
+        self._warn_of_deviations(metrics)
         self.kl_controller.update(metrics.get("ppo/kl", 0.0), len(experience))
         return metrics
 
@@ -263,7 +265,14 @@ class PPOTrainer(Trainer):
                 min_response_length=config.min_response_length,
             )
         responses = [self.tokeniser.decode(ids) for ids in generation.responses.tolists()]
-        return Rollout(texts, prompts, generation.responses, generation.finished, responses)
+        return Rollout(
+            texts,
+            prompts,
+            generation.responses,
+            generation.finished,
+            responses,
+            generation.logprobs,
+        )
 
     def score(self, rollout: Rollout) -> Tensor:
         """(B,) fp32 scores of the judge, with what a missing EOS costs."""
@@ -395,14 +404,21 @@ class PPOTrainer(Trainer):
             "eval/eos_rate": float(rollout.finished.float().mean()),
         }
 
-    def _warn_of_first_ratio(self, deviation: float) -> None:
-        """Says once that the update does not see the policy that sampled."""
-        if deviation < RATIO_TOLERANCE or self._warned:
-            return
-        self._warned = True
-        rounding = self.policy.lm.dtype != torch.float32
-        cause = "rounding in bfloat16; float32 has none" if rounding else "a bug: please report it"
-        say(f"ppo: the first probability ratios are off 1 by up to {deviation:.2g} ({cause})")
+    def _warn_of_deviations(self, metrics: Mapping[str, float]) -> None:
+        """Say once each where the update does not see the policy that sampled."""
+        exact = self.policy.lm.dtype == torch.float32
+        cause = "a bug: please report it" if exact else "rounding in bfloat16; float32 has none"
+        deviation = metrics["ppo/ratio_first"]
+        if not deviation < RATIO_TOLERANCE and "ratio" not in self._warned:
+            self._warned.add("ratio")
+            say(f"ppo: the first probability ratios are off 1 by up to {deviation:.2g} ({cause})")
+        deviation = metrics["ppo/decode_deviation"]
+        if exact and not deviation < DECODE_TOLERANCE and "decode" not in self._warned:
+            self._warned.add("decode")
+            say(
+                f"ppo: ppo/decode_deviation is {deviation:.2g}: responses were sampled from "
+                "another distribution than the one that is trained (a bug: please report it)"
+            )
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Policy and critic, each with its own learning rate and clip norm."""
