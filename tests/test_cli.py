@@ -181,13 +181,12 @@ def test_reward_fn_is_imported_from_the_current_folder(called, tmp_path, monkeyp
         "my_reward:short": "there is no module 'my_reward'",
         "my_rewards:long": "has no function 'long'",
         "my_rewards:N": "has no function 'N'",
+        "needs_more:f": "'needs_more' needs 'no_such_module_anywhere'",
     }.items():
         assert main([*PPO, "--reward_fn", address]) == 2
         assert said in capsys.readouterr().err
     assert main([*JUDGED, "--reward_fn", "my_rewards:short"]) == 2
     assert "not both" in capsys.readouterr().err
-    with pytest.raises(ModuleNotFoundError, match="no_such_module_anywhere"):
-        main([*PPO, "--reward_fn", "needs_more:f"])
     assert main(["sft", "--reward_fn", "my_rewards:short"]) == 2
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -26,6 +27,8 @@ from rlhf.config import (
     ScoreConfig,
     SFTConfig,
 )
+from rlhf.config.loading import unreadable_character
+from rlhf.console import SayHandler, complain, say, show, steady_streams
 from rlhf.errors import InputError, StoppedBySignal, StorageError
 from rlhf.flags import (
     CONTEXT,
@@ -222,7 +225,7 @@ def check(files: tuple[str, ...], **options: Any) -> None:
     """Validate files (paths, globs, gs:// addresses) and describe what is in them."""
     from rlhf.data.check import check_files
 
-    click.echo("\n".join(check_files(list(files), **options).lines()))
+    show("\n".join(check_files(list(files), **options).lines()))
 
 
 @data.command()
@@ -238,22 +241,28 @@ def convert(sources: tuple[str, ...], output: str, layout: str) -> None:
     """Write the library's preference rows from files in another layout."""
     from rlhf.data.convert import convert as convert_files
 
-    click.echo("\n".join(convert_files(list(sources), output, layout).lines()))
+    show("\n".join(convert_files(list(sources), output, layout).lines()))
 
 
 def _imported(address: str) -> Callable[..., Any]:
     """Import `module:function`, looking in the current folder too."""
     module_name, _, function_name = address.partition(":")
-    if not module_name or not function_name:
-        raise InputError(f"reward_fn: expected MODULE:FUNCTION, got {address!r}")
+    names = [*module_name.split("."), function_name]
+    if not all(name.isidentifier() for name in names):
+        raise InputError(f"reward_fn: expected MODULE:FUNCTION, names of Python, got {address!r}")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name and module_name.split(".")[0] == error.name.split(".")[0]:
+        if error.name and names[0] == error.name.split(".")[0]:
             raise InputError(f"reward_fn: there is no module {module_name!r}") from None
-        raise
+        raise InputError(f"reward_fn: {module_name!r} needs {error.name!r}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the module does
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f"{frames[-1].filename}:{frames[-1].lineno}"
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"reward_fn: {module_name!r} fails at {where}: {what}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise InputError(f"reward_fn: {module_name!r} has no function {function_name!r}")
@@ -274,7 +283,7 @@ def quiet_third_parties() -> None:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         # peft looks at the cached copy's path; weights are told apart by their fingerprint.
         warnings.filterwarnings("ignore", message=".*base_model_name_or_path` was renamed")
-    handler = logging.StreamHandler()
+    handler = SayHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("rlhf")
     ours.handlers = [handler]
@@ -288,11 +297,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What follows `rlhf`; None for those of the process.
     """
+    steady_streams()
     quiet_third_parties()
     if os.getpid() == 1:
         stop_by_signal()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    return exit_code(lambda: cli.main(given or ["--help"], prog_name="rlhf", standalone_mode=False))
+    return exit_code(lambda: _run(given or ["--help"]))
+
+
+def _run(arguments: list[str]) -> Any:
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if bad := unreadable_character(argument):
+            flag = before if before.startswith("-") else "argument"
+            raise InputError(f"{flag}: expected text, got {argument!r:.100} with {bad}")
+    return cli.main(arguments, prog_name="rlhf", standalone_mode=False)
 
 
 def stop_by_signal() -> None:
@@ -308,25 +326,20 @@ def exit_code(command: Callable[[], Any]) -> int:
     try:
         return command() or 0
     except InputError as error:
-        _complain(error.problems)
+        complain(error.problems)
         return EXIT_BAD_INPUT
     except click.exceptions.NoArgsIsHelpError as error:  # a group without a command
-        click.echo(error.format_message(), err=True)
+        say(error.format_message())
         return EXIT_BAD_INPUT
     except click.ClickException as error:
-        _complain([error.format_message()])
+        complain([error.format_message()])
         return EXIT_BAD_INPUT
     except StoppedBySignal as error:
-        _complain([str(error)])
+        complain([str(error)])
         return EXIT_STOPPED
     except StorageError as error:
-        _complain([str(error)])
+        complain([str(error)])
         return 1
     except click.Abort:
-        _complain(["interrupted"])
+        complain(["interrupted"])
         return 1
-
-
-def _complain(problems: Sequence[str]) -> None:
-    for problem in problems:
-        click.echo(f"rlhf: {problem}", err=True)

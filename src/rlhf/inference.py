@@ -8,6 +8,7 @@ from typing import Any
 
 from rlhf.comparison import Models, load_models, predict_rows
 from rlhf.config import InferenceConfig
+from rlhf.console import say, show
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import PreferenceData, PromptData, load_preferences, load_prompts, read_once
 from rlhf.errors import InputError, StoppedBySignal
@@ -28,7 +29,7 @@ from rlhf.predictions import (
     samples_markdown,
     summary_lines,
 )
-from rlhf.tracking import ProgressLine, SignalGuard, Trackers, say
+from rlhf.tracking import ProgressLine, SignalGuard, Trackers
 
 STAGE = "inference"
 PARTIAL = "predictions.partial.jsonl"
@@ -101,7 +102,7 @@ def run_inference(config: InferenceConfig) -> InferenceResult:
         return _result(run, run.metrics())
     lines = _description(config, inputs)
     if config.dry_run:
-        print(dry_run_report(STAGE, config, len(inputs.prompts), lines))
+        show(dry_run_report(STAGE, config, len(inputs.prompts), lines))
         return _result(run, {})
     say("\n".join(lines))
     with SignalGuard() as signals:

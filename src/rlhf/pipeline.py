@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rlhf.config import PipelineConfig, config_to_yaml
+from rlhf.console import say, show
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_preferences, load_prompts, read_once, split_holdout
 from rlhf.errors import InputError
@@ -22,7 +23,6 @@ from rlhf.outputs import RESULT_FILE, Output, join, read_json, to_json, write_te
 from rlhf.ppo_trainer import train_ppo
 from rlhf.reward_model import train_reward_model
 from rlhf.sft import train_sft
-from rlhf.tracking import say
 
 STAGES: dict[str, Callable[[Any], Any]] = {
     "sft": train_sft,
@@ -219,4 +219,4 @@ def _dry_run(config: PipelineConfig, lines: list[str]) -> None:
         if stage != "inference":
             STAGES[stage](on_the_given_base(config, stage))
     rows = [line for line in lines if line.startswith("eval_dataset")]
-    print("\n".join([*rows, f"inference: into {config.stage_dir('inference')}"]))
+    show("\n".join([*rows, f"inference: into {config.stage_dir('inference')}"]))

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import objectives
 from rlhf.config import PPOConfig
+from rlhf.console import say, show
 from rlhf.data.batching import chunks, micro_batches, permutation, rows_for_step
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import PromptData, load_prompts
@@ -41,7 +42,6 @@ from rlhf.models.roles import (
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.outputs import Run, Status
 from rlhf.storage import exists
-from rlhf.tracking import say
 from rlhf.training import Callback, ParameterGroup, Trainer
 
 # A minibatch whose mean probability ratio is beyond this has left the region PPO is about.
@@ -110,7 +110,7 @@ def train_ppo(
 
         rows = len(inputs.prompts)
         judge = None if _is_made_later(config) else other_base(config)
-        print(dry_run_report("ppo", config, rows, inputs.lines, reward_base=judge))
+        show(dry_run_report("ppo", config, rows, inputs.lines, reward_base=judge))
         return PPOResult(config.output_dir, {})
     if inputs.run.status is Status.FINISHED:
         say(f"ppo: already finished in {config.output_dir}")

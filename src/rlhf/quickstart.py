@@ -5,22 +5,25 @@ tells whether the policy became better, or only better at pleasing the reward mo
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO, cast
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from rlhf.config import PipelineConfig
+from rlhf.config.loading import read_yaml
+from rlhf.console import SteadyStream
 from rlhf.data import toy
 from rlhf.outputs import RESULT_FILE, to_json, write_text
 from rlhf.pipeline import run_pipeline
 from rlhf.predictions import Prediction, read_predictions
+from rlhf.untrusted import printable
 
 Arch = Literal["t5", "llama"]
 ASSETS = Path(__file__).parent / "data" / "assets"
@@ -66,13 +69,13 @@ def run_quickstart(
         metrics |= summarise(predictions, inference, toy.read_rows(output / "data" / "eval.jsonl"))
         metrics["seconds"] = time.monotonic() - start
         write_text(output / RESULT_FILE, to_json(metrics))
-    report(metrics, predictions, output, Console())
+    report(metrics, predictions, output, Console(file=cast(TextIO, SteadyStream(sys.stdout))))
     return QuickstartResult(str(output), metrics)
 
 
 def quickstart_config(arch: Arch, output_dir: str | Path, seed: int = 0) -> PipelineConfig:
     """The shipped configuration with this installation's checkpoint and the given folder."""
-    values = yaml.safe_load((ASSETS / f"quickstart_{arch}.yaml").read_text(encoding="utf-8"))
+    values = read_yaml(str(ASSETS / f"quickstart_{arch}.yaml"))
     data = Path(output_dir) / "data"
     return PipelineConfig.model_validate(
         values
@@ -154,10 +157,10 @@ def report(
         f"allows {metrics['reward_model_accuracy_allowed']:.1%}."
     )
     for row in predictions[:SAMPLES]:
-        console.print(f"\n[bold]post[/]    {escape(row.input_text)}", highlight=False)
+        console.print(f"\n[bold]post[/]    {escape(printable(row.input_text))}", highlight=False)
         for name, text in (("before", row.baseline), ("after", row.prediction)):
             gold = toy.gold_reward(row.input_text, text)
-            line = f"[bold]{name:7}[/] {escape(text.strip())}  [dim](gold {gold:.2f})[/]"
+            line = f"[bold]{name:7}[/] {escape(printable(text.strip()))}  [dim](gold {gold:.2f})[/]"
             console.print(line, highlight=False)
     places = {
         "inference/samples.md": "more samples",
@@ -169,6 +172,6 @@ def report(
         "metrics.json": "these figures",
         "config.yaml": "the configuration; `rlhf run` takes it with your own files",
     }
-    console.print(f"\nIn {output}, {metrics['seconds']:.0f} seconds:")
+    console.print(f"\nIn {escape(printable(str(output)))}, {metrics['seconds']:.0f} seconds:")
     for name, what in places.items():
         console.print(f"  {name:28} {what}", highlight=False)

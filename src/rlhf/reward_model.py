@@ -1,6 +1,5 @@
 """A reward model from preference pairs (Stiennon et al. 2020; Ouyang et al. 2022, section 3.5)."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import RewardModelConfig
+from rlhf.console import say, show
 from rlhf.data.batching import chunks, micro_batches, permutation, rows_for_step
 from rlhf.data.pairs import Pairs
 from rlhf.data.prompts import PromptRenderer
@@ -104,10 +104,10 @@ def train_reward_model(
     if config.dry_run:
         from rlhf.models.memory import dry_run_report
 
-        print(dry_run_report("reward_model", config, len(inputs.train), inputs.lines))
+        show(dry_run_report("reward_model", config, len(inputs.train), inputs.lines))
         return RewardModelResult(config.output_dir, {})
     if inputs.run.status is Status.FINISHED:
-        print(f"reward_model: already finished in {config.output_dir}", file=sys.stderr)
+        say(f"reward_model: already finished in {config.output_dir}")
         return RewardModelResult(config.output_dir, inputs.run.metrics())
     trainer = RewardModelTrainer(config, model=model, inputs=inputs, callbacks=callbacks)
     return RewardModelResult(config.output_dir, trainer.train())

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.config import ScoreConfig
+from rlhf.console import say, show
 from rlhf.data.files import expand_paths, read_json_lines
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import MAX_PROBLEMS
@@ -29,7 +30,7 @@ from rlhf.models.roles import (
 )
 from rlhf.predictions import json_line
 from rlhf.storage import is_remote, locate, open_store, storage_errors, upload
-from rlhf.tracking import ProgressLine, say
+from rlhf.tracking import ProgressLine
 
 STAGE = "score"
 # The first of these that a row without candidates has is what is scored.
@@ -104,7 +105,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
             progress.close()
     metrics = figures.metrics() | {"skipped": skipped}
     say(f"{STAGE}: wrote {config.output}")
-    print(json.dumps(metrics, indent=2))
+    show(json.dumps(metrics, indent=2))
     return ScoreResult(config.output, metrics)
 
 

@@ -1,7 +1,6 @@
 """Supervised fine-tuning on demonstrations: the base of all later stages, if there are any."""
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import SFTConfig
+from rlhf.console import say, show
 from rlhf.data.batching import TokenBatch, chunks, micro_batches, rows_for_step
 from rlhf.data.reading import PromptData, load_prompts
 from rlhf.data.schema import PromptRow
@@ -113,10 +113,10 @@ def train_sft(
     if config.dry_run:
         from rlhf.models.memory import dry_run_report
 
-        print(dry_run_report("sft", config, len(inputs.train), inputs.lines))
+        show(dry_run_report("sft", config, len(inputs.train), inputs.lines))
         return SFTResult(config.output_dir, {})
     if inputs.run.status is Status.FINISHED:
-        print(f"sft: already finished in {config.output_dir}", file=sys.stderr)
+        say(f"sft: already finished in {config.output_dir}")
         return SFTResult(config.output_dir, inputs.run.metrics())
     trainer = SFTTrainer(config, model=model, inputs=inputs, callbacks=callbacks)
     return SFTResult(config.output_dir, trainer.train())

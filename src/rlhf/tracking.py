@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 from accelerate import Accelerator
@@ -29,16 +29,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from rlhf.console import SteadyStream, say
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.outputs import plain, write_text
 
 SECONDS_BETWEEN_LINES = 5.0
-
-
-def say(line: str) -> None:
-    """Writes a line to stderr; stdout is for results."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
 
 
 class JsonLog:
@@ -144,7 +139,7 @@ class ProgressLine:
         self._started, self._printed, self._done_at_start = time.monotonic(), 0.0, done
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        if sys.stderr.isatty():
+        if SteadyStream(sys.stderr).isatty():
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -153,7 +148,7 @@ class ProgressLine:
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
-                console=Console(stderr=True),
+                console=Console(file=cast(TextIO, SteadyStream(sys.stderr))),
             )
             self._task = self._bar.add_task(name, total=total, completed=done, metrics="")
             self._bar.start()

@@ -27,6 +27,7 @@ from rlhf.checkpoints import (
     save_checkpoint,
 )
 from rlhf.config import TrainingConfig
+from rlhf.console import say
 from rlhf.data.batching import seeded_generator
 from rlhf.errors import StoppedBySignal
 from rlhf.optimization import GroupedAdamW, ParameterGroup, learning_rate_factor
@@ -39,7 +40,6 @@ from rlhf.tracking import (
     Trackers,
     check_trackers,
     peak_memory_mb,
-    say,
 )
 
 __all__ = ["Callback", "ParameterGroup", "Trainer", "TrainingDiverged"]

@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from rlhf.config.describe import nearest, type_name
-from rlhf.config.loading import InnerFieldsError
+from rlhf.config.loading import InnerFieldsError, unreadable_character
 
 # Learning rates at `learning_rate_multiplier` 1.0, by what is trained and whether it is LoRA
 # (`lora.rank` > 0) or all weights. The only place where they are set.
@@ -25,6 +25,13 @@ BASE_LEARNING_RATES: dict[str, dict[Literal["lora", "full"], float]] = {
     "ppo": {"lora": 1e-4, "full": 3e-6},
     "critic": {"lora": 1e-4, "full": 1e-5},
 }
+# No number of a configuration is larger: arithmetic with it stays exact in 64 bits.
+LARGEST_INTEGER = 10**18
+# Bounds that no sensible run comes near, so that a slip of the keyboard is not a run without end.
+MOST_ROWS = MOST_TOKENS = 2**20
+MOST_STEPS = 10**9
+LARGEST_WEIGHT = 1e6
+SMALLEST_RATE = 1e-30
 # Names that accelerate knows.
 TRACKERS = (
     "tensorboard",
@@ -66,11 +73,16 @@ class Schema(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic takes true for 1, so YAML's `batch_size: yes` would pass.
+    def _plain_value(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic takes true for 1, so YAML's `batch_size: true` would pass.
         field = cls.model_fields[info.field_name or ""]
         if isinstance(value, bool) and field.annotation is not bool:
             raise ValueError(f"expected {type_name(field)}, got {value}")
+        if isinstance(value, int) and abs(value) >= LARGEST_INTEGER:
+            raise ValueError(f"expected {type_name(field)}, got one of more than 18 digits")
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (bad := unreadable_character(text)):
+                raise ValueError(f"expected {type_name(field)}, got a text with {bad}")
         return value
 
     @model_validator(mode="after")
@@ -94,7 +106,10 @@ class LoRAConfig(Schema):
 
     rank: int = option(8, "Rank of the adapters; 0 trains all weights instead.", ge=0, le=4096)
     alpha: float | None = option(
-        None, "Scale: updates are multiplied by alpha / rank. Default: 2 * rank.", gt=0
+        None,
+        "Scale: updates are multiplied by alpha / rank. Default: 2 * rank.",
+        gt=0,
+        le=LARGEST_WEIGHT,
     )
     dropout: float = option(
         0.0, "Dropout before the adapters, in SFT and reward model only.", ge=0, lt=1
@@ -142,13 +157,16 @@ class StageConfig(Schema):
         "auto: bfloat16 where the hardware multiplies in it (AVX-512 BF16, AMX, ARM BF16, GPUs).",
     )
     batch_size: int = option(
-        64, "Rows of a training step: demonstrations, pairs or episodes; or rows at once.", ge=1
+        64,
+        "Rows of a training step: demonstrations, pairs or episodes; or rows at once.",
+        ge=1,
+        le=MOST_ROWS,
     )
     attn_implementation: Literal["auto", "eager", "sdpa"] = option(
         "auto", "Attention kernel of transformers; auto lets it choose.", affects_result=False
     )
-    prompt_sequence_length: int = option(512, "Longest prompt, tokens.", ge=1)
-    target_sequence_length: int = option(64, "Longest response, tokens.", ge=1)
+    prompt_sequence_length: int = option(512, "Longest prompt, tokens.", ge=1, le=MOST_TOKENS)
+    target_sequence_length: int = option(64, "Longest response, tokens.", ge=1, le=MOST_TOKENS)
     truncation_side: Literal["left", "right"] = option(
         "left", "Which end a too long input text loses; instruction and chat template stay whole."
     )
@@ -182,6 +200,7 @@ class TrainingConfig(StageConfig):
         "Default: batch_size, at most 16.",
         affects_result=False,
         ge=1,
+        le=MOST_ROWS,
     )
     max_tokens_per_micro_batch: int = option(
         4096,
@@ -189,38 +208,47 @@ class TrainingConfig(StageConfig):
         "together. Smaller saves memory and changes no result.",
         affects_result=False,
         ge=1,
+        le=2**40,
     )
     train_steps: int | None = option(
-        None, "Training steps of batch_size rows; data repeats, reshuffled. Or num_epochs.", ge=1
+        None,
+        "Training steps of batch_size rows; data repeats, reshuffled. Or num_epochs.",
+        ge=1,
+        le=MOST_STEPS,
     )
     num_epochs: float | None = option(
         None,
         "Passes over the training rows, fractions allowed. "
         "Default without train_steps: 1, for ppo 200 steps.",
         gt=0,
+        le=1e6,
     )
     learning_rate: float | None = option(
         None,
         "Peak learning rate. Default: the stage's base rate times learning_rate_multiplier.",
-        gt=0,
+        ge=SMALLEST_RATE,
         le=1,
     )
     learning_rate_multiplier: float = option(
-        1.0, "Multiplies the stage's base learning rate.", gt=0
+        1.0, "Multiplies the stage's base learning rate.", gt=0, le=LARGEST_WEIGHT
     )
     lr_scheduler: Literal["linear", "cosine", "constant"] = option(
         "linear", "How the learning rate falls after the warm-up: to 0 at the end, or not."
     )
-    warmup_steps: int = option(0, "Training steps in which the learning rate rises from 0.", ge=0)
-    weight_decay: float = option(0.0, "AdamW's decoupled weight decay.", ge=0)
+    warmup_steps: int = option(
+        0, "Training steps in which the learning rate rises from 0.", ge=0, le=MOST_STEPS
+    )
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay.", ge=0, le=100)
     max_grad_norm: float = option(
-        1.0, "Gradients of each group of weights are clipped to this norm.", gt=0
+        1.0, "Gradients of each group of weights are clipped to this norm.", gt=0, le=1e12
     )
     lora: LoRAConfig = Field(default_factory=LoRAConfig, description="Low-rank adapters.")
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass to save memory.", affects_result=False
     )
-    log_every: int = option(1, "Training steps between logged lines.", ge=1, affects_result=False)
+    log_every: int = option(
+        1, "Training steps between logged lines.", ge=1, le=MOST_STEPS, affects_result=False
+    )
     log_with: list[str] = option(
         ["tensorboard"],
         f"Trackers: {', '.join(TRACKERS)}; `none` for none.",
@@ -233,16 +261,20 @@ class TrainingConfig(StageConfig):
         affects_result=False,
     )
     eval_every: int | None = option(
-        None, "Training steps between evaluations. Default: a tenth of the run.", ge=1
+        None,
+        "Training steps between evaluations. Default: a tenth of the run.",
+        ge=1,
+        le=MOST_STEPS,
     )
     save_every: int | None = option(
         None,
         "Training steps between checkpoints. Default: a tenth of the run.",
         ge=1,
+        le=MOST_STEPS,
         affects_result=False,
     )
     save_total_limit: int = option(
-        2, "Checkpoints kept besides the best one.", ge=1, affects_result=False
+        2, "Checkpoints kept besides the best one.", ge=1, le=MOST_STEPS, affects_result=False
     )
 
     @field_validator("log_with", mode="before")
@@ -266,6 +298,12 @@ class TrainingConfig(StageConfig):
                 "learning_rate, learning_rate_multiplier: the multiplier is for the base rate; "
                 "give one of them, not both"
             )
+        problems += [
+            f"learning_rate_multiplier: {self.learning_rate_multiplier:g} makes a learning rate of "
+            f"{rate:.3g}; expected one above {SMALLEST_RATE:g} and up to 1"
+            for rate in self._scaled_rates()
+            if not SMALLEST_RATE <= rate <= 1
+        ][:1]
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             problems.append(
                 f"micro_batch_size: {self.micro_batch_size} is more than "
@@ -292,6 +330,11 @@ class TrainingConfig(StageConfig):
     def effective_learning_rate(self) -> float:
         """Peak learning rate of the stage's adapter or weights."""
         return self._rate(self.learning_rate, self.base_rate)
+
+    def _scaled_rates(self) -> list[float]:
+        """Return the rates that the multiplier makes."""
+        given = self.learning_rate is not None or self.base_rate is None
+        return [] if given else [self.effective_learning_rate]
 
     def _rate(self, given: float | None, base: str | None) -> float:
         if given is not None:

@@ -3,9 +3,9 @@
 Generic over pydantic models; the schema itself is in `common.py` and `stages.py`.
 """
 
-from collections.abc import Hashable, Iterable, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -21,18 +21,97 @@ class InnerFieldsError(ValueError):
     """Several problems inside one field's value, each line beginning with a name inside it."""
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML in which a key given twice is an error instead of silently the last one."""
+# More than any configuration needs, and read in a second.
+_MOST_BYTES, _MOST_VALUES, _MOST_LEVELS, _MOST_DIGITS = 2**18, 10_000, 20, 400
+_TAG = "tag:yaml.org,2002:"
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
+
+class _PlainLoader(yaml.SafeLoader):
+    """Finds the nodes of a document and refuses what only makes sense to other programs: tags."""
+
+    levels = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        self.levels += 1
+        if self.levels > _MOST_LEVELS:
+            raise _problem_at(event, f"it is nested more than {_MOST_LEVELS} levels deep")
+        if getattr(event, "tag", None) is not None:
+            raise _problem_at(event, f"the tag {event.tag!r} is not read; give a plain value")
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+
+class _Builder:
+    """Makes plain values of nodes; what aliases repeat counts as often as it is repeated."""
+
+    def __init__(self) -> None:
+        self.values = 0
+
+    def value(self, node: yaml.Node, levels: int = 0) -> Any:
+        """Return text, number, true or false, None, list or dict."""
+        self.values += 1
+        if self.values > _MOST_VALUES:
+            raise _problem_at(node, f"it has more than {_MOST_VALUES} values, aliases repeated")
+        if levels > _MOST_LEVELS:
+            raise _problem_at(node, "an alias stands inside what it repeats")
+        if isinstance(node, yaml.ScalarNode):
+            return _scalar(node)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.value(item, levels + 1) for item in node.value]
+        return self._mapping(cast(yaml.MappingNode, node), levels + 1)
+
+    def _mapping(self, node: yaml.MappingNode, levels: int) -> dict[str, Any]:
+        own: dict[str, Any] = {}
+        merged_in: dict[str, Any] = {}
+        for key, item in node.value:
+            value = self.value(item, levels)
+            if getattr(key, "tag", None) == f"{_TAG}merge":
+                parts = value if isinstance(value, list) else [value]
+                if merged_in or not all(isinstance(part, dict) for part in parts):
+                    raise _problem_at(key, "expected one `<<`, with a mapping or a list of them")
+                for part in reversed(parts):
+                    merged_in |= part
+                continue
+            name = _scalar(key) if isinstance(key, yaml.ScalarNode) else None
+            if not isinstance(name, str) or not name:
+                shown = key.value if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+                raise _problem_at(
+                    key, f"expected a mapping of names to values, got the key {shown!r:.100}"
                 )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+            if name in own:
+                raise _problem_at(key, f"the key {name!r:.100} is given twice")
+            own[name] = value
+        return merged_in | own
+
+
+def _scalar(node: yaml.ScalarNode) -> Any:
+    """Return a number only for what everybody reads as one: `on`, 010, 1:30, 2024-01-01 are text.
+
+    The schema turns text into what a field needs, as it does with flags.
+    """
+    text, kind = node.value, node.tag.removeprefix(_TAG)
+    if node.style is None:
+        if kind == "null":
+            return None
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if re.fullmatch(r"[-+]?(0|[1-9][0-9]*)", text):
+            if len(text) > _MOST_DIGITS:
+                raise _problem_at(node, f"a number of {len(text)} digits; expected a smaller one")
+            return int(text)
+        if kind == "float" and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", text.lower()):
+            return float(text)
+        if kind == "float" and text.lower().endswith((".inf", ".nan")):
+            return float(text.replace(".", ""))
+    if (bad := unreadable_character(text)) is not None:
+        raise _problem_at(node, f"a text holds {bad}")
+    return text
+
+
+def _problem_at(node: Any, problem: str) -> yaml.YAMLError:
+    return yaml.MarkedYAMLError(None, None, problem, node.start_mark)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -42,34 +121,75 @@ def read_yaml(path: str) -> dict[str, Any]:
         path: A local file; an empty file is an empty mapping.
 
     Raises:
-        InputError: The file cannot be read, is not YAML, or is not a mapping of names to values.
+        InputError: The file cannot be read, is not plain YAML, or is not a mapping of names to
+            values.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text: {error.reason}") from None
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read: {reason}") from None
+    return parse_yaml(content, path)
+
+
+def parse_yaml(content: bytes, where: str) -> dict[str, Any]:
+    """Return the mapping that a YAML text holds, hence also a JSON text.
+
+    A plain subset: no tags, no dates, no binary data, numbers in decimal, and what is more than a
+    configuration can need (size, depth, what aliases unfold to) is refused.
+
+    Args:
+        content: The text, UTF-8.
+        where: File or address, for messages.
+
+    Raises:
+        InputError: It is something else; `WHERE:LINE: …`.
+    """
+    if len(content) > _MOST_BYTES:
+        raise InputError(f"{where}: is larger than {_MOST_BYTES // 1024} KiB; no configuration is")
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise InputError(_yaml_problem(path, error)) from None
-    except RecursionError:
-        raise InputError(f"{path}: is nested too deeply to be a configuration") from None
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise InputError(f"{where}:{line}: is not UTF-8 text: {error.reason}") from None
+    loader = None
+    try:
+        loader = _PlainLoader(text)
+        node = loader.get_single_node()
+        data = None if node is None else _Builder().value(node)
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise InputError(
+            f"{where}:{line}: is not valid YAML: the character U+{error.character:04X} is not "
+            "allowed"
+        ) from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # of escapes and directives too
+        line = loader.line if loader is not None else 0
+        raise InputError(_yaml_problem(where, error, line)) from None
     if data is None:
         return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+    if not isinstance(data, dict):
         raise InputError(
-            f"{path}: expected a mapping of field names to values, such as `batch_size: 64`"
+            f"{where}:1: expected a mapping of field names to values, such as `batch_size: 64`"
         )
     return data
 
 
-def _yaml_problem(path: str, error: yaml.YAMLError) -> str:
+def _yaml_problem(where: str, error: Exception, line: int) -> str:
     problem = str(getattr(error, "problem", None) or error).splitlines()[0]
     mark = getattr(error, "problem_mark", None)
-    where = f"{path}:{mark.line + 1}" if mark is not None else path
-    return f"{where}: is not valid YAML: {problem}"
+    line = mark.line if mark is not None else line
+    return f"{where}:{line + 1}: is not valid YAML: {problem:.300}"
+
+
+def unreadable_character(text: str) -> str | None:
+    """Name a character that no file name, file or terminal can take, if the text has one."""
+    if "\0" in text:
+        return "a NUL character"
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        return "half a character (a lone surrogate), or a byte that is not UTF-8"
+    return None
 
 
 # Fields of which a configuration may hold one: what is laid over replaces the other below.
@@ -170,7 +290,7 @@ def _message(cls: type[BaseModel], detail: Any) -> str:
     if kind == "model_type":
         return f"expected a mapping of fields, got {detail['input']!r:.200}"
     if kind == "value_error":
-        return str(detail["ctx"]["error"])
+        return f"{detail['ctx']['error']!s:.500}"
     if field is not None and kind.endswith(("_type", "_parsing", "_from_float", "literal_error")):
         return f"expected {type_name(field)}, got {detail['input']!r:.200}"
     number = f"expected {type_name(field)}" if field is not None else "expected a value"

@@ -2,7 +2,19 @@
 
 from typing import Any, ClassVar, Literal
 
-from rlhf.config.common import Device, NonEmpty, Paths, Schema, StageConfig, TrainingConfig, option
+from rlhf.config.common import (
+    LARGEST_WEIGHT,
+    MOST_ROWS,
+    MOST_TOKENS,
+    SMALLEST_RATE,
+    Device,
+    NonEmpty,
+    Paths,
+    Schema,
+    StageConfig,
+    TrainingConfig,
+    option,
+)
 
 _PATHS = "JSON Lines: a path, a glob, a gs:// address, or a list of these"
 
@@ -44,6 +56,7 @@ class RewardModelConfig(TrainingConfig):
         "Weight of the penalty (r_chosen + r_rejected)^2, which keeps scores near 0 "
         "(Eisenstein et al. 2023, arXiv 2312.09244).",
         ge=0,
+        le=LARGEST_WEIGHT,
     )
     normalization: Literal["mean", "mean_std", "none"] = option(
         "mean",
@@ -72,43 +85,54 @@ class PPOConfig(TrainingConfig):
         "not needed with reward_fn.",
     )
     kl_coeff: float = option(
-        0.1, "Weight of the KL penalty to the untuned policy, reward per nat.", ge=0
+        0.1,
+        "Weight of the KL penalty to the untuned policy, reward per nat.",
+        ge=0,
+        le=LARGEST_WEIGHT,
     )
     kl_target: float | None = option(
         None,
         "Nats per response that kl_coeff is adapted to (Ziegler et al. 2019). Default: fixed.",
         gt=0,
+        le=LARGEST_WEIGHT,
     )
     kl_horizon: int = option(
-        10_000, "Episodes over which the adaptive kl_coeff reacts; used with kl_target.", ge=1
+        10_000,
+        "Episodes over which the adaptive kl_coeff reacts; used with kl_target.",
+        ge=1,
+        le=10**12,
     )
     target_kl: float | None = option(
         None,
         "Mean KL per token to the rollout policy, nats; the epochs of a step end early "
         "at 1.5 times this. Default: never.",
         gt=0,
+        le=LARGEST_WEIGHT,
     )
-    ppo_epochs: int = option(4, "Passes over each rollout.", ge=1)
-    num_minibatches: int = option(1, "Optimiser steps per pass; divides batch_size.", ge=1)
+    ppo_epochs: int = option(4, "Passes over each rollout.", ge=1, le=10_000)
+    num_minibatches: int = option(
+        1, "Optimiser steps per pass; divides batch_size.", ge=1, le=MOST_ROWS
+    )
     rollout_batch_size: int | None = option(
         None,
         "Responses generated at once; smaller saves memory and changes no sample. "
         "Default: batch_size.",
         affects_result=False,
         ge=1,
+        le=MOST_ROWS,
     )
     compile_decode: bool = _compile_decode()
     temperature: float = option(
-        1.0, "Divides the logits in rollout, policy, reference and update alike.", gt=0
+        1.0, "Divides the logits in rollout, policy, reference and update alike.", ge=1e-3, le=1e3
     )
     gamma: float = option(1.0, "Discount per token.", gt=0, le=1)
     gae_lambda: float = option(
         0.95, "Lambda of generalised advantage estimation (Schulman et al. 2015).", ge=0, le=1
     )
-    clip_range: float = option(0.2, "Clip of the probability ratio.", gt=0)
-    value_clip_range: float = option(0.2, "Clip of the change of a value.", gt=0)
-    vf_coef: float = option(0.1, "Weight of the value loss.", ge=0)
-    entropy_coef: float = option(0.0, "Weight of the entropy bonus.", ge=0)
+    clip_range: float = option(0.2, "Clip of the probability ratio.", gt=0, le=LARGEST_WEIGHT)
+    value_clip_range: float = option(0.2, "Clip of the change of a value.", gt=0, le=LARGEST_WEIGHT)
+    vf_coef: float = option(0.1, "Weight of the value loss.", ge=0, le=LARGEST_WEIGHT)
+    entropy_coef: float = option(0.0, "Weight of the entropy bonus.", ge=0, le=LARGEST_WEIGHT)
     critic: Literal["adapter", "head"] = option(
         "adapter",
         "adapter: the values have an adapter of their own (under full fine-tuning a model), "
@@ -117,18 +141,27 @@ class PPOConfig(TrainingConfig):
     critic_learning_rate: float | None = option(
         None,
         "Peak learning rate of the critic. Default: its base rate times learning_rate_multiplier.",
-        gt=0,
+        ge=SMALLEST_RATE,
         le=1,
     )
     whiten_rewards: bool = option(False, "Scale token rewards to unit variance, without shift.")
     missing_eos_penalty: float | None = option(
-        None, "Subtracted from the score of a response without EOS. Default: none.", ge=0
+        None,
+        "Subtracted from the score of a response without EOS. Default: none.",
+        ge=0,
+        le=LARGEST_WEIGHT,
     )
     missing_eos_score: float | None = option(
-        None, "Replaces the score of a response without EOS. Default: none."
+        None,
+        "Replaces the score of a response without EOS. Default: none.",
+        ge=-LARGEST_WEIGHT,
+        le=LARGEST_WEIGHT,
     )
     min_response_length: int = option(
-        0, "Tokens before which EOS cannot be sampled, in rollout and update alike.", ge=0
+        0,
+        "Tokens before which EOS cannot be sampled, in rollout and update alike.",
+        ge=0,
+        le=MOST_TOKENS,
     )
 
     @property
@@ -140,6 +173,12 @@ class PPOConfig(TrainingConfig):
     def effective_critic_learning_rate(self) -> float:
         """Peak learning rate of the critic."""
         return self._rate(self.critic_learning_rate, "critic")
+
+    def _scaled_rates(self) -> list[float]:
+        """Return the rates that the multiplier makes."""
+        given = self.critic_learning_rate is not None
+        critic = [] if given else [self.effective_critic_learning_rate]
+        return super()._scaled_rates() + critic
 
     def cross_problems(self) -> list[str]:
         """Say what is wrong between fields that are each valid, one line each."""
@@ -177,9 +216,14 @@ class InferenceConfig(StageConfig):
     sampling_strategy: Literal["greedy", "temperature_sampling"] = option(
         "greedy", "How responses are generated."
     )
-    temperature: float = option(1.0, "Divides the logits under temperature_sampling.", gt=0)
+    temperature: float = option(
+        1.0, "Divides the logits under temperature_sampling.", ge=1e-3, le=1e3
+    )
     min_response_length: int = option(
-        0, "Tokens before which EOS cannot be generated, as in the policy's training.", ge=0
+        0,
+        "Tokens before which EOS cannot be generated, as in the policy's training.",
+        ge=0,
+        le=MOST_TOKENS,
     )
     compile_decode: bool = _compile_decode()
     extra_metrics: list[NonEmpty] = option(
@@ -204,7 +248,9 @@ class ScoreConfig(Schema):
     instruction: str = option(
         "", "Text put before every input. Default: what the reward model was trained with."
     )
-    batch_size: int = option(32, "Responses scored at once.", ge=1, affects_result=False)
+    batch_size: int = option(
+        32, "Responses scored at once.", ge=1, le=MOST_ROWS, affects_result=False
+    )
     device: Device = option(
         "auto", "auto (cuda, else cpu), cpu, cuda, cuda:N or mps.", affects_result=False
     )

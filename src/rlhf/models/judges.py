@@ -1,5 +1,6 @@
 """What can stand in for our own reward model: a sequence classifier, or a Python callable."""
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,14 @@ class RewardFn:
             raise InputError(f"reward_fn: expected a callable, got {type(function).__name__}")
         self.function = function
         self.name = getattr(function, "__name__", type(function).__name__)
+        try:
+            inspect.signature(function).bind([], [])
+        except TypeError as error:
+            raise InputError(
+                f"reward_fn {self.name}: cannot be called with prompts and responses: {error}"
+            ) from error
+        except ValueError:  # written in C, without a signature
+            pass
 
     def score(
         self,

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from rlhf.config.loading import parse_yaml
 from rlhf.data.files import open_file
 from rlhf.errors import InputError
 from rlhf.models.remote import local_folder
@@ -143,11 +142,7 @@ def _read(path: Path) -> bytes:
 
 def _parse(where: Path | str, content: bytes) -> dict[str, Any]:
     """A mapping from YAML, hence also from JSON."""
-    try:
-        value = yaml.safe_load(content.decode("utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise InputError(f"policy_path: {where} cannot be read: {error}") from error
-    return value if isinstance(value, dict) else {}
+    return parse_yaml(content, f"policy_path: {where}")
 
 
 def _hash_files(paths: list[Path]) -> str:

@@ -11,8 +11,8 @@ from google.cloud import aiplatform
 from google.cloud.aiplatform_v1.types import JobState, PipelineState, PipelineTaskDetail
 
 from rlhf.config import PipelineConfig
+from rlhf.console import say
 from rlhf.outputs import join
-from rlhf.tracking import say
 from rlhf.vertex.failure import TIME_FORMAT, read_failure
 
 POLL_SECONDS = 30.0

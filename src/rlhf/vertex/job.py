@@ -19,11 +19,11 @@ import torch
 from rlhf.cli import exit_code, quiet_third_parties, stop_by_signal
 from rlhf.config import PipelineConfig
 from rlhf.config.pipeline import STAGE_CLASSES
+from rlhf.console import say
 from rlhf.errors import InputError, StoppedBySignal, together
 from rlhf.outputs import join
 from rlhf.pipeline import STAGES, check_inputs
 from rlhf.storage import as_url, open_store
-from rlhf.tracking import say
 from rlhf.vertex import failure
 from rlhf.vertex.addresses import LONGEST_RUN_NAME
 from rlhf.vertex.cloud import export_huggingface_token, register_model

@@ -18,10 +18,10 @@ from pydantic import ValidationError
 
 from rlhf.config import PipelineConfig, TrainingConfig, VertexConfig
 from rlhf.config.loading import merged, nested, validation_problems
+from rlhf.console import say, show
 from rlhf.errors import InputError, together
 from rlhf.pipeline import check_inputs
 from rlhf.storage import as_url, find_files, open_store
-from rlhf.tracking import say
 from rlhf.vertex import TEMPLATE, default_image
 from rlhf.vertex.addresses import PIPELINE_ROOT, not_in_the_cloud
 from rlhf.vertex.conversion import to_config, to_parameters
@@ -101,7 +101,7 @@ def submit(config: PipelineConfig, *, wait: bool = False) -> int:
     aiplatform.init(project=project, location=location, credentials=credentials)
     job = pipeline_job(config, parameters)
     if config.dry_run:
-        print(json.dumps(_request(job), indent=2, ensure_ascii=False))
+        show(json.dumps(_request(job), indent=2, ensure_ascii=False))
         return 0
     _send(job, f"projects/{project}/locations/{location}", config.output_dir)
     say(f"submitted {job.resource_name}")

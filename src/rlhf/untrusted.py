@@ -1,0 +1,91 @@
+"""What comes from outside (files, stores, addresses) is read, named and shown without surprises."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import Any
+
+from rlhf.errors import InputError
+
+# Moves the cursor, changes colors, reorders or hides text, or starts a new line where it should
+# not: control characters (tab and line feed apart), directions, invisible marks, lone surrogates.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_USER = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/?#\s'\"]*@")
+_SECRET = re.compile(
+    r"(?i)([?&;][^=&;#\s'\"]*"
+    r"(?:token|key|secret|signature|sig|password|passwd|pwd|credential|auth)[^=&;#\s'\"]*=)"
+    r"[^&;#\s'\"]+"
+)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value that a JSON text stands for.
+
+    Raises:
+        ValueError: It is none, has a key twice, is nested too deeply, or has a number of thousands
+            of digits.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeats)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        raise ValueError(f"the key {twice!r} is given twice")
+    return value
+
+
+def printable(text: str) -> str:
+    """Return a text with everything that would act on a terminal written as an escape."""
+    return _UNSAFE.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match.group().encode("unicode_escape").decode()
+
+
+def without_secrets(text: str) -> str:
+    """Return a text in which addresses have no user, password, token or signature."""
+    if "://" not in text:
+        return text
+    return _SECRET.sub(r"\1***", _USER.sub(r"\1", text))
+
+
+def inner_names(names: Iterable[str], where: str) -> list[str]:
+    """Check names that a store or a file gives before they are joined to a local folder.
+
+    Args:
+        names: Relative names, parts divided by `/`.
+        where: What named them, for the message.
+
+    Raises:
+        InputError: A name leads out of the folder or cannot be a file's name everywhere.
+    """
+    checked = list(names)
+    for name in checked:
+        parts = name.split("/")
+        if (
+            any(part in ("", ".", "..") for part in parts)
+            or "\\" in name
+            or re.match(r"[A-Za-z]:", name)
+            or _UNSAFE.search(name)
+            or "\n" in name
+        ):
+            raise InputError(
+                f"{where}: {name!r} is not the name of a file in a folder (it may lead out of it); "
+                "nothing was read; rename or remove it there"
+            )
+    folders = {str(parent) for name in checked for parent in PurePosixPath(name).parents}
+    for name in checked:
+        if name in folders:
+            raise InputError(f"{where}: {name!r} is a file and a folder at once; rename one there")
+    return checked
