@@ -21,12 +21,12 @@ import torch
 
 from rlhf.cli import exit_code, quiet_third_parties
 from rlhf.config.common import StageConfig
+from rlhf.console import say
 from rlhf.data.schema import PromptText
 from rlhf.data.tokenising import Tokeniser
 from rlhf.errors import InputError
 from rlhf.generation import generate_in_chunks, rollout_uniforms
 from rlhf.models.loading import check_limits, load_language_model, read_model_config
-from rlhf.tracking import say
 
 # Vertex takes requests up to 1.5 MB.
 LARGEST_REQUEST = 1_500_000
