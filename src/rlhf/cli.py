@@ -151,7 +151,7 @@ def vertex_submit(ctx: click.Context, /, parameters: str | None, wait: bool, **_
 def vertex_compile(output: str) -> None:
     """Write the pipeline's YAML, for the console or for other tools of KFP."""
     _needs_vertex()
-    from rlhf.tracking import say
+    from rlhf.console import say
     from rlhf.vertex.pipeline import compile_pipeline
 
     if not output.endswith(".yaml"):
