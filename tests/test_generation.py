@@ -1,6 +1,7 @@
 """Decoding against transformers' own generate(), sampling against the distribution."""
 
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,37 @@ from torch import Tensor
 from rlhf import generation
 from rlhf.config import LoRAConfig
 from rlhf.data.batching import TokenBatch
-from rlhf.errors import InputError
+from rlhf.errors import InputError, NumericalError
 from rlhf.generation import generate, generate_in_chunks, rollout_uniforms, sample
 from rlhf.models.decoding import DecodeState
+from rlhf.models.language_model import LanguageModel
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_logits_are_named_and_index_nothing(
+    tiny_lm: LanguageModel, value: float, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    whole = tiny_lm.policy_logits
+
+    def broken(*arguments: Any) -> torch.Tensor:
+        logits = whole(*arguments)
+        asked.append(len(logits))
+        if len(asked) == 3:
+            logits[0, 7] = value
+        if len(asked) == 4:
+            logits[:] = value
+        return logits
+
+    monkeypatch.setattr(tiny_lm, "policy_logits", broken)
+    prompts = TokenBatch.from_lists([[5, 6, 7], [8, 9]])
+    uniforms = rollout_uniforms(0, 0, range(2), 12)
+    with pytest.raises(NumericalError, match="NaN or infinite"):
+        generate(tiny_lm, prompts, max_new_tokens=12, temperature=temperature, uniforms=uniforms)
+    for width in (3, 255, 256, 257, 1000):  # no index leaves the vocabulary
+        tokens = sample(torch.full((4, width), value), torch.rand(4))
+        assert ((tokens >= 0) & (tokens < width)).all()
 
 
 @pytest.mark.parametrize("untied", [False, True])

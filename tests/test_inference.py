@@ -161,7 +161,7 @@ def record_responses(
     inputs = inference._read_inputs(config, inference.find_policy(config.policy_path))
     rows = inputs.prompts[:]
     prompts = models.tokeniser.prompts([row.prompt for row in rows])
-    uniforms = comparison.rollout_uniforms(0, 0, range(len(rows)), RESPONSE_LIMIT)
+    uniforms = comparison.rollout_uniforms(0, 0, range(len(rows)), RESPONSE_LIMIT, "inference")
     with models.tuned.using(models.adapter):
         generation = comparison.generate(
             models.tuned,

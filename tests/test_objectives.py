@@ -194,6 +194,24 @@ def test_adaptive_kl(kl: float, factor: float) -> None:
     assert controller.value == pytest.approx(0.5 * factor)
 
 
+@given(
+    kls=st.lists(st.floats(0, 1e6) | st.sampled_from([math.nan, math.inf]), max_size=30),
+    episodes=st.integers(1, 10**6),
+    horizon=st.integers(1, 10**6),
+)
+def test_the_adaptive_coefficient_never_pays_for_kl(
+    kls: list[float], episodes: int, horizon: int
+) -> None:
+    controller = objectives.AdaptiveKL(0.1, target=6.0, horizon=horizon)
+    for kl in kls:
+        before = controller.value
+        controller.update(kl, episodes)
+        assert 0.8 * before * (1 - 1e-9) <= controller.value <= 1.2 * before * (1 + 1e-9)
+        if math.isfinite(kl) and episodes <= horizon:  # as published
+            error = max(-0.2, min(0.2, kl / 6.0 - 1))
+            assert controller.value == pytest.approx(before * (1 + error * episodes / horizon))
+
+
 def test_fixed_kl_coefficient_stays() -> None:
     controller = objectives.AdaptiveKL(0.5, target=None, horizon=1000)
     controller.update(100.0, episodes=100)

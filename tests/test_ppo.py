@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from test_language_model import LORA
 from tiny import make_tokenizer, randomise_lora, tiny_model
 from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel, T5ForConditionalGeneration
 
+from rlhf import ppo_trainer
 from rlhf.config import PPOConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.data.prompts import PromptRenderer
@@ -21,6 +25,7 @@ from rlhf.experience import Experience, Rollout
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import FAMILIES
 from rlhf.models.roles import RewardModel, RewardRecord, tokenizer_fingerprint
+from rlhf.models.saving import save_merged
 from rlhf.ppo_trainer import PPOTrainer, train_ppo
 from rlhf.training import TrainingDiverged
 
@@ -79,6 +84,11 @@ def randomise_roles(trainer: PPOTrainer) -> None:
     with torch.no_grad():
         weight = trainer.critic.head.weight
         weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+
+
+def load_weights(arch: str, folder: Path) -> PreTrainedModel:
+    kind = {"t5": T5ForConditionalGeneration, "llama": LlamaForCausalLM}[arch]
+    return kind.from_pretrained(folder, dtype=torch.float32)
 
 
 def save_reward_model(arch: str, folder: Path, judge: str | None = None) -> Path:
@@ -479,6 +489,51 @@ def test_critic_starts_as_the_normalised_reward_model(arch: str, tmp_path: Path)
     torch.testing.assert_close(trainer.critic.head(last), trainer.score(rollout))
 
 
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_under_full_fine_tuning_the_critic_starts_as_the_reward_model_too(
+    arch: str, kind: str, tmp_path: Path
+) -> None:
+    path = save_reward_model(arch, tmp_path)
+    base = str(tmp_path / f"base-{arch}")
+    if kind == "full":  # the same scores from weights that were all trained
+        merged = PPOTrainer(make_config(tmp_path, base_model=base, reward_model_path=str(path)))
+        reward = merged.scorer
+        assert isinstance(reward, RewardModel)
+        shutil.rmtree(path)
+        save_merged(reward.lm, reward.adapter, path / "merged")
+        reward.adapter = None  # writes head, tokenizer and record, then the base as "merged"
+        reward.lm = FAMILIES[arch](
+            load_weights(arch, path / "merged"), make_tokenizer(arch), base_name=base
+        )
+        reward.save(path)
+    config = make_config(
+        tmp_path, base_model=base, reward_model_path=str(path), lora={"rank": 0},
+        learning_rate=1e-3, output_dir=str(tmp_path / "full"),
+    )  # fmt: skip
+    trainer = PPOTrainer(config)
+    rollout = ragged_rollout(trainer)
+    with trainer.critic.actor.active() as lm, torch.no_grad():
+        states = lm.response_states(rollout.prompts, rollout.responses)
+    last = states[torch.arange(len(states)), rollout.responses.lengths]
+    assert isinstance(trainer.scorer, RewardModel)
+    scores = trainer.scorer.score_tokens(rollout.prompts, rollout.responses)
+    assert scores.std() > 0.01
+    torch.testing.assert_close(trainer.critic.head(last).detach(), scores, rtol=1e-4, atol=1e-4)
+    trainer.step()  # trains a copy
+    again = trainer.scorer.score_tokens(rollout.prompts, rollout.responses)
+    assert torch.equal(again, scores)
+
+
+def test_without_a_reward_model_a_critic_of_its_own_starts_at_zero(
+    arch: str, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path, lora={"rank": 0})
+    trainer = PPOTrainer(
+        config, reward_fn=count_letters, model=tiny_model(arch), tokenizer=make_tokenizer(arch)
+    )
+    assert not trainer.critic.head.weight.any()
+
+
 def test_a_judge_of_the_other_family(arch: str, tmp_path: Path) -> None:
     judge = {"t5": "llama", "llama": "t5"}[arch]
     path = save_reward_model(arch, tmp_path, judge)
@@ -529,6 +584,49 @@ def test_full_fine_tuning_keeps_the_reference(arch: str, tmp_path: Path) -> None
 
 
 # --- rules and guards ----------------------------------------------------------------------------
+
+
+def test_the_controller_gets_its_kl_whatever_is_logged(
+    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(arch, tmp_path, kl_target=1e-3, kl_horizon=16)
+    whole = ppo_trainer.rollout_metrics
+
+    def without_kl(*arguments: Any) -> dict[str, float]:
+        return {name: m for name, m in whole(*arguments).items() if name != "ppo/kl"}
+
+    monkeypatch.setattr(ppo_trainer, "rollout_metrics", without_kl)
+    trainer.step()  # the random policy is far beyond the target: +20 % for 8 of 16 episodes
+    assert trainer.kl_controller.value == pytest.approx(0.1 * 1.1)
+
+
+def test_adaptive_kl_needs_a_coefficient_to_adapt(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="kl_target, kl_coeff"):
+        make_config(tmp_path, kl_target=6.0, kl_coeff=0.0)
+
+
+def test_the_optimizer_belongs_to_the_run(arch: str, tmp_path: Path) -> None:
+    class OtherTrainer(PPOTrainer):
+        betas = (0.9, 0.99)
+
+    identities = [
+        kind(
+            make_config(tmp_path), reward_fn=count_letters, model=tiny_model(arch),
+            tokenizer=make_tokenizer(arch),
+        ).run.identity["fields"]
+        for kind in (PPOTrainer, OtherTrainer)
+    ]  # fmt: skip
+    changed = {name for name in identities[0] if identities[0][name] != identities[1][name]}
+    assert changed == {"optimizer (content)"}
+
+
+def test_evaluations_draw_their_own_numbers(arch: str, tmp_path: Path) -> None:
+    trainer = make_trainer(arch, tmp_path, temperature=3.0)
+    rows = trainer.next_prompts()
+    training, evaluation = trainer.rollout(rows), trainer.rollout(rows, evaluation=True)
+    assert training.texts != evaluation.texts
+    trainer.step_index = 5
+    assert trainer.rollout(rows, evaluation=True).texts == evaluation.texts
 
 
 def test_missing_eos(arch: str, tmp_path: Path) -> None:

@@ -229,6 +229,20 @@ def test_scores_are_normalised_on_demonstrations(
     assert (abs(scores.std(correction=0) - 1) < 1e-4) == (kind == "mean_std")
 
 
+@pytest.mark.parametrize("normalization", ["mean", "mean_std"])
+def test_normalising_again_changes_nothing(config: RewardModelConfig, normalization: str) -> None:
+    config.normalization = normalization
+    trainer = RewardModelTrainer(config)
+    trainer.step()
+    trainer.normalise()
+    once = trainer.reward.record
+    scores = trainer._reference_scores()
+    assert float(scores.mean()) == pytest.approx(0, abs=1e-5)
+    assert once.shift != 0
+    trainer.normalise()
+    assert trainer.reward.record == once
+
+
 def test_scores_are_normalised_on_candidates_by_default(config: RewardModelConfig) -> None:
     train_reward_model(config)
     judge = load_reward_model(config.output_dir, device="cpu")

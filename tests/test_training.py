@@ -33,7 +33,7 @@ class ToyTrainer(Trainer):
 
     def __init__(self, config: SFTConfig, **options: Any) -> None:
         super().__init__(config, num_rows=ROWS, **options)
-        generator = seeded_generator(7)
+        generator = seeded_generator("test", 7)
         self.inputs = torch.randn(ROWS, 5, generator=generator)
         self.targets = torch.randn(ROWS, 1, generator=generator)
         self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 1)
@@ -317,7 +317,7 @@ def test_five_skips_in_a_row_end_the_run_also_across_a_stop(tmp_path: Path) -> N
 
 
 def test_each_group_is_clipped_to_its_own_norm() -> None:
-    generator = seeded_generator(3)
+    generator = seeded_generator("test", 3)
     weights = [nn.Parameter(torch.randn(3, 2, generator=generator)) for _ in range(3)]
     grads = [torch.randn(3, 2, generator=generator) * 10 for _ in weights]
     groups = [

@@ -29,7 +29,7 @@ from rlhf.config import (
 )
 from rlhf.config.loading import unreadable_character
 from rlhf.console import SayHandler, complain, say, show, steady_streams
-from rlhf.errors import InputError, StoppedBySignal, StorageError
+from rlhf.errors import InputError, NumericalError, StoppedBySignal, StorageError
 from rlhf.flags import (
     CONTEXT,
     PLAIN_CONTEXT,
@@ -337,7 +337,7 @@ def exit_code(command: Callable[[], Any]) -> int:
     except StoppedBySignal as error:
         complain([str(error)])
         return EXIT_STOPPED
-    except StorageError as error:
+    except (StorageError, NumericalError) as error:
         complain([str(error)])
         return 1
     except click.Abort:

@@ -112,7 +112,7 @@ def predict_rows(
     temperature = config.temperature if sampling else 1.0
     limit = config.target_sequence_length
     numbers = range(start, start + len(rows))
-    uniforms = rollout_uniforms(config.seed, 0, numbers, limit) if sampling else None
+    uniforms = rollout_uniforms(config.seed, 0, numbers, limit, "inference") if sampling else None
     prompts = models.tokeniser.prompts([row.prompt for row in rows]).to(models.tuned.device)
 
     def respond(lm: LanguageModel, adapter: str | None) -> Generation:

@@ -47,6 +47,14 @@ class StorageError(OSError):
     """An object store failed for longer than its library retries: the command line exits with 1."""
 
 
+class NumericalError(RuntimeError):
+    """Numbers left the range in which the run means anything: the command line exits with 1."""
+
+
+class TrainingDiverged(NumericalError):  # noqa: N818 (says what happened)
+    """Several updates in a row could not be made; the message says why and what to change."""
+
+
 class StoppedBySignal(Exception):  # noqa: N818 - stopping when asked is no error
     """A signal asked the run to stop and its state is saved: exit code 75 (try again).
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.data.batching import TokenBatch, chunks, seeded_generator
+from rlhf.errors import NumericalError
 from rlhf.models.language_model import LanguageModel
 
 # Tokens of the vocabulary that sampling sums up at once.
@@ -35,20 +36,24 @@ class Generation:
     logprobs: Tensor
 
 
-def rollout_uniforms(seed: int, iteration: int, rows: range, max_new_tokens: int) -> Tensor:
-    """The uniform numbers in [0, 1) of some rows of an iteration.
+def rollout_uniforms(
+    seed: int, iteration: int, rows: range, max_new_tokens: int, purpose: str = "rollout"
+) -> Tensor:
+    """Return the uniform numbers in [0, 1) of some rows of an iteration.
 
     Args:
         seed: The run's seed.
         iteration: PPO step, or any other number that names the draw.
         rows: Global row numbers.
         max_new_tokens: R.
+        purpose: What is sampled for; other purposes draw other numbers.
 
     Returns:
-        (len(rows), R) fp32, each row a function of (seed, iteration, row) alone.
+        (len(rows), R) fp32, each row a function of (purpose, seed, iteration, row) alone.
     """
     draws = [
-        torch.rand(max_new_tokens, generator=seeded_generator(seed, iteration, row)) for row in rows
+        torch.rand(max_new_tokens, generator=seeded_generator(purpose, seed, iteration, row))
+        for row in rows
     ]
     return torch.stack(draws) if draws else torch.empty(0, max_new_tokens)
 
@@ -76,14 +81,16 @@ def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
     block = _first_beyond(cdf, target)
     before = cdf.gather(1, block) - sums.gather(1, block)
     inner = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1)
-    return (block * BLOCK + _first_beyond(inner, (target - before).clamp(min=0)))[:, 0]
+    tokens = block * BLOCK + _first_beyond(inner, (target - before).clamp(min=0))
+    return tokens[:, 0].clamp(max=weights.shape[1] - 1)  # NaN again
 
 
 def _first_beyond(cdf: Tensor, target: Tensor) -> Tensor:
     """(B, 1) first index whose cumulative sum exceeds the target, else the last with any mass."""
     found = torch.searchsorted(cdf, target, right=True)
     last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())
-    return torch.minimum(found, last)
+    # Sums of NaN are beyond every target: such an index would end a GPU's whole context.
+    return torch.minimum(found, last).clamp(max=cdf.shape[1] - 1)
 
 
 def generate(
@@ -107,6 +114,9 @@ def generate(
         temperature: Divides the logits; 0 is greedy.
         uniforms: (B, R) numbers from `rollout_uniforms`; not needed when greedy.
         min_response_length: EOS is impossible before this many tokens.
+
+    Raises:
+        NumericalError: If a logit was NaN or infinite; looked at once, after the last token.
     """
     device, size = prompts.ids.device, len(prompts)
     eos = torch.tensor(sorted(lm.layout.eos_ids), device=device)
@@ -118,6 +128,7 @@ def generate(
         raise ValueError("sampling needs uniforms; pass them or temperature=0")
     uniforms = None if uniforms is None else uniforms.to(device)
     rows = torch.arange(size, device=device)  # of the result, for each row still decoded
+    broken = torch.zeros((), dtype=torch.bool, device=device)
     with lm.inference(), lm.folded():
         state, hidden = lm.prefill(prompts, max_new_tokens)
         for step in range(max_new_tokens):
@@ -129,8 +140,10 @@ def generate(
                 logprobs[rows, step] = -torch.nn.functional.cross_entropy(
                     logits, tokens, reduction="none"
                 )
+                broken |= ~torch.isfinite(logprobs[rows, step]).all()
             else:
-                tokens = logits.argmax(-1)
+                highest, tokens = logits.max(-1)  # of logits with a NaN that is NaN
+                broken |= ~torch.isfinite(highest).all()
             ids[rows, step] = tokens
             ends = torch.isin(tokens, eos) & ~finished[rows]
             lengths[rows[ends]] = step + 1
@@ -143,6 +156,11 @@ def generate(
                 state.select(going)
                 rows, tokens = rows[going], tokens[going]
             hidden = lm.decode(state, tokens)
+    if broken:
+        raise NumericalError(
+            f"logits of {lm.base_name or 'the model'} were NaN or infinite while it generated; "
+            "lower learning_rate, use dtype float32, and check that the checkpoint is whole"
+        )
     responses = TokenBatch(ids[:, : int(lengths.max())], lengths)
     # Until they leave the batch, finished rows are decoded on.
     kept = logprobs[:, : responses.ids.shape[1]].masked_fill(~responses.mask, 0.0)

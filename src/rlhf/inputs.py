@@ -1,6 +1,6 @@
 """What a stage reads and checks before any weights are loaded, all problems at once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -100,21 +100,19 @@ class StageInputs:
             self.lines.append(f"{name}: {lengths.line()}")
         return data
 
-    def finish(self, stage: str, fingerprints: Mapping[str, str] | None = None) -> Run:
+    def finish(self, stage: str, **fingerprints: str) -> Run:
         """Looks at the output folder, once all data are good.
 
         Args:
             stage: Name of the stage.
-            fingerprints: Of anything else that determines the result.
+            **fingerprints: Of anything else that determines the result.
 
         Raises:
             InputError: All that is wrong, rows first, then limits, then the folder.
         """
         if self._rows or self._limits:
             raise InputError([*self._rows, *self._limits])
-        return prepare_output(
-            self.config, {**self._fingerprints, **(fingerprints or {})}, stage=stage
-        )
+        return prepare_output(self.config, self._fingerprints | fingerprints, stage=stage)
 
     def _tokeniser(self) -> Tokeniser:
         return Tokeniser(

@@ -5,6 +5,7 @@ count. Losses are *sums* with the count left to the caller, who divides by the c
 minibatch: then neither micro-batching, padding nor the number of processes changes a result.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -186,7 +187,9 @@ def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> fl
 class AdaptiveKL:
     """Proportional controller of the KL coefficient (Ziegler et al. 2019, §2.2).
 
-    e = clip(KL/target − 1, ±0.2), then β ← β·(1 + e·n/horizon) after n episodes.
+    e = clip(KL/target − 1, ±0.2), then β ← β·(1 + e·n/horizon) after n episodes. An error acts in
+    full at most once a rollout: beyond `horizon` episodes n counts as `horizon`, where the formula
+    as published would turn β negative and pay for KL.
 
     Args:
         value: First coefficient β.
@@ -206,6 +209,6 @@ class AdaptiveKL:
             kl: Mean per-sequence KL of the rollout, in nats.
             episodes: Responses in it.
         """
-        if self._target is not None:
+        if self._target is not None and math.isfinite(kl):
             error = min(max(kl / self._target - 1, -0.2), 0.2)
-            self.value *= 1 + error * episodes / self._horizon
+            self.value *= 1 + error * min(episodes / self._horizon, 1.0)

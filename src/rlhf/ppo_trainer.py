@@ -52,8 +52,6 @@ RATIO_TOLERANCE = 1e-4
 DECODE_TOLERANCE = 1e-3
 EVALUATION_ROWS = 256
 SAMPLES_PER_STEP = 4
-# Iterations count from 0; this names the draws of evaluations.
-EVALUATION_DRAW = -1
 CARD_METRICS = ("ppo/score", "ppo/kl", "ppo/response_length", "eval/")
 
 
@@ -126,8 +124,16 @@ def read_inputs(
     reward_fn: RewardFunction | None = None,
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    trainer: "type[PPOTrainer] | None" = None,
 ) -> Inputs:
     """Reads and checks everything that can be checked without weights.
+
+    Args:
+        config: The stage's configuration.
+        reward_fn: A function of texts instead of `config.reward_model_path`.
+        model: A transformers model instead of `config.base_model`.
+        tokenizer: Its tokenizer.
+        trainer: What will train; `PPOTrainer` unless it is a class made from it.
 
     Raises:
         InputError: All that is wrong, rows first, then limits.
@@ -138,7 +144,9 @@ def read_inputs(
     prompts = inputs.read(load_prompts, "prompt_dataset")
     eval_prompts = inputs.read(load_prompts, "eval_dataset")
     judge = weights_fingerprint(config.reward_model_path) if config.reward_model_path else ""
-    run = inputs.finish("ppo", {"reward_model_path": judge})
+    run = inputs.finish(
+        "ppo", reward_model_path=judge, optimizer=(trainer or PPOTrainer).optimizer_settings()
+    )
     assert prompts is not None
     if config.reward_model_path and not _is_made_later(config):
         check_judge(config.reward_model_path, inputs.renderer, prompts.report.conversations > 0)
@@ -188,7 +196,7 @@ class PPOTrainer(Trainer):
         inputs: Inputs | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        inputs = inputs or read_inputs(config, reward_fn, model, tokenizer)
+        inputs = inputs or read_inputs(config, reward_fn, model, tokenizer, type(self))
         super().__init__(config, num_rows=len(inputs.prompts), run=inputs.run, callbacks=callbacks)
         self.lines = inputs.lines
         self._warned: set[str] = set()
@@ -233,7 +241,7 @@ class PPOTrainer(Trainer):
         metrics = rollout_metrics(rollout, experience, stats, coefficient) | updates
         self.log_samples(rollout_samples(rollout, stats, SAMPLES_PER_STEP))
         self._warn_of_deviations(metrics)
-        self.kl_controller.update(metrics.get("ppo/kl", 0.0), len(experience))
+        self.kl_controller.update(float(stats.kl.sum(1).mean()), len(experience))
         return metrics
 
     def next_prompts(self) -> list[PromptRow]:
@@ -241,18 +249,21 @@ class PPOTrainer(Trainer):
         size, seed = self.config.batch_size, self.config.seed
         return [self.prompts[i] for i in rows_for_step(self.num_rows, size, self.step_index, seed)]
 
-    def rollout(self, rows: Sequence[PromptRow], draw: int | None = None) -> Rollout:
-        """Samples one response per prompt from the policy.
+    def rollout(self, rows: Sequence[PromptRow], *, evaluation: bool = False) -> Rollout:
+        """Sample one response per prompt from the policy.
 
         Args:
             rows: Prompts.
-            draw: Names the random numbers; by default the training step.
+            evaluation: Draw the numbers of evaluations, always the same, not the step's.
+
+        Raises:
+            NumericalError: If the policy's logits were NaN or infinite.
         """
         config = self.config
         texts = [row.prompt for row in rows]
         prompts = self.tokeniser.prompts(texts).to(self.device)
         limit = config.target_sequence_length
-        draw = self.step_index if draw is None else draw
+        draw = (0, "evaluation") if evaluation else (self.step_index, "rollout")
         with self.policy.active() as lm:
             prompts = lm.with_states(prompts, config.effective_micro_batch_size)
             generation = generate_in_chunks(
@@ -261,7 +272,7 @@ class PPOTrainer(Trainer):
                 chunk_size=config.effective_rollout_batch_size,
                 max_new_tokens=limit,
                 temperature=config.temperature,
-                uniforms=rollout_uniforms(config.seed, draw, range(len(rows)), limit),
+                uniforms=rollout_uniforms(config.seed, draw[0], range(len(rows)), limit, draw[1]),
                 min_response_length=config.min_response_length,
             )
         responses = [self.tokeniser.decode(ids) for ids in generation.responses.tolists()]
@@ -320,7 +331,7 @@ class PPOTrainer(Trainer):
         config, log = self.config, UpdateLog()
         size = len(experience) // config.num_minibatches
         for epoch in range(config.ppo_epochs):
-            order = permutation(len(experience), config.seed, self.step_index, epoch)
+            order = permutation(len(experience), "minibatches", config.seed, self.step_index, epoch)
             for rows in chunks(order, size):
                 minibatch = self.accumulate_gradients(experience.select(rows))
                 log.add(minibatch)
@@ -393,7 +404,7 @@ class PPOTrainer(Trainer):
         if self.eval_prompts is None:
             return {}
         count = min(len(self.eval_prompts), EVALUATION_ROWS)
-        rollout = self.rollout([self.eval_prompts[i] for i in range(count)], EVALUATION_DRAW)
+        rollout = self.rollout([self.eval_prompts[i] for i in range(count)], evaluation=True)
         _, stats = self.make_experience(rollout, self.score(rollout))
         score, kl = float(stats.scores.mean()), float(stats.kl.sum(1).mean())
         return {

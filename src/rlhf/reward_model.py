@@ -118,8 +118,15 @@ def read_inputs(
     *,
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    trainer: "type[RewardModelTrainer] | None" = None,
 ) -> Inputs:
     """Reads and checks everything that can be checked without weights.
+
+    Args:
+        config: The stage's configuration.
+        model: A transformers model instead of `config.base_model`.
+        tokenizer: Its tokenizer.
+        trainer: What will train; `RewardModelTrainer` unless it is a class made from it.
 
     Raises:
         InputError: All that is wrong, rows first, then limits.
@@ -128,7 +135,9 @@ def read_inputs(
     pairs = inputs.read(load_preferences, "preference_dataset")
     held_out = inputs.read(load_preferences, "eval_dataset", candidates_optional=True)
     demonstrations = inputs.read(load_prompts, "normalization_dataset", require_output=True)
-    run = inputs.finish("reward_model")
+    run = inputs.finish(
+        "reward_model", optimizer=(trainer or RewardModelTrainer).optimizer_settings()
+    )
     assert pairs is not None
     train, lines = pairs, inputs.lines
     if not held_out:
@@ -171,7 +180,9 @@ class RewardModelTrainer(Trainer):
         inputs: Inputs | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.inputs = inputs or read_inputs(config, model=model, tokenizer=tokenizer)
+        self.inputs = inputs or read_inputs(
+            config, model=model, tokenizer=tokenizer, trainer=type(self)
+        )
         super().__init__(
             config, num_rows=len(self.inputs.train), run=self.inputs.run, callbacks=callbacks
         )
@@ -266,6 +277,7 @@ class RewardModelTrainer(Trainer):
         """Makes the mean score of reference responses 0 (and the standard deviation 1)."""
         if self.config.normalization == "none":
             return
+        self.reward.normalise(0.0, 1.0)  # the constants are of raw scores, the second time too
         scores = self._reference_scores().double()
         spread = float(scores.std(correction=0))
         scales = self.config.normalization == "mean_std" and spread > 0
@@ -290,7 +302,9 @@ class RewardModelTrainer(Trainer):
     def _reference_scores(self) -> Tensor:
         """(N,) raw scores of demonstrations, or of both candidates of training pairs."""
         data: Sequence[Any] = self.inputs.demonstrations or self.inputs.train
-        chosen = sorted(permutation(len(data), self.config.seed)[:NORMALIZATION_ROWS])
+        chosen = sorted(
+            permutation(len(data), "normalization", self.config.seed)[:NORMALIZATION_ROWS]
+        )
         rows = [data[row] for row in chosen]
         if self.inputs.demonstrations:
             texts = [(row.prompt, row.references[0]) for row in rows]

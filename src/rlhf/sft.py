@@ -127,8 +127,15 @@ def read_inputs(
     *,
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    trainer: "type[SFTTrainer] | None" = None,
 ) -> Inputs:
     """Reads and checks everything that can be checked without weights.
+
+    Args:
+        config: The stage's configuration.
+        model: A transformers model instead of `config.base_model`.
+        tokenizer: Its tokenizer.
+        trainer: What will train; `SFTTrainer` unless it is a class made from it.
 
     Raises:
         InputError: All that is wrong, rows first, then limits.
@@ -136,7 +143,7 @@ def read_inputs(
     inputs = StageInputs(config, model, tokenizer)
     train = inputs.read(load_prompts, "dataset", require_output=True)
     held_out = inputs.read(load_prompts, "eval_dataset", require_output=True)
-    run = inputs.finish("sft")
+    run = inputs.finish("sft", optimizer=(trainer or SFTTrainer).optimizer_settings())
     assert train is not None
     return Inputs(inputs.tokenizer, train, held_out, inputs.lines, run)
 
@@ -172,7 +179,9 @@ class SFTTrainer(Trainer):
         inputs: Inputs | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.inputs = inputs or read_inputs(config, model=model, tokenizer=tokenizer)
+        self.inputs = inputs or read_inputs(
+            config, model=model, tokenizer=tokenizer, trainer=type(self)
+        )
         super().__init__(
             config, num_rows=len(self.inputs.train), run=self.inputs.run, callbacks=callbacks
         )

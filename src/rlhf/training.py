@@ -29,7 +29,7 @@ from rlhf.checkpoints import (
 from rlhf.config import TrainingConfig
 from rlhf.console import say
 from rlhf.data.batching import seeded_generator
-from rlhf.errors import StoppedBySignal
+from rlhf.errors import StoppedBySignal, TrainingDiverged
 from rlhf.optimization import GroupedAdamW, ParameterGroup, learning_rate_factor
 from rlhf.outputs import Run, Status, prepare_output
 from rlhf.tracking import (
@@ -47,10 +47,6 @@ __all__ = ["Callback", "ParameterGroup", "Trainer", "TrainingDiverged"]
 # Called after every step with the trainer, the step (from 1), its metrics and its samples.
 Callback = Callable[["Trainer", int, Mapping[str, float], Sequence[Mapping[str, Any]]], None]
 SKIPS_BEFORE_GIVING_UP = 5
-
-
-class TrainingDiverged(RuntimeError):  # noqa: N818 (says what happened)
-    """Several updates in a row could not be made; the message says why and what to change."""
 
 
 class Trainer(ABC):
@@ -186,7 +182,8 @@ class Trainer(ABC):
             self.config.lr_scheduler,
         )
         self.optimizer.set_rates(factor)
-        torch.manual_seed(seeded_generator(self.config.seed, self.step_index).initial_seed())
+        dropout = seeded_generator("dropout", self.config.seed, self.step_index)
+        torch.manual_seed(dropout.initial_seed())
         self._samples, self._tokens = [], 0
         metrics = self.make_step()
         self.step_index += 1
@@ -209,6 +206,11 @@ class Trainer(ABC):
             eps=self.eps,
             weight_decay=self.config.weight_decay,
         )
+
+    @classmethod
+    def optimizer_settings(cls) -> str:
+        """What the optimizer has that no field of the configuration names, for the identity."""
+        return f"Adam, betas {cls.betas}, eps {cls.eps}"
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

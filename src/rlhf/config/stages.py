@@ -190,6 +190,11 @@ class PPOConfig(TrainingConfig):
             )
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             problems.append("missing_eos_penalty, missing_eos_score: give one of them, not both")
+        if self.kl_target is not None and self.kl_coeff == 0:
+            problems.append(
+                "kl_target, kl_coeff: a kl_coeff of 0 charges no KL, so there is nothing to adapt; "
+                "give the kl_coeff to start from, or leave kl_target out"
+            )
         if self.min_response_length > self.target_sequence_length:
             problems.append(
                 f"min_response_length: {self.min_response_length} is more than "

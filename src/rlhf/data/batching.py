@@ -4,8 +4,10 @@ Shape letters, the same in the whole package: B batch, P prompt tokens, R respon
 L any length, V vocabulary, D hidden size.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -81,14 +83,19 @@ def join(prompts: TokenBatch, responses: TokenBatch) -> Tensor:
     return ids
 
 
-def permutation(size: int, *seed: int) -> list[int]:
-    """A permutation of range(size) that depends on the seeds alone."""
-    return torch.randperm(size, generator=seeded_generator(*seed)).tolist()
+def permutation(size: int, purpose: str, *seed: int) -> list[int]:
+    """Return a permutation of range(size) that depends on purpose and seeds alone."""
+    return torch.randperm(size, generator=seeded_generator(purpose, *seed)).tolist()
 
 
-def seeded_generator(*seed: int) -> torch.Generator:
-    """A CPU generator for a tuple of integers; near tuples give unrelated streams."""
-    state = 0
+def seeded_generator(purpose: str, *seed: int) -> torch.Generator:
+    """Return a CPU generator for a purpose and integers; near tuples give unrelated streams.
+
+    Args:
+        purpose: What the numbers are for. Two uses never share a stream by having equal seeds.
+        *seed: The run's seed, then step, row and so on.
+    """
+    state = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "big")
     for value in seed:  # splitmix64: consecutive seeds must not give correlated streams
         state = (state ^ (value & 0xFFFFFFFFFFFFFFFF)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
@@ -113,9 +120,14 @@ def rows_for_step(num_rows: int, batch_size: int, step: int, seed: int) -> list[
     position, end = step * batch_size, (step + 1) * batch_size
     while position < end:
         epoch, offset = divmod(position, num_rows)
-        rows += permutation(num_rows, seed, epoch)[offset : offset + end - position]
+        rows += _order_of_epoch(num_rows, seed, epoch)[offset : offset + end - position].tolist()
         position = step * batch_size + len(rows)
     return rows
+
+
+@lru_cache(maxsize=2)  # every step of an epoch asks for it, and a step may touch two epochs
+def _order_of_epoch(num_rows: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(num_rows, generator=seeded_generator("data order", seed, epoch))
 
 
 def chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:

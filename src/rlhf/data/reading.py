@@ -127,7 +127,7 @@ def split_holdout(
     wanted = min(limit, max(1, round(fraction * len(preferences))))
     held: list[int] = []
     count = 0
-    for group in permutation(len(sizes), seed)[: len(sizes) - 1]:
+    for group in permutation(len(sizes), "holdout", seed)[: len(sizes) - 1]:
         # A prompt with very many pairs may not fit; it is only taken if nothing else is there.
         if count + sizes[group] <= wanted:
             held.append(group)

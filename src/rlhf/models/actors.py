@@ -18,7 +18,8 @@ from rlhf.models.heads import ScalarHead
 from rlhf.models.judges import Scorer
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
-from rlhf.models.roles import RewardModel, value_from_reward
+from rlhf.models.roles import RewardModel, head_from_reward, value_from_reward
+from rlhf.models.saving import add_adapter_to_weights
 
 
 @dataclass(frozen=True)
@@ -136,15 +137,19 @@ def make_critic(
 ) -> Critic:
     """The critic that `config.critic` names.
 
-    An adapter on the reward model's base starts as the reward model itself, its normalisation
-    folded in, so that the value of a finished response is its score from the start. Everything
-    else starts at 0.
+    Where the reward model reads the policy's ids, the critic starts as the reward model itself, its
+    normalisation folded in, so that the value of a finished response is its score from the start:
+    with LoRA as an adapter on the base that both share, under full fine-tuning as a model of its
+    own. Everything else starts at 0.
     """
     lm = policy.lm
     blank = ScalarHead(lm.hidden_size, init_std=0.0).to(lm.device)
     if config.critic == "head":
         return Critic(policy, blank, on_policy_trunk=True)
     if config.lora.rank == 0:
+        if isinstance(scorer, RewardModel) and scorer.reads_ids_of(lm):
+            own, head = _copy_of_reward_model(config, scorer, model)
+            return Critic(Actor(own, None), head, on_policy_trunk=False)
         own = load_language_model(
             config, trainable=True, model=copy.deepcopy(model), tokenizer=tokenizer
         )
@@ -152,5 +157,26 @@ def make_critic(
     if isinstance(scorer, RewardModel) and scorer.shares_base and scorer.lm is lm:
         head = value_from_reward(scorer, "value").to(lm.device)
         return Critic(Actor(lm, "value"), head, on_policy_trunk=False)
-    lm.add_adapter("value", config.lora.model_copy(update={"dropout": 0.0}), seed=config.seed + 1)
+    lm.add_adapter("value", config.lora.model_copy(update={"dropout": 0.0}), seed=config.seed)
     return Critic(Actor(lm, "value"), blank, on_policy_trunk=False)
+
+
+def _copy_of_reward_model(
+    config: PPOConfig, reward: RewardModel, model: Any
+) -> tuple[LanguageModel, ScalarHead]:
+    """A model of its own with the reward model's weights, all trainable, and its head.
+
+    The weights are read again rather than copied: training wants them in float32, and the reward
+    model may hold them in bfloat16.
+    """
+    own = load_language_model(
+        config,
+        trainable=True,
+        model=copy.deepcopy(model) if reward.shares_base else None,
+        tokenizer=reward.lm.tokenizer,
+        base_model=reward.lm.base_name,
+        revision=reward.lm.revision,
+    )
+    if reward.adapter is not None:
+        add_adapter_to_weights(reward.lm, reward.adapter, own)
+    return own, head_from_reward(reward).to(own.device)

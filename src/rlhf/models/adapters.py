@@ -16,6 +16,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from rlhf.data.batching import seeded_generator
 from rlhf.models.lora import LoRALinear
 
 
@@ -60,7 +61,7 @@ class AdapterSet:
         config.task_type = self._task_type
         device = self._module.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
+            torch.manual_seed(seeded_generator(f"adapter {name}", seed).initial_seed())
             if self.peft_model is None:
                 self.peft_model = get_peft_model(self._module, config, adapter_name=name)
             else:

@@ -27,7 +27,7 @@ class ScalarHead(nn.Module):
     def __init__(self, hidden_size: int, init_std: float | None = None, seed: int = 0) -> None:
         super().__init__()
         std = 1 / math.sqrt(hidden_size + 1) if init_std is None else init_std
-        weight = torch.randn(1, hidden_size, generator=seeded_generator(seed)) * std
+        weight = torch.randn(1, hidden_size, generator=seeded_generator("head", seed)) * std
         self.weight = nn.Parameter(weight)
         self.register_buffer("offset", torch.zeros(()))
 

@@ -121,6 +121,12 @@ class RewardModel:
             truncation_side=record.truncation_side,
         )
 
+    def reads_ids_of(self, lm: LanguageModel) -> bool:
+        """Whether `lm`'s ids mean the same to this model, whatever its weights are."""
+        return type(lm) is type(self.lm) and tokenizer_fingerprint(
+            lm.tokenizer
+        ) == tokenizer_fingerprint(self.lm.tokenizer)
+
     def normalise(self, shift: float, scale: float) -> None:
         """Sets the constants of the normalised score, (raw − shift) / scale."""
         self.record = replace(self.record, shift=shift, scale=scale)
@@ -255,15 +261,19 @@ def value_from_reward(reward: RewardModel, name: str = "value") -> ScalarHead:
     """Starts a critic as a copy of the reward model, its normalisation folded into the head.
 
     Args:
-        reward: Its adapter is copied, as adapter `name` of the same base; where all its weights
-            were trained, the head alone is copied and the caller copies the model.
+        reward: Its adapter is copied, as adapter `name` of the same base.
         name: Name of the new, trainable adapter.
 
     Returns:
         A trainable head whose value of the last state is the normalised score.
     """
-    if reward.adapter is not None:
-        reward.lm.adapters.duplicate(reward.adapter, name, trainable=True)
+    assert reward.adapter is not None
+    reward.lm.adapters.duplicate(reward.adapter, name, trainable=True)
+    return head_from_reward(reward)
+
+
+def head_from_reward(reward: RewardModel) -> ScalarHead:
+    """A trainable copy of the reward model's head, its normalisation folded in."""
     shift, scale = reward.record.shift, reward.record.scale
     head = ScalarHead(reward.lm.hidden_size, init_std=0.0).to(reward.head.weight.device)
     with torch.no_grad():

@@ -152,6 +152,21 @@ def _merged_weights(lm: LanguageModel, adapter: str) -> dict[LoraLayer, Tensor]:
     return merged
 
 
+@torch.no_grad()
+def add_adapter_to_weights(source: LanguageModel, adapter: str, target: LanguageModel) -> None:
+    """Adds what an adapter of `source` changes to the weights of `target`, which has none.
+
+    Args:
+        source: Has the adapter.
+        adapter: Its name.
+        target: Same architecture; its weights are changed in place, in their own type.
+    """
+    for name, part in source.module.named_modules():
+        if isinstance(part, LoraLayer) and adapter in part.lora_A:
+            weight = target.module.get_submodule(name).weight
+            weight.add_(part.get_delta_weight(adapter).to(weight.device, torch.float32))
+
+
 @contextmanager
 def _weights(replaced: dict[LoraLayer, Tensor]) -> Iterator[None]:
     """Swaps base weights in, and the very same tensors back afterwards."""

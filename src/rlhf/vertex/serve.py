@@ -82,7 +82,7 @@ class Predictor:
                 chunk_size=ROWS_AT_ONCE,
                 max_new_tokens=limit,
                 temperature=temperature,
-                uniforms=rollout_uniforms(seed, 0, range(len(texts)), limit),
+                uniforms=rollout_uniforms(seed, 0, range(len(texts)), limit, "serving"),
             )
         rows = zip(made.responses.ids.tolist(), made.responses.lengths.tolist(), strict=True)
         return self.tokeniser.decode_rows([ids[:length] for ids, length in rows])
