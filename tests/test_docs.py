@@ -314,6 +314,78 @@ def test_the_image_of_the_pages_is_the_one_that_jobs_look_for() -> None:
     assert f"_TAG: {rlhf.__version__}\n" in (ROOT / "containers" / "cloudbuild.yaml").read_text()
 
 
+def flags_of(command: str) -> dict[str, str]:
+    """Flags of a command with their values, as `--name=value`."""
+    words = [word for word in shlex.split(command) if word.startswith("--")]
+    return dict(word.removeprefix("--").partition("=")[::2] for word in words)
+
+
+def uploads() -> dict[str, dict[str, str]]:
+    """Flags of the commands that upload a model, by the model's name."""
+    found = [flags_of(c) for c in commands(VERTEX) if c.startswith("gcloud ai models upload")]
+    return {flags["display-name"]: flags for flags in found}
+
+
+def test_servers_are_uploaded_with_all_that_vertex_asks() -> None:
+    assert set(uploads()) == {"rlhf-llama-1", "rlhf-t5-1"}
+    for flags in uploads().values():
+        for name in ("args", "ports", "health-route", "predict-route", "image-uri"):
+            assert flags[f"container-{name}"], name
+    llama = uploads()["rlhf-llama-1"]
+    arguments = llama["container-args"].split(",")
+    assert f"--port={llama['container-ports']}" in arguments
+    assert any(word.startswith("--model=gs://") and word.endswith("/merged") for word in arguments)
+    assert not [c for c in commands(VERTEX) if "text-generation-inference" in c]
+
+
+def test_the_t5_recipe_is_what_the_image_does() -> None:
+    from rlhf.vertex import serve
+
+    flags = uploads()["rlhf-t5-1"]
+    word, *arguments = flags["container-args"].split(",")
+    assert f"\n{word})\n" in (ROOT / "containers" / "entrypoint.sh").read_text()
+    options = {option for parameter in serve.command.params for option in parameter.opts}
+    assert {argument.partition("=")[0] for argument in arguments} <= options
+    source = Path(serve.__file__).read_text()
+    for route in ("health", "predict"):
+        assert f'"{flags[f"container-{route}-route"]}"' in source
+    assert f'"AIP_HTTP_PORT", "{flags["container-ports"]}"' in source
+
+
+def test_the_requests_that_are_shown_are_answered() -> None:
+    from rlhf.quickstart import ASSETS
+    from rlhf.vertex.serve import Predictor
+
+    [request] = [json.loads(b) for b in blocks(VERTEX, "json") if '"instances"' in b]
+    predictor = Predictor(str(ASSETS / "toy_t5"), 128, 64)
+    assert len(predictor.predict(request)) == len(request["instances"])
+
+
+def test_keys_builds_and_restarts_are_explained() -> None:
+    text = VERTEX.read_text()
+    keys = [c for c in commands(VERTEX) if c.startswith("gcloud kms keys add-iam-policy-binding")]
+    assert len(keys) == 2
+    for agent, command in zip(("aiplatform", "aiplatform-cc"), keys, strict=True):
+        flags = flags_of(command)
+        assert flags["role"] == "roles/cloudkms.cryptoKeyEncrypterDecrypter"
+        assert f"@gcp-sa-{agent}.iam.gserviceaccount.com" in flags["member"]
+    [build] = [c for c in commands(VERTEX) if "containers/cloudbuild.yaml" in c]
+    flags = flags_of(build)
+    assert flags["service-account"] == "projects/$PROJECT/serviceAccounts/$BUILDER"
+    assert "_REVISION=$(git rev-parse HEAD)" in build
+    granted = {
+        flags_of(c)["role"] for c in commands(VERTEX)
+        if "add-iam-policy-binding" in c and "serviceAccount:$BUILDER" in c
+    }  # fmt: skip
+    assert granted == {
+        "roles/artifactregistry.writer", "roles/logging.logWriter", "roles/storage.objectViewer",
+    }  # fmt: skip
+    told, unobserved = text.split("## What was not observed")
+    assert "up to five times" in told.replace("\n", " ")
+    assert "up to three times" in told.replace("\n", " ")
+    assert "How often" not in unobserved
+
+
 def test_tables_of_vertex_are_what_the_code_gives() -> None:
     text = VERTEX.read_text()
     assert doc_tables.with_tables(text) == text, "python tests/doc_tables.py"

@@ -133,10 +133,53 @@ def test_a_request_that_is_too_large_is_not_read(server):
     connection.close()
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_what_goes_wrong_inside_is_answered_too(folder, monkeypatch, capsys):
+    predictor = Predictor(str(folder), 200, LIMIT)
+
+    def fails(_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(predictor, "predict", fails)
+    served = make_server(predictor, ("127.0.0.1", 0), ("/h", "/p"))
+    threading.Thread(target=served.serve_forever, args=(0.01,), daemon=True).start()
+    assert predict(served, PROMPTS[0]) == (500, {"error": "OutOfMemoryError"})
+    assert "CUDA out of memory" in capsys.readouterr().err
+    served.shutdown()
+    served.server_close()
+
+
+@pytest.mark.parametrize("folder", ["t5"], indirect=True)
+def test_the_command_serves_where_vertex_says_and_ends_when_asked(folder):
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(Path(rlhf.__file__).parents[1]),
+        "AIP_STORAGE_URI": str(folder),
+        "AIP_HTTP_PORT": "0",  # any free one; it is said
+        "AIP_HEALTH_ROUTE": "/v1/health",
+        "AIP_PREDICT_ROUTE": "/v1/predict",
+    }
+    command = [sys.executable, "-m", "rlhf.vertex.serve", "--target_sequence_length", "8"]
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "serving" in line)
+        port = int(said.split(" on port ")[1].split(",")[0])
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/v1/health")
+        assert connection.getresponse().status == 200
+        connection.close()
+        process.terminate()
+        assert process.wait(60) == 0
+
+
 def test_wrong_models_are_one_clear_error(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(Path(rlhf.__file__).parents[1])}
     env.pop("AIP_STORAGE_URI", None)
-    for flags, said in (([], "no AIP_STORAGE_URI"), (["--model", str(tmp_path)], str(tmp_path))):
+    for flags, said in (
+        ([], "no AIP_STORAGE_URI"),
+        (["--model", str(tmp_path)], str(tmp_path)),
+        (["--model", "x", "--target_sequence_length", "0"], "target_sequence_length"),
+    ):
         command = [sys.executable, "-m", "rlhf.vertex.serve", *flags]
         found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert found.returncode == 2

@@ -10,6 +10,7 @@ time: for T5, which vLLM does not serve. For many users of a LLaMA, vLLM is fast
 import json
 import os
 import secrets
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -149,6 +150,9 @@ def make_server(predictor: Predictor, address: tuple[str, int], routes: tuple[st
                 self._answer(200, {"predictions": predictor.predict(json.loads(body))})
             except (InputError, ValueError, RecursionError) as error:
                 self._answer(400, {"error": str(error)})
+            except Exception as error:  # such as too little memory; the next request may do
+                say(f"a request failed: {error!r}")
+                self._answer(500, {"error": type(error).__name__})
 
         def _answer(self, status: int, content: Any) -> None:
             text = json.dumps(content).encode()
@@ -161,7 +165,9 @@ def make_server(predictor: Predictor, address: tuple[str, int], routes: tuple[st
         def log_message(self, *_: Any) -> None:
             """Write nothing: prompts do not belong into logs."""
 
-    return ThreadingHTTPServer(address, Handler)
+    server = ThreadingHTTPServer(address, Handler)
+    server.daemon_threads = True
+    return server
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -173,13 +179,15 @@ def command(model: str, prompt_sequence_length: int, target_sequence_length: int
     folder = model or os.environ.get("AIP_STORAGE_URI", "")
     if not folder:
         raise InputError("model: is not given, and there is no AIP_STORAGE_URI")
+    port = os.environ.get("AIP_HTTP_PORT", "8080")
+    if not port.isdecimal() or int(port) > 65_535:
+        raise InputError(f"AIP_HTTP_PORT: expected a port, got {port!r}")
     predictor = Predictor(folder, prompt_sequence_length, target_sequence_length)
-    port = int(os.environ.get("AIP_HTTP_PORT", "8080"))
     routes = (
         os.environ.get("AIP_HEALTH_ROUTE", "/health"),
         os.environ.get("AIP_PREDICT_ROUTE", "/predict"),
     )
-    server = make_server(predictor, ("", port), routes)
+    server = make_server(predictor, ("", int(port)), routes)
     say(f"serving {folder} on port {server.server_port}, {' and '.join(routes)}")
     server.serve_forever()
 
@@ -187,6 +195,8 @@ def command(model: str, prompt_sequence_length: int, target_sequence_length: int
 def main() -> int:
     """Serve until the process is ended; return its exit code."""
     quiet_third_parties()
+    # The kernel ignores it for process 1, which the server is in a container.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     return exit_code(lambda: command.main(standalone_mode=False))
 
 
