@@ -31,6 +31,8 @@ from rlhf.vertex.conversion import to_config
 from rlhf.vertex.failure import TIME_FORMAT
 from rlhf.vertex.parameters import PARAMETERS
 
+DEEP = "[" * 100_000
+
 
 @pytest.fixture
 def google_file(tmp_path: Path) -> str:
@@ -166,6 +168,35 @@ def test_googles_parameters_go_with_flags(vertex, google_file, monkeypatch, caps
             ],
         ),
         (json.dumps(NOTEBOOK | {"accelerator_type": "TPU"}), [], ["accelerator_type: TPU cannot"]),
+        pytest.param(DEEP, [], ["cannot be read: "], id="deep"),
+        (json.dumps(NOTEBOOK | {"kl_coeff": 10**400}), [], ["kl_coeff: expected at most 90071"]),
+        (
+            json.dumps(NOTEBOOK | {"reward_model_train_steps": 1e300}),
+            [],
+            ["reward_model_train_steps: expected at most 9007199254740992"],
+        ),
+        (
+            json.dumps(NOTEBOOK | {"ppo_config": {"save_every": 10**400}}),
+            [],
+            ["ppo_config: cannot be sent to Vertex"],
+        ),
+        (
+            json.dumps(NOTEBOOK | {"instruction": "\ud800"}),
+            [],
+            ["instruction: cannot be sent to Vertex: 'utf-8' codec can't encode"],
+        ),
+        pytest.param(
+            json.dumps(NOTEBOOK | {"eval_dataset": DEEP}),
+            [],
+            ["eval_dataset: expected an address, or a JSON list"],
+            id="deep in text",
+        ),
+        pytest.param(
+            json.dumps(NOTEBOOK),
+            ["--vertex.labels", DEEP],
+            ["vertex.labels: expected JSON"],
+            id="deep in a flag",
+        ),
         (json.dumps(NOTEBOOK), ["--ppo.gamma=7"], ["ppo.gamma: expected number less than or"]),
         (json.dumps(NOTEBOOK), ["--config", "run.yaml"], ["config, parameters: give one of them"]),
     ],
@@ -243,6 +274,10 @@ def test_compile_writes_the_shipped_pipeline(tmp_path, capsys):
     assert path.read_bytes() == shipped.read_bytes()
     assert main(["vertex", "compile", "pipeline.json"]) == 2
     assert "expected a name ending in .yaml" in capsys.readouterr().err
+    (tmp_path / "folder.yaml").mkdir()
+    for place in (tmp_path / "folder.yaml", tmp_path / "none" / "x.yaml"):
+        assert main(["vertex", "compile", str(place)]) == 2
+        assert f"rlhf: {place}: cannot be written: " in capsys.readouterr().err
 
 
 PLACES = {

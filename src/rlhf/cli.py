@@ -156,7 +156,10 @@ def vertex_compile(output: str) -> None:
 
     if not output.endswith(".yaml"):
         raise InputError(f"OUTPUT.yaml: expected a name ending in .yaml, got {output}")
-    compile_pipeline(output)
+    try:
+        compile_pipeline(output)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written: {error.strerror}") from error
     say(
         "its default image is a tag; give `image` with a digest where all runs are to have the same"
     )

@@ -141,8 +141,10 @@ class VertexConfig(Schema):
         """A flag can only bring text."""
         try:
             labels = json.loads(value) if isinstance(value, str) else value
-        except ValueError:
-            raise ValueError(f'expected JSON such as {{"team": "nlp"}}, got {value!r}') from None
+        except (ValueError, RecursionError):
+            raise ValueError(
+                f'expected JSON such as {{"team": "nlp"}}, got {value!r:.200}'
+            ) from None
         for name, text in labels.items() if isinstance(labels, dict) else ():
             if not isinstance(text, str):
                 raise ValueError(f"{name}: expected text, got {text!r:.200}; put it in quotes")

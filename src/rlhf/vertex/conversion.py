@@ -1,6 +1,7 @@
 """From a parameter dict to a configuration, and from a configuration to a parameter dict."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from rlhf.vertex.base_models import AMBIGUOUS, HUB_NAMES, hub_name
 from rlhf.vertex.machines import problems_of_run
 from rlhf.vertex.parameters import PARAMETERS, REQUIRED, SECTIONS, Parameter
 
+# Numbers travel as doubles.
+LARGEST = 2**53
 # Each stage's base and steps, by the section that they belong to.
 _NAMED_IN_SECTION = {
     section: {
@@ -189,6 +192,8 @@ def _typed(parameter: Parameter, value: Any) -> Any:
     """A value of the parameter's type; ValueError says what was expected instead."""
     if value is REQUIRED:
         raise ValueError("is required, but not given")
+    if isinstance(value, int | float) and LARGEST < abs(value) != math.inf:
+        raise ValueError(f"expected at most {LARGEST}, which is what a parameter can hold exactly")
     if parameter.type is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if parameter.type is int and isinstance(value, float) and value.is_integer():
@@ -210,7 +215,7 @@ def _meant(name: str, value: Any) -> Any:
     if name in ("prompt_dataset", "preference_dataset", "eval_dataset") and value.startswith("["):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(
                 f'expected an address, or a JSON list ["gs://…", "gs://…"], got {value!r:.200}'
             ) from None

@@ -13,7 +13,8 @@ from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 from google.auth.transport.requests import AuthorizedSession
 from google.cloud import aiplatform
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+from google.protobuf.struct_pb2 import Struct
 from pydantic import ValidationError
 
 from rlhf.config import PipelineConfig, TrainingConfig, VertexConfig
@@ -51,7 +52,7 @@ def read_parameters(
             parameters = json.load(file)
         if not isinstance(parameters, dict):
             raise ValueError("expected one JSON object of parameter names to values")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError([*problems, f"{path}: cannot be read: {reason}"]) from None
     flags = dict(flags)
@@ -123,9 +124,21 @@ def _parameters(config: PipelineConfig) -> dict[str, Any]:
         named = any(problem.startswith("output_dir:") for problem in problems)
         same = ("output_directory:", "run_name:") if named else ()
         problems += [problem for problem in error.problems if not problem.startswith(same)]
+    problems += _not_on_the_wire(parameters)
     if problems:
         raise InputError(problems)
     return parameters
+
+
+def _not_on_the_wire(parameters: Mapping[str, Any]) -> list[str]:
+    """Name parameters that protobuf cannot hold: half a character, a number beyond doubles."""
+    problems = []
+    for name, value in parameters.items():
+        try:
+            ParseDict({"value": value}, Struct()).SerializeToString()
+        except (ParseError, OverflowError, ValueError) as error:  # UnicodeEncodeError is one
+            problems.append(f"{name}: cannot be sent to Vertex: {error}")
+    return problems
 
 
 def _of_section(problems: Sequence[str]) -> list[str]:
