@@ -21,7 +21,6 @@ PPO = {"output_dir": "out", "prompt_dataset": "rows", "dtype": "float32", "devic
     [
         LoRAConfig(rank=3),
         LoRAConfig(rank=2, where="decoder"),
-        LoRAConfig(rank=5, target_modules=["q", "q_proj"]),
     ],
 )
 def test_counts_are_those_of_the_real_model(tiny_lm, lora):

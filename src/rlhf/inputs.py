@@ -12,6 +12,7 @@ from rlhf.data.tokenising import Tokeniser
 from rlhf.errors import InputError
 from rlhf.hardware import pick_device
 from rlhf.models.loading import (
+    check_adapter,
     check_limits,
     load_tokenizer,
     prompt_layout,
@@ -60,6 +61,7 @@ class StageInputs:
         self._limits: list[str] = check_limits(
             self.model_config, config.prompt_sequence_length, config.target_sequence_length
         )
+        self._limits += check_adapter(config, self.model_config, model)
         self._fingerprints: dict[str, str] = {}
 
     def read(self, load: Callable[..., Data], name: str, **options: Any) -> Data | None:

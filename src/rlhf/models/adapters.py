@@ -6,7 +6,7 @@ fixed when it is added, and every switch puts the flags back.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlhf.data.batching import seeded_generator
+from rlhf.errors import InputError
 from rlhf.models.lora import LoRALinear
+from rlhf.models.targets import target_problems
 
 
 class AdapterSet:
@@ -47,7 +49,15 @@ class AdapterSet:
         """The adapter that acts now, None for the base alone."""
         return self._active
 
-    def add(self, name: str, config: LoraConfig, *, trainable: bool, seed: int = 0) -> None:
+    def add(
+        self,
+        name: str,
+        config: LoraConfig,
+        *,
+        trainable: bool,
+        seed: int = 0,
+        asked_for: Sequence[str] = (),
+    ) -> None:
         """Adds an adapter (B zero, A random from `seed`); none becomes active by that.
 
         Args:
@@ -55,9 +65,16 @@ class AdapterSet:
             config: peft's configuration of it.
             trainable: Whether its tensors get gradients, in whatever role is active.
             seed: Makes A reproducible.
+            asked_for: Names of layers that somebody wrote, none of which may be overlooked.
+
+        Raises:
+            InputError: The targets are not linear layers with weights of their own.
         """
         if name in self._trainable:
             raise ValueError(f"adapter {name!r} exists already")
+        problems = target_problems(self._module, config, asked_for)
+        if problems:
+            raise InputError([f"lora.target_modules: {problem}" for problem in problems])
         config.task_type = self._task_type
         device = self._module.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

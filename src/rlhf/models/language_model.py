@@ -8,6 +8,7 @@ from lengths; whether an id equals PAD says nothing.
 Shape letters: B batch, P prompt tokens, R response tokens, V vocabulary, D hidden.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,12 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from typing_extensions import override
 
 from rlhf.config import LoRAConfig
@@ -221,9 +227,32 @@ class LanguageModel(ABC):
     def read_token(self, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
         """`decode` with the first `width` columns of the state, which it does not advance."""
 
+    @classmethod
     @abstractmethod
-    def targets(self, suffixes: list[str], where: str) -> list[str] | str:
+    def targets(cls, suffixes: list[str], where: str) -> list[str] | str:
         """What peft calls target_modules: layers of these names in the part that `where` names."""
+
+    @classmethod
+    def peft_config(cls, lora: LoRAConfig) -> LoraConfig:
+        """What peft makes an adapter of.
+
+        Raises:
+            InputError: The family has no such part as `lora.where`.
+        """
+        return LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.effective_alpha,
+            lora_dropout=lora.dropout,
+            target_modules=cls.targets(
+                lora.target_modules or list(cls.adapter_modules), lora.where
+            ),
+            use_rslora=lora.use_rslora,
+        )
+
+    @classmethod
+    def head_is_tied(cls, config: PretrainedConfig) -> bool:
+        """Whether the LM head is the embedding, as far as config.json tells."""
+        return bool(config.tie_word_embeddings)
 
     def scale_for_head(self, states: Tensor) -> Tensor:
         """What happens to states between the final norm and the LM head: nothing, mostly."""
@@ -309,18 +338,8 @@ class LanguageModel(ABC):
         Raises:
             InputError: `lora.target_modules` or `lora.where` do not fit the model.
         """
-        suffixes = lora.target_modules or list(self.adapter_modules)
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.effective_alpha,
-            lora_dropout=lora.dropout,
-            target_modules=self.targets(suffixes, lora.where),
-            use_rslora=lora.use_rslora,
-        )
-        try:
-            self.adapters.add(name, config, trainable=trainable, seed=seed)
-        except ValueError as error:
-            raise InputError(f"lora.target_modules: {error}") from error
+        config, names = self.peft_config(lora), lora.target_modules or ()
+        self.adapters.add(name, config, trainable=trainable, seed=seed, asked_for=names)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -388,10 +407,11 @@ class DecoderOnlyModel(LanguageModel):
         prefix = () if bos is None else (bos,)
         return PromptLayout(prefix, (), True, eos, _eos_ids(eos, extra_eos))
 
+    @classmethod
     @override
-    def targets(self, suffixes: list[str], where: str) -> list[str] | str:
+    def targets(cls, suffixes: list[str], where: str) -> list[str] | str:
         if where == "encoder":
-            raise InputError(f"lora.where: {self.base_name} has no encoder; use all or decoder")
+            raise InputError("lora.where: a LLaMA has no encoder; use all or decoder")
         return suffixes
 
     @override
@@ -520,9 +540,18 @@ class EncoderDecoderModel(LanguageModel):
         """None: relative positions have no limit."""
         return None
 
+    @classmethod
     @override
-    def targets(self, suffixes: list[str], where: str) -> list[str] | str:
-        return suffixes if where == "all" else rf"{where}\..*\.({'|'.join(suffixes)})"
+    def targets(cls, suffixes: list[str], where: str) -> list[str] | str:
+        names = "|".join(map(re.escape, suffixes))
+        return suffixes if where == "all" else rf"(?={where}\.)(?:.*\.)?(?:{names})"
+
+    @classmethod
+    @override
+    def head_is_tied(cls, config: PretrainedConfig) -> bool:
+        # transformers 5 sets tie_word_embeddings always, and unties what a checkpoint has twice:
+        # v1.1 and Flan, whose outputs are not scaled.
+        return bool(config.scale_decoder_outputs)
 
     @override
     def scale_for_head(self, states: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.config import StageConfig
+from rlhf.config import RewardModelConfig, StageConfig, TrainingConfig
 from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
 from rlhf.hardware import pick_device, pick_dtype
@@ -28,6 +28,7 @@ from rlhf.models.language_model import (
     LanguageModel,
 )
 from rlhf.models.remote import local_folder
+from rlhf.models.targets import target_problems
 from rlhf.models.weights import quiet_transformers
 from rlhf.storage import is_remote
 
@@ -140,6 +141,41 @@ def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: in
         f"prompt_sequence_length {prompt_limit} + target_sequence_length {response_limit} exceed "
         f"the {limit} positions of the model; lower one of them"
     ]
+
+
+def without_storage(config: PretrainedConfig) -> Any:
+    """The model that a config.json describes, on no device: names and shapes of all weights."""
+    family = FAMILIES[config.model_type]
+    seq2seq = issubclass(family, EncoderDecoderModel)
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    with torch.device("meta"):
+        model: Any = auto.from_config(config)
+        head = model.get_output_embeddings()
+        if not family.head_is_tied(config):
+            head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+    return model
+
+
+def check_adapter(config: StageConfig, model_config: PretrainedConfig, model: Any) -> list[str]:
+    """Say what is wrong with a stage's `lora`, before any weights are loaded.
+
+    Args:
+        config: The stage's configuration.
+        model_config: Of its base.
+        model: Its base where that was given as an object; else None.
+    """
+    lora = config.lora if isinstance(config, TrainingConfig) else None
+    if not lora or not lora.rank or not (lora.target_modules or lora.where != "all"):
+        return []
+    module = without_storage(model_config) if model is None else model
+    head = module.get_output_embeddings().weight
+    unread = head if isinstance(config, RewardModelConfig) else None
+    try:
+        targets = FAMILIES[model_config.model_type].peft_config(lora)
+    except InputError as error:
+        return error.problems
+    problems = target_problems(module, targets, lora.target_modules or (), unread=unread)
+    return [f"lora.target_modules: {problem}" for problem in problems]
 
 
 def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention: str) -> Any:

@@ -6,17 +6,10 @@ fragmentation and the length of real rows decide the rest.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig
 
 from rlhf.config import (
     InferenceConfig,
@@ -27,9 +20,10 @@ from rlhf.config import (
     TrainingConfig,
 )
 from rlhf.hardware import pick_device, pick_dtype
-from rlhf.models.language_model import FAMILIES, EncoderDecoderModel
-from rlhf.models.loading import read_model_config
+from rlhf.models.language_model import FAMILIES
+from rlhf.models.loading import read_model_config, without_storage
 from rlhf.models.logprobs import LOGITS_PER_CHUNK
+from rlhf.models.targets import adapted_layers
 
 # fp32 weight, gradient and AdamW's two moments.
 TRAINED_BYTES = 16
@@ -55,13 +49,6 @@ class Counts:
     head: int
 
 
-def _without_storage(config: PretrainedConfig) -> PreTrainedModel:
-    seq2seq = issubclass(FAMILIES[config.model_type], EncoderDecoderModel)
-    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    with torch.device("meta"):
-        return auto.from_config(config)
-
-
 def count_parameters(config: PretrainedConfig, lora: LoRAConfig | None = None) -> Counts:
     """Count the parameters of a model and of an adapter on it, without making either.
 
@@ -69,18 +56,12 @@ def count_parameters(config: PretrainedConfig, lora: LoRAConfig | None = None) -
         config: The model's config.json.
         lora: Shape of the adapter; None for none.
     """
-    model = _without_storage(config)
+    model = without_storage(config)
     base = sum(parameter.numel() for parameter in model.parameters())
     adapter = 0
     if lora is not None and lora.rank:
-        suffixes = lora.target_modules or FAMILIES[config.model_type].adapter_modules
-        stack = "" if lora.where == "all" or config.model_type == "llama" else rf"{lora.where}\."
-        targets = re.compile(rf"{stack}(.*\.)?({'|'.join(map(re.escape, suffixes))})")
-        adapter = sum(
-            lora.rank * sum(module.weight.shape)
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and targets.fullmatch(name)
-        )
+        layers = adapted_layers(model, FAMILIES[config.model_type].peft_config(lora))
+        adapter = sum(lora.rank * sum(layer.weight.shape) for layer in layers.values())
     return Counts(base, adapter, int(config.hidden_size))
 
 

@@ -1,0 +1,123 @@
+"""Which layers an adapter may sit on: linear ones whose weight no other module holds.
+
+Decoding folds an adapter into its layer's weight and merging adds it there for good. Were that
+weight also an embedding, or another layer's, both would change with it.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+_SHOWN = 5  # of a list of layers in a message
+
+
+def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
+    """Return the layers that peft would put an adapter on, by name.
+
+    Args:
+        model: The base; it may have adapters already, and need not have storage.
+        config: Of the adapter.
+    """
+    return {
+        name: layer for name, layer in _layers(model) if check_target_module_exists(config, name)
+    }
+
+
+def target_problems(
+    model: nn.Module, config: LoraConfig, names: Sequence[str] = (), *, unread: Tensor | None = None
+) -> list[str]:
+    """Say what is wrong with an adapter's targets; nothing where all are right.
+
+    Args:
+        model: The base; need not have storage.
+        config: Of the adapter.
+        names: Names that somebody wrote, each of which must be that of a layer.
+        unread: A weight that the stage never uses.
+
+    Returns:
+        At most one line, which names every target that is wrong and those that would be right.
+    """
+    holders = _holders(model)
+    matched = adapted_layers(model, config)
+    every = [name for name, _ in _layers(model)]
+    problems = [text for name in names for text in _unmatched(name, every, matched)]
+    if not matched and not problems:
+        problems = [f"{_shown(_targets(config))} names no layer of this model"]
+    reasons: dict[str, list[str]] = {}
+    for name, layer in matched.items():
+        reason = _reason_against(name, layer, holders, unread)
+        if reason:
+            reasons.setdefault(reason, []).append(name)
+    problems += [f"{_shown(found)} {reason}" for reason, found in reasons.items()]
+    if not problems:
+        return []
+    valid = {
+        name.rpartition(".")[2]
+        for name, layer in _layers(model)
+        if not _reason_against(name, layer, holders, unread)
+    }
+    return [f"{'; '.join(problems)}; expected linear layers: {', '.join(sorted(valid))}"]
+
+
+def _reason_against(
+    name: str, layer: Any, holders: dict[int, list[str]], unread: Tensor | None
+) -> str | None:
+    if type(layer) is not nn.Linear:
+        return f"is no linear layer ({type(layer).__name__})"
+    others = [holder for holder in holders[_key(layer.weight)] if holder != name]
+    if others:
+        return f"shares its weight with {others[0]}, which would change too"
+    if unread is not None and _key(unread) == _key(layer.weight):
+        return "is not used in this stage, so nothing would be trained there"
+    return None
+
+
+def _unmatched(name: str, every: list[str], matched: dict[str, Any]) -> list[str]:
+    """What is wrong with a name that picks none of the layers matched."""
+    named = [layer for layer in every if layer == name or layer.endswith(f".{name}")]
+    if not named:
+        return [f"{name!r} names no layer of this model"]
+    if not any(layer in matched for layer in named):
+        return [f"{name!r} names layers outside of lora.where only, such as {named[0]}"]
+    return []
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of the base under every name they have, without adapters around them."""
+    inner: set[str] = set()  # prefixes of what lies within layers that have adapters
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name or any(name.startswith(prefix) for prefix in inner):
+            continue
+        if isinstance(module, LoraLayer):
+            inner.add(f"{name}.")
+            yield name, module.get_base_layer()
+        else:
+            yield name, module
+
+
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold each tensor."""
+    holders: dict[int, list[str]] = {}
+    for name, module in _layers(model):
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(_key(parameter), []).append(name)
+    return holders
+
+
+def _key(tensor: Tensor) -> int:
+    """The same for tensors that share memory; tensors without any differ by identity."""
+    return tensor.data_ptr() or id(tensor)
+
+
+def _targets(config: LoraConfig) -> list[str]:
+    targets = config.target_modules or []
+    return [targets] if isinstance(targets, str) else sorted(targets)
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
