@@ -365,6 +365,8 @@ def configurations(draw: st.DrawFn) -> PipelineConfig:
         "critic": st.just("head"),
     }
     top["ppo"] = draw(fields(TRAINING | EVAL | ppo, RATE, LENGTH))
+    if top["ppo"].get("kl_coeff") == 0:  # with which there is no KL to aim at
+        top["ppo"].pop("kl_target", None)
     own_rows = {"eval_dataset": PATHS} if top.get("eval_dataset") else {}
     inference = {"temperature": st.just(0.5), "min_response_length": st.just(2)}
     top["inference"] = draw(fields(STAGE | own_rows | inference))
