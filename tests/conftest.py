@@ -1,6 +1,7 @@
 """Tiny random models and tokenizers that every test may use. T5 and LLaMA run the same tests."""
 
 import os
+import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read when gcsfs is imported, which any test may do first; see object_store.py.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
+import numpy as np
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import HealthCheck, settings
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -27,8 +31,48 @@ from rlhf.models.language_model import FAMILIES, LanguageModel
 
 # `dtype: auto` is float32 in tests on every machine; tests of bfloat16 ask for it.
 torch.cpu.get_capabilities = dict
+# The same examples on every machine, however busy it is.
+settings.register_profile(
+    "anywhere",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("anywhere")
 
 ARCHS = ["t5", "llama"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run in an order that SEED gives")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    seed = config.getoption("--shuffle")
+    return None if seed is None else f"order: --shuffle {seed}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shuffles the files, and the tests of each, which share the file's fixtures."""
+    seed = config.getoption("--shuffle")
+    if seed is None:
+        return
+    order = random.Random(seed)
+    files = {item.path: order.random() for item in items}
+    places = {item: (files[item.path], order.random()) for item in items}
+    items.sort(key=places.__getitem__)
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """What tests of one process share is at every test's start as at the first one's."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture(params=ARCHS)

@@ -102,5 +102,6 @@ def test_matrices_that_were_cast_before_give_the_same(dtype: torch.dtype) -> Non
         layer.low_rank = None
         assert torch.equal(layer(x), expected)
     assert ours.shape == expected.shape
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
+    # The same products with one more rounding of each factor: 2^-24 in float32, 2^-9 in bfloat16.
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    assert (ours - expected).norm() < tolerance * expected.norm()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from numerics import assert_same_gradients
 from safetensors.torch import load_file
 from test_training import lines, stop_at, without_timing
 
@@ -98,13 +99,10 @@ def test_micro_batches_change_nothing(
 ) -> None:
     lora = {"rank": rank}
     whole = gradients(tiny_checkpoint, dataset, tmp_path / "a", 5, lora=lora)
-    assert whole[1]
     for micro in (1, 2, 3):
         loss, grads = gradients(tiny_checkpoint, dataset, tmp_path / "a", micro, lora=lora)
-        assert loss == pytest.approx(whole[0], rel=1e-6)
-        assert grads.keys() == whole[1].keys()
-        for name, grad in grads.items():
-            torch.testing.assert_close(grad, whole[1][name], rtol=1e-4, atol=1e-7)
+        assert loss == pytest.approx(whole[0], rel=1e-5)
+        assert_same_gradients(grads, whole[1])
 
 
 def test_loss_is_transformers_own_over_all_tokens(
@@ -200,9 +198,8 @@ def test_gradient_checkpointing_changes_nothing(
 ) -> None:
     plain = gradients(tiny_checkpoint, dataset, tmp_path / "a", 5)
     saved = gradients(tiny_checkpoint, dataset, tmp_path / "a", 5, gradient_checkpointing=True)
-    assert saved[0] == pytest.approx(plain[0], rel=1e-6)
-    for name, grad in plain[1].items():
-        torch.testing.assert_close(saved[1][name], grad, rtol=1e-4, atol=1e-7)
+    assert saved[0] == pytest.approx(plain[0], rel=1e-5)
+    assert_same_gradients(saved[1], plain[1])
 
 
 def test_bfloat16_runs_and_keeps_what_is_trained_in_fp32(
