@@ -104,7 +104,7 @@ class Run:
     def run_task(self, name: str, component: Mapping[str, Any], inputs: dict[str, Any]) -> None:
         """Start a task's launcher and wait; LauncherFailed if it fails."""
         process = self.start_task(name, component, inputs)
-        printed, _ = process.communicate(timeout=600)
+        printed, _ = process.communicate(timeout=1200)
         if process.returncode != 0:
             raise LauncherFailed(f"{name}: {printed.decode(errors='replace')}")
         self.collect(name, component)
@@ -238,5 +238,5 @@ class Run:
 def stop(process: subprocess.Popen[bytes]) -> None:
     """What KFP does to a launcher whose pipeline is cancelled."""
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed.decode(errors="replace")

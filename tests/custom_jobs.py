@@ -144,7 +144,7 @@ class CustomJobs(FakeVertex):
             job.resource.state = JobState.JOB_STATE_FAILED
 
 
-def wait_for(condition: Any, seconds: float = 120.0) -> None:
+def wait_for(condition: Any, seconds: float = 600.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

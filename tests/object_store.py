@@ -23,7 +23,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -45,6 +45,7 @@ class _Fault:
     times: int
     status: int = 0
     seconds: float = 0.0
+    action: Callable[[], None] | None = None
 
 
 class ObjectStore:
@@ -146,6 +147,10 @@ class ObjectStore:
         """Sends the answer in pieces that take so long together."""
         self._add("slow", when, times, seconds=seconds)
 
+    def first(self, action: Callable[[], None], when: str) -> None:
+        """Does what is asked, then calls `action`, and only then answers."""
+        self._add("first", when, 1, action=action)
+
     def corrupt(self, times: int = 1, when: str = "") -> None:
         """Changes the last byte of what is uploaded."""
         self._add("corrupt", when, times)
@@ -195,7 +200,7 @@ class ObjectStore:
             return answer.read()
 
     def _wait(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 600
         while True:
             try:
                 self._direct("GET", "/_internal/healthcheck")
@@ -264,6 +269,8 @@ def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
                 content = body.removesuffix(closing)
                 body = content[:-1] + bytes([content[-1] ^ 1]) + body[len(content) :]
             status, headers, content = self._forward_once(body)
+            if fault and fault.action:
+                fault.action()
             if kind == "lose":
                 self._hang_up()
             elif kind == "cut":

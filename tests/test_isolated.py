@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -25,17 +24,15 @@ except OSError as error:
 
 @pytest.mark.skipif("RLHF_ISOLATED" not in os.environ, reason="runs with a network")
 def test_this_very_run_reaches_nothing_but_loopback() -> None:
-    start = time.monotonic()
-    with pytest.raises(OSError, match="unreachable"):
+    with pytest.raises(OSError, match="unreachable"):  # and not "timed out"
         socket.create_connection(("8.8.8.8", 53), timeout=5)
-    assert time.monotonic() - start < 1
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname(), timeout=5).close()
 
 
 def test_a_command_runs_without_network_or_says_that_it_could_not() -> None:
     command = [sys.executable, str(SCRIPT), "-c", REACH_OUT]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     first, *last = run.stdout.splitlines()
     if first.startswith("None"):
         assert run.stderr.startswith("isolated.py: the network stays reachable: ")
@@ -46,4 +43,4 @@ def test_a_command_runs_without_network_or_says_that_it_could_not() -> None:
 
 def test_the_exit_code_is_the_commands() -> None:
     command = [sys.executable, str(SCRIPT), "-c", "raise SystemExit(7)"]
-    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 7
+    assert subprocess.run(command, capture_output=True, timeout=600).returncode == 7

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -496,21 +495,17 @@ def test_a_real_run_with_trouble_stops_at_sigterm_and_goes_on(
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
     spread(store, ["GET .*data/1", "GET .*base/model", "POST .*manifest", "POST .*metrics.jsonl"])
+    # While it waits for the answer to its second checkpoint, it cannot have begun another step.
+    store.first(lambda: process.send_signal(signal.SIGTERM), "POST .*step-000002/manifest")
     process = start("first.log")
-    deadline = time.monotonic() + 120
-    while not any("step-000002/manifest" in text for text in store.requests):
-        assert process.poll() is None, (tmp_path / "first.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 75, (tmp_path / "first.log").read_text()
-    assert store.faults_served == 4
+    assert process.wait(600) == 75, (tmp_path / "first.log").read_text()
+    assert store.faults_served == 4 + 1
     done = store.read("gs://team-bucket/out/metrics.jsonl").decode().splitlines()
     assert 2 <= len(done) < steps
     spread(store, ["GET .*model.safetensors", "POST .*events", "POST .*manifest", "DELETE"])
     process = start("second.log")
-    assert process.wait(180) == 0, (tmp_path / "second.log").read_text()
-    assert store.faults_served == 8
+    assert process.wait(600) == 0, (tmp_path / "second.log").read_text()
+    assert store.faults_served == 8 + 1
     assert f"continues after step {len(done)}" in (tmp_path / "second.log").read_text()
     lines = store.read("gs://team-bucket/out/metrics.jsonl").decode().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, steps + 1)]

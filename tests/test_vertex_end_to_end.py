@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,19 +236,11 @@ def killed_half_way_it_ends_as_if_it_had_not_been(cloud: Cloud, base: str) -> No
         ppo_config={**PPO, **rows},
     )
     folder = f"{cloud.bucket}/runs/killed/policy"
-    before = len(cloud.jobs.of_stage("ppo"))
-    # Eight tiny steps are over before anyone can kill them; the second checkpoint takes its time.
-    cloud.store.slow(30.0, times=1, when=r"killed/policy/checkpoints/step-0+4/")
-
-    def kill_after_the_first_checkpoint() -> None:
-        wait_for(lambda: len(cloud.jobs.of_stage("ppo")) > before)
-        wait_for(lambda: any("manifest.json" in name for name in cloud.store.names(folder)))
-        cloud.jobs.of_stage("ppo")[-1].process.kill()
-
-    killer = threading.Thread(target=kill_after_the_first_checkpoint)
-    killer.start()
+    cloud.store.first(
+        lambda: cloud.jobs.of_stage("ppo")[-1].process.kill(),
+        when=r"POST .*killed/policy/checkpoints/step-0+2/manifest",
+    )
     outputs = run.run()
-    killer.join()
     assert cloud.jobs.of_stage("ppo")[-1].exit_codes == [-9, 0]
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
         whole = cloud.store.read(f"{cloud.bucket}/runs/whole/policy/{name}")
