@@ -4,23 +4,26 @@
 (Adam's moments and counters), `state.json`, and `manifest.json` with the size and SHA-256 of each
 file. A folder is written under a hidden name and renamed; on stores without atomic renames the
 manifest goes last. So a folder without a valid manifest is no checkpoint, and the one before it is
-used. `best/trainable.safetensors` holds the trainable tensors of the best evaluation.
+used. `best/trainable.safetensors` holds the trainable tensors of the best evaluation, with their
+checksum.
 """
 
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf.disk import checksum, rename, settle
+from rlhf.errors import StorageError
 from rlhf.outputs import plain, read_json, to_json, write_text
 
 logger = logging.getLogger(__name__)
@@ -79,19 +82,28 @@ def save_checkpoint(output_path: Path, checkpoint: Checkpoint, keep: int) -> Pat
     temporary, target = root / f".{name}", root / name
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(_on_cpu(checkpoint.model), temporary / "model.safetensors")
-    save_file(_on_cpu(checkpoint.optimizer), temporary / "optimizer.safetensors")
-    write_text(temporary / "state.json", to_json({"step": checkpoint.step, **checkpoint.state}))
-    files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
-    write_text(temporary / "manifest.json", to_json({"step": checkpoint.step, "files": files}))
+    try:
+        _write_checkpoint(temporary, checkpoint)
+    except BaseException:  # a full disk gets its space back
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
-    temporary.replace(target)
+    rename(temporary, target)
     # Later ones are damaged, or this run would have continued from them.
     later = [folder for folder in _folders(output_path) if _step_of(folder) > checkpoint.step]
     earlier = [folder for folder in _folders(output_path) if _step_of(folder) < checkpoint.step]
     for folder in [*later, *earlier[max(keep, 1) - 1 :]]:
         shutil.rmtree(folder, ignore_errors=True)
     return target
+
+
+def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    save_file(_on_cpu(checkpoint.model), folder / "model.safetensors")
+    save_file(_on_cpu(checkpoint.optimizer), folder / "optimizer.safetensors")
+    write_text(folder / "state.json", to_json({"step": checkpoint.step, **checkpoint.state}))
+    settle(folder)  # what the manifest vouches for
+    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    write_text(folder / "manifest.json", to_json({"step": checkpoint.step, "files": files}))
 
 
 def load_checkpoint(output_path: Path) -> Checkpoint | None:
@@ -131,7 +143,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def remove_checkpoints(output_path: Path) -> None:
-    """Removes all resumable checkpoints, which a finished run needs no longer."""
+    """Removes all checkpoints."""
     shutil.rmtree(output_path / FOLDER, ignore_errors=True)
 
 
@@ -141,12 +153,19 @@ def remove_best(output_path: Path) -> None:
 
 
 def save_best(output_path: Path, tensors: Mapping[str, Tensor], best: Best) -> None:
-    """Replaces the best trainable tensors: one file, so the change is atomic."""
+    """Replaces the best trainable tensors: one file with its own checksum, so it is atomic."""
     target = output_path / BEST
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(".trainable.tmp")
-    save_file(_on_cpu(tensors), temporary, metadata={"best": json.dumps(plain(asdict(best)))})
-    os.replace(temporary, target)
+    here = _on_cpu(tensors)
+    metadata = {"best": json.dumps(plain(asdict(best))), "sha256": _digest(here)}
+    try:
+        save_file(here, temporary, metadata=metadata)
+        settle(temporary)
+        rename(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_best(output_path: Path) -> Best | None:
@@ -159,8 +178,57 @@ def read_best(output_path: Path) -> Best | None:
 
 
 def load_best(output_path: Path) -> dict[str, Tensor]:
-    """The best trainable tensors by name."""
-    return load_file(output_path / BEST)
+    """The best trainable tensors by name.
+
+    Raises:
+        StorageError: They are not those that were saved.
+    """
+    path = output_path / BEST
+    try:
+        with safe_open(path, framework="pt") as file:
+            expected = file.metadata()["sha256"]
+        tensors = load_file(path)
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
+    if _digest(tensors) != expected:
+        raise StorageError(f"{path} does not match its checksum; the same command makes it again")
+    return tensors
+
+
+def restore_best(output_path: Path, checkpoint: Checkpoint) -> bool:
+    """Makes sure that the best tensors are those that a run at this checkpoint had.
+
+    Damaged or missing ones come from the checkpoint itself if that is of the same step.
+
+    Returns:
+        False if they are lost, so that training has to find them again.
+    """
+    expected = checkpoint.state.get("best")
+    found = read_best(output_path)
+    try:
+        load_best(output_path)
+    except StorageError as error:
+        found = None
+        if (output_path / BEST).exists():
+            logger.warning("%s", error)
+        remove_best(output_path)
+    if expected is None or (found is not None and found.step >= expected["step"]):
+        return True
+    if expected["step"] != checkpoint.step:
+        logger.warning("%s is lost: training starts anew to find it again", output_path / BEST)
+        return False
+    save_best(output_path, checkpoint.model, Best(**expected))
+    return True
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and contents of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def _folders(output_path: Path) -> list[Path]:
@@ -178,6 +246,4 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"size": path.stat().st_size, "sha256": digest}
+    return {"size": path.stat().st_size, "sha256": checksum(path)}

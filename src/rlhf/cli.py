@@ -29,6 +29,7 @@ from rlhf.config import (
 )
 from rlhf.config.loading import unreadable_character
 from rlhf.console import SayHandler, complain, say, show, steady_streams
+from rlhf.disk import disk_problem
 from rlhf.errors import InputError, NumericalError, StoppedBySignal, StorageError
 from rlhf.flags import (
     CONTEXT,
@@ -345,4 +346,10 @@ def exit_code(command: Callable[[], Any]) -> int:
         return 1
     except click.Abort:
         complain(["interrupted"])
+        return 1
+    except Exception as error:
+        if (problem := disk_problem(error)) is None:
+            raise
+        hint = "what was saved before is whole; the same command continues from it"
+        complain([f"{problem}; {hint}"])
         return 1

@@ -19,7 +19,7 @@ from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
 from rlhf.models.memory import dry_run_report
 from rlhf.models.policy import PolicySource, find_policy, weights_fingerprint
 from rlhf.models.roles import check_judge
-from rlhf.outputs import Run, Status, prepare_output, write_text
+from rlhf.outputs import PARTIAL_SUMS, Run, Status, prepare_output, write_text
 from rlhf.predictions import (
     Prediction,
     PredictionFile,
@@ -28,6 +28,7 @@ from rlhf.predictions import (
     report_markdown,
     samples_markdown,
     summary_lines,
+    write_sums,
 )
 from rlhf.tracking import ProgressLine, SignalGuard, Trackers
 
@@ -99,7 +100,7 @@ def run_inference(config: InferenceConfig) -> InferenceResult:
     run = prepare_output(config, _fingerprints(config, inputs), stage=STAGE, saved=(PARTIAL, FINAL))
     if run.status is Status.FINISHED and not config.dry_run:
         say(f"{STAGE}: {config.output_dir} is finished already")
-        return _result(run, run.metrics())
+        return _result(run, run.conclude())
     lines = _description(config, inputs)
     if config.dry_run:
         show(dry_run_report(STAGE, config, len(inputs.prompts), lines))
@@ -227,10 +228,14 @@ def _open_predictions(run: Run, config: InferenceConfig, total: int) -> Predicti
     """The growing file, with what an interrupted run left in it."""
     path = run.output.path
     if run.status is Status.CONTINUE:
-        run.output.fetch(PARTIAL, FINAL)
+        run.output.fetch(PARTIAL, PARTIAL_SUMS, FINAL)
         if (path / FINAL).is_file():  # stopped between the rename and metrics.json
             os.replace(path / FINAL, path / PARTIAL)
-    file = PredictionFile(path / PARTIAL, config.batch_size, total)
+            if not (path / PARTIAL_SUMS).is_file():  # or its metrics.json was removed
+                write_sums(path / PARTIAL, path / PARTIAL_SUMS, config.batch_size, run.identity)
+    file = PredictionFile(
+        path / PARTIAL, path / PARTIAL_SUMS, config.batch_size, total, run.identity
+    )
     if file.count:
         say(f"{STAGE}: continues after {file.count} of {total} rows")
     return file

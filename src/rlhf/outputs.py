@@ -8,7 +8,8 @@ append to a file nor rename a folder.
 import json
 import math
 import os
-import tempfile
+import shutil
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -19,12 +20,19 @@ from typing import Any
 
 from rlhf import storage
 from rlhf.config import StageConfig, config_to_yaml, result_fields
+from rlhf.disk import remove_unfinished, rename, settle
 from rlhf.errors import InputError
 from rlhf.hardware import dtype_name
+from rlhf.processes import temporary_folder
 from rlhf.storage import find_files, open_store, reason, storage_errors, upload
 
 RUN_FILE = "run.json"
 RESULT_FILE = "metrics.json"
+CONFIG_FILE = "config.yaml"
+# Inference's checksums of the rows that it has; see `rlhf.predictions.PredictionFile`.
+PARTIAL_SUMS = "predictions.partial.sums.jsonl"
+# What continuing needs and a finished run does not.
+RESUMING = ("checkpoints/*", PARTIAL_SUMS)
 # What a folder may hold already and still count as empty: a shell's log of this very run, say, or
 # what the Vertex entry point says of an attempt that failed.
 IGNORED = (".*", "*.log", "failure.json")
@@ -44,11 +52,15 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
     """Writes a text, or one in pieces, so that a reader (or a crash) sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines([text] if isinstance(text, str) else text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+            file.flush()
+            os.fsync(file.fileno())
+        rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -96,8 +108,8 @@ class Output:
         if not self.remote:
             self.path = Path(folder)
             return
-        self._temporary = tempfile.TemporaryDirectory(prefix="rlhf-output-")
-        self.path = Path(self._temporary.name)
+        self.path = temporary_folder("output")
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self._store = _Copy(self.path, folder, "output_dir")
         self._copies.append(self._store)
 
@@ -112,6 +124,13 @@ class Output:
                 if path.is_file()
             ]
         return sorted(name for name in files if not _ignored(name))
+
+    def refetch(self, *names: str) -> None:
+        """Copies remote files into the working copy as they are now."""
+        if self.remote:
+            for name in names:
+                self._store.forget(name)
+            self.fetch(*names)
 
     def fetch(self, *patterns: str) -> None:
         """Copies remote files whose relative path matches a pattern into the working copy."""
@@ -131,11 +150,28 @@ class Output:
         if is_remote(folder) or Path(folder).resolve() != source.resolve():
             self._copies.append(_Copy(source, folder, f"{part}_dir"))
 
+    def remove(self, *patterns: str) -> None:
+        """Removes files whose relative path matches a pattern, here and in the store.
+
+        What cannot be removed stays: nothing depends on it.
+        """
+        for name in self.names():
+            if any(fnmatch(name, pattern) for pattern in patterns):
+                with suppress(OSError):
+                    (self.path / name).unlink(missing_ok=True)
+                if self.remote:
+                    self._store.remove(name)
+        for folder in sorted(self.path.rglob("*"), reverse=True):
+            name = folder.relative_to(self.path).as_posix()
+            if folder.is_dir() and any(fnmatch(f"{name}/", pattern) for pattern in patterns):
+                with suppress(OSError):
+                    folder.rmdir()
+
     def publish(self) -> None:
         """Uploads what changed since the last call and removes remotely what is gone locally.
 
-        A checkpoint's manifest goes after its other files and the final metrics go last, so that
-        what looks complete is complete.
+        run.json, which tells whose the files are, goes first, what vouches for files (manifests,
+        checksums) after them and the final metrics last, so that what looks complete is complete.
 
         Raises:
             StorageError: If the store fails for longer than its library retries. What was complete
@@ -202,6 +238,17 @@ class _Copy:
                 self._filesystem.rm_file(f"{self._root}/{name}")
             del self._sent[name]
 
+    def remove(self, name: str) -> None:
+        """Removes a file there, if it can be."""
+        with suppress(Exception):  # each store raises its own kinds
+            self._filesystem.rm_file(f"{self._root}/{name}")
+        self._sent.pop(name, None)
+
+    def forget(self, name: str) -> None:
+        """Drops the local copy of a file, so that `fetch` brings it as it is there now."""
+        (self.source / name).unlink(missing_ok=True)
+        self._sent.pop(name, None)
+
     def _writing(self, name: str) -> AbstractContextManager[None]:
         hint = "what was saved there before is whole; the same command continues from it"
         return storage_errors(f"{self.field}: cannot write {join(self.folder, name)}", hint)
@@ -217,7 +264,8 @@ def _signature(path: Path) -> tuple[int, int]:
 
 
 def _publishing_order(name: str) -> tuple[int, str]:
-    rank = {"manifest.json": 1, RESULT_FILE: 2}.get(name.rsplit("/", 1)[-1], 0)
+    last = {"manifest.json": 1, PARTIAL_SUMS: 1, RESULT_FILE: 2}
+    rank = -1 if name == RUN_FILE else last.get(name.rsplit("/", 1)[-1], 0)
     return rank, name
 
 
@@ -229,42 +277,124 @@ class Status(Enum):
     FINISHED = "the whole run"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """One stage's run and the folder it lives in.
 
     Attributes:
-        status: What was found.
+        config: The stage's configuration.
         output: The folder.
         identity: What determines the results: stage, configuration fields, data fingerprints.
         config_text: The resolved configuration as YAML.
+        saved: Patterns of files that are worth continuing from.
+        status: What was found.
     """
 
-    status: Status
+    config: StageConfig
     output: Output
     identity: Mapping[str, Any]
     config_text: str
+    saved: Sequence[str]
+    status: Status = Status.FRESH
+
+    def look(self) -> None:
+        """Finds out what the folder holds; writes nothing there.
+
+        Raises:
+            InputError: See `prepare_output`.
+        """
+        folder, names = self.output.folder, self.output.names()
+        self.output.refetch(RUN_FILE, RESULT_FILE)
+        finished = bool((read_json(self.output.path / RESULT_FILE) or {}).get("finished"))
+        begun = any(fnmatch(name, pattern) for name in names for pattern in self.saved)
+        earlier = self._recorded_identity(names)
+        if names and self.config.resume == "never":
+            raise InputError(
+                f"output_dir: {folder} is not empty and resume is never; choose another "
+                "output_dir, empty the folder, or set resume to auto"
+            )
+        if earlier is None and names and RUN_FILE not in names and not self._only_config(names):
+            raise InputError(
+                f"output_dir: {folder} holds files of no run of rlhf ({names[0]}, …); "
+                "choose another output_dir or empty the folder"
+            )
+        if earlier is None and finished:
+            raise InputError(
+                f"output_dir: {folder} holds a finished run whose {RUN_FILE} is damaged, so nobody "
+                f"can tell what it was made of; restore {RUN_FILE} or choose another output_dir"
+            )
+        if earlier is not None and (finished or begun):
+            _refuse_changes(self.config, earlier, self.identity)
+        # Without any record, what was begun is damaged as a whole: it starts anew.
+        begun = begun and earlier is not None
+        self.status = Status.FINISHED if finished else Status.CONTINUE if begun else Status.FRESH
 
     def start(self) -> None:
-        """Claims the folder: writes what the run is made of."""
-        write_text(self.output.path / "config.yaml", self.config_text)
+        """Claims the folder: writes what the run is made of, whose it is before all else."""
+        remove_unfinished(self.output.path)
         write_text(self.output.path / RUN_FILE, to_json(self.identity))
+        write_text(self.output.path / CONFIG_FILE, self.config_text)
         self.output.publish()
 
     def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Writes metrics.json, the mark of a finished run, after everything else is in place."""
         result = {**metrics, "finished": True}
+        if not self.output.remote:
+            settle(self.output.path)
         write_text(self.output.path / RESULT_FILE, to_json(result))
         self.output.publish()
+        self.output.remove(*RESUMING)
         return result
 
-    def metrics(self) -> dict[str, Any]:
-        """The final metrics of a finished run."""
+    def conclude(self) -> dict[str, Any]:
+        """Removes what a kill left behind in a finished run's folder.
+
+        Returns:
+            The final metrics.
+        """
+        with suppress(OSError):  # others may lend us a folder to read
+            remove_unfinished(self.output.path)
+        self.output.remove(*RESUMING)
         return read_json(self.output.path / RESULT_FILE) or {}
 
     def file(self, *names: str) -> str:
         """Where the user finds something of this run."""
         return join(self.output.folder, *names)
+
+    def _recorded_identity(self, names: Sequence[str]) -> Mapping[str, Any] | None:
+        """What the run there is made of, by run.json or, where that is damaged, by what it saved.
+
+        Checkpoints and inference's checksums say it too.
+        """
+        states = [name for name in names if fnmatch(name, "checkpoints/step-*/state.json")]
+        for name in (RUN_FILE, *sorted(states, reverse=True), PARTIAL_SUMS):
+            self.output.fetch(name)
+            if (found := _identity_in(self.output.path / name)) is not None:
+                return found
+        return None
+
+    def _only_config(self, names: Sequence[str]) -> bool:
+        """True if all there is is the configuration that this run would write."""
+        if list(names) != [CONFIG_FILE]:
+            return False
+        self.output.fetch(CONFIG_FILE)
+        path = self.output.path / CONFIG_FILE
+        return path.read_text(encoding="utf-8", errors="replace") == self.config_text
+
+
+def _identity_in(path: Path) -> Mapping[str, Any] | None:
+    """A run's identity from run.json, a checkpoint's state, or the first of several JSON lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    for part in (text, text.partition("\n")[0]):
+        with suppress(ValueError):
+            value = json.loads(part)
+            value = value.get("run", value) if isinstance(value, dict) else None
+            if isinstance(value, dict) and isinstance(value.get("fields"), dict):
+                return value
+    return None
 
 
 def prepare_output(
@@ -287,35 +417,30 @@ def prepare_output(
 
     Raises:
         InputError: If the folder holds another run, files of no run, or anything at all with
-            `resume: never`.
+            `resume: never`; if it cannot be written.
     """
     contents = {f"{name} (content)": value for name, value in data_fingerprints.items()}
     resolved = config.model_copy(update={"dtype": dtype_name(config.dtype, config.device)})
     fields = {**result_fields(resolved), **contents}
     identity = json.loads(json.dumps({"stage": stage, "fields": fields}, default=str))
     output = Output(config.output_dir)
-    if Path(config.output_dir).is_file() and not output.remote:
-        raise InputError(f"output_dir: {config.output_dir} is a file; expected a folder")
-    names = output.names()
-    output.fetch(RUN_FILE, RESULT_FILE)
-    earlier = read_json(output.path / RUN_FILE)
-    begun = [name for name in names if any(fnmatch(name, pattern) for pattern in saved)]
-    finished = bool((read_json(output.path / RESULT_FILE) or {}).get("finished"))
+    if not output.remote:
+        _check_writable(output.path)
+    run = Run(config, output, identity, config_to_yaml(resolved), saved)
+    run.look()
+    return run
 
-    if names and config.resume == "never":
-        raise InputError(
-            f"output_dir: {config.output_dir} is not empty and resume is never; choose another "
-            "output_dir, empty the folder, or set resume to auto"
-        )
-    if names and earlier is None:
-        raise InputError(
-            f"output_dir: {config.output_dir} holds files of no run of rlhf ({names[0]}, …); "
-            "choose another output_dir or empty the folder"
-        )
-    if earlier is not None and (finished or begun):
-        _refuse_changes(config, earlier, identity)
-    status = Status.FINISHED if finished else Status.CONTINUE if begun else Status.FRESH
-    return Run(status, output, identity, config_to_yaml(resolved))
+
+def _check_writable(path: Path) -> None:
+    """Refuses a folder that is none, or in which nothing can be written."""
+    if path.is_file():
+        raise InputError(f"output_dir: {path} is a file; expected a folder")
+    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    if not existing.is_dir():
+        raise InputError(f"output_dir: cannot write to {path}: {existing} is no folder")
+    finished = (path / RESULT_FILE).is_file()  # may be somebody else's, to be read only
+    if not finished and not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"output_dir: cannot write to {path}: no permission for {existing}")
 
 
 def _refuse_changes(

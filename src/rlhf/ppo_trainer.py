@@ -112,7 +112,7 @@ def train_ppo(
         return PPOResult(config.output_dir, {})
     if inputs.run.status is Status.FINISHED:
         say(f"ppo: already finished in {config.output_dir}")
-        return PPOResult(config.output_dir, inputs.run.metrics())
+        return PPOResult(config.output_dir, inputs.run.conclude())
     trainer = PPOTrainer(
         config, reward_fn=reward_fn, model=model, inputs=inputs, callbacks=callbacks
     )

@@ -1,15 +1,18 @@
 """What inference says of each row: the file it grows in, its figures, its samples for reading."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
 from rlhf.config import InferenceConfig
 from rlhf.evaluation import bootstrap_interval, corpus_rouge, text_statistics, win_rate
+from rlhf.outputs import write_text
 
 FinishReason = Literal["eos", "length"]
 SAMPLES = 16
@@ -70,11 +73,6 @@ def json_line(row: Mapping[str, Any], *, allow_nan: bool = False) -> bytes:
 
 def read_predictions(path: Path) -> Iterator[Prediction]:
     """The predictions of a file, up to the first line that is not a whole one."""
-    return (prediction for prediction, _ in _lines(path))
-
-
-def _lines(path: Path) -> Iterator[tuple[Prediction, int]]:
-    """Predictions with the bytes of their lines."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -85,41 +83,93 @@ def _lines(path: Path) -> Iterator[tuple[Prediction, int]]:
                 prediction = Prediction(**json.loads(line))
             except (ValueError, TypeError):
                 return
-            yield prediction, len(line)
+            yield prediction
 
 
 class PredictionFile:
-    """A file of predictions that survives an interruption.
+    """A file of predictions that survives an interruption, and damage to what it has.
+
+    Beside it grows a file of checksums, JSON Lines: first whose rows they are, then for each piece
+    its rows, bytes and SHA-256. What has no matching checksum is cut off and computed again.
 
     Args:
         path: Where it grows.
+        sums: Where the checksums are.
         chunk: Rows are appended in pieces of this size. Whole pieces are kept and the rest is cut
             off: what is computed again then meets in the same batches, hence the same bytes.
         total: Rows in the end.
+        identity: What the rows are made of.
 
     Attributes:
         count: Rows that are there.
     """
 
-    def __init__(self, path: Path, chunk: int, total: int) -> None:
-        self.path = path
-        size = kept = kept_size = 0
-        for count, (_, length) in enumerate(_lines(path), start=1):
-            size += length
-            if count % chunk == 0 or count == total:
-                kept, kept_size = count, size
-        self.count = kept
+    def __init__(
+        self, path: Path, sums: Path, chunk: int, total: int, identity: Mapping[str, Any]
+    ) -> None:
+        self.path, self.sums = path, sums
+        self.count, size = 0, 0
+        self._head = json_line({"run": identity})
+        kept = [self._head]
+        for line, content in self._pieces():
+            rows = content.count(b"\n")
+            if rows != min(chunk, total - self.count):
+                break
+            self.count += rows
+            size += len(content)
+            kept.append(line)
         if path.exists():
-            os.truncate(path, kept_size)
+            os.truncate(path, size)
+        if path.exists() or sums.exists():
+            write_text(sums, b"".join(kept).decode())
 
     def append(self, predictions: Sequence[Prediction]) -> None:
         """Adds one piece and makes sure that it is on the disk."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write(b"".join(prediction.line() for prediction in predictions))
-            file.flush()
-            os.fsync(file.fileno())
+        content = b"".join(prediction.line() for prediction in predictions)
+        if not self.sums.exists():
+            write_text(self.sums, self._head.decode())
+        _append(self.path, content)
+        _append(self.sums, json_line(_sum(content)))
         self.count += len(predictions)
+
+    def _pieces(self) -> Iterator[tuple[bytes, bytes]]:
+        """Lines of checksums and the pieces that match them, up to the first that does not."""
+        if not self.path.is_file() or not self.sums.is_file():
+            return
+        with self.path.open("rb") as file, self.sums.open("rb") as sums:
+            left = self.path.stat().st_size
+            next(sums, None)
+            for line in sums:
+                try:
+                    size = json.loads(line)["bytes"]
+                    content = file.read(size) if 0 < size <= left else b""
+                except (ValueError, TypeError, KeyError, RecursionError):
+                    return
+                if line != json_line(_sum(content)):
+                    return
+                left -= size
+                yield line, content
+
+
+def write_sums(path: Path, sums: Path, chunk: int, identity: Mapping[str, Any]) -> None:
+    """Writes the checksums of a whole file of predictions, as `PredictionFile` reads them."""
+    lines = [json_line({"run": identity})]
+    with path.open("rb") as file:
+        while content := b"".join(islice(file, chunk)):
+            lines.append(json_line(_sum(content)))
+    write_text(sums, b"".join(lines).decode())
+
+
+def _sum(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _append(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def prediction_metrics(predictions: Sequence[Prediction], *, seed: int = 0) -> dict[str, float]:

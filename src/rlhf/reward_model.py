@@ -108,7 +108,7 @@ def train_reward_model(
         return RewardModelResult(config.output_dir, {})
     if inputs.run.status is Status.FINISHED:
         say(f"reward_model: already finished in {config.output_dir}")
-        return RewardModelResult(config.output_dir, inputs.run.metrics())
+        return RewardModelResult(config.output_dir, inputs.run.conclude())
     trainer = RewardModelTrainer(config, model=model, inputs=inputs, callbacks=callbacks)
     return RewardModelResult(config.output_dir, trainer.train())
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -29,7 +28,7 @@ from rlhf.models.roles import (
     load_reward_model,
 )
 from rlhf.predictions import json_line
-from rlhf.storage import is_remote, locate, open_store, storage_errors, upload
+from rlhf.storage import is_remote, locate, open_store, whole_file
 from rlhf.tracking import ProgressLine
 
 STAGE = "score"
@@ -90,7 +89,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
     check_judge(config.reward_model_path, renderer)
     scorer = load_reward_model(config.reward_model_path, device=config.device, dtype=config.dtype)
     figures = _Figures()
-    with _WholeFile(config.output) as temporary, temporary.open("wb") as file:
+    with whole_file(config.output, "output") as file:
         progress = ProgressLine(STAGE, total, 0, ("reward",))
         rows = _rows(files, renderer)
         try:
@@ -237,33 +236,6 @@ class _Figures:
         if self.pairs:
             metrics |= evaluate_preferences(*zip(*self.pairs, strict=True)).metrics()
         return metrics
-
-
-class _WholeFile:
-    """A temporary file that takes its place, local or remote, only if all went well."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self.remote = is_remote(target)
-
-    def __enter__(self) -> Path:
-        if self.remote:
-            self._folder = tempfile.TemporaryDirectory(prefix="rlhf-score-")
-            self.path = Path(self._folder.name) / "rows.jsonl"
-        else:
-            target = Path(self.target)
-            self.path = target.with_name(f".{target.name}.tmp")
-            target.parent.mkdir(parents=True, exist_ok=True)
-        return self.path
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None and self.remote:
-            with storage_errors(f"output: cannot write {self.target}"):
-                filesystem, root = open_store(self.target)
-                upload(filesystem, str(self.path), root)
-        elif kind is None:
-            self.path.replace(self.target)
-        self.path.unlink(missing_ok=True)
 
 
 def _check_output(output: str, files: Sequence[str]) -> None:

@@ -117,7 +117,7 @@ def train_sft(
         return SFTResult(config.output_dir, {})
     if inputs.run.status is Status.FINISHED:
         say(f"sft: already finished in {config.output_dir}")
-        return SFTResult(config.output_dir, inputs.run.metrics())
+        return SFTResult(config.output_dir, inputs.run.conclude())
     trainer = SFTTrainer(config, model=model, inputs=inputs, callbacks=callbacks)
     return SFTResult(config.output_dir, trainer.train())
 

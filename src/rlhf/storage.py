@@ -9,10 +9,12 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from rlhf.disk import rename
 from rlhf.errors import InputError, StoppedBySignal, StorageError
+from rlhf.processes import remove_abandoned, temporary, temporary_name
 
 # Where Vertex mounts all buckets that a job may read.
 MOUNT = "/gcs"
@@ -98,6 +100,51 @@ def upload(filesystem: Any, local: str, remote: str) -> None:
     else:
         filesystem.makedirs(str(PurePosixPath(remote).parent), exist_ok=True)
         filesystem.put_file(local, remote)
+
+
+@contextmanager
+def whole_file(path: str, field: str) -> Iterator[IO[bytes]]:
+    """A file to write that appears under its name only when it is complete.
+
+    What a killed process left of it is removed by the next one that writes it.
+
+    Args:
+        path: Where to, local or in a store.
+        field: Configuration field that names it, for messages.
+
+    Raises:
+        InputError: It cannot be made there.
+        StorageError: The store failed.
+    """
+    if is_remote(path):
+        try:
+            filesystem, root = open_store(path)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"{field}: {path} cannot be written: {error}") from error
+        with temporary("upload") as folder:
+            with (folder / "rows").open("wb") as file:
+                yield file
+            with storage_errors(f"{field}: {path} cannot be written"):
+                upload(filesystem, str(folder / "rows"), root)
+        return
+    target = Path(path)
+    partial = target.with_name(temporary_name(f".{target.name}"))
+    try:
+        if target.is_dir():
+            raise InputError(f"{field}: {path} is a folder, expected a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(target.parent, f".{target.name}-")
+        file = partial.open("wb")
+    except OSError as error:
+        raise InputError(f"{field}: {path} cannot be written: {reason(error)}") from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        rename(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class _Readable(io.RawIOBase):

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -23,6 +24,7 @@ from rlhf.checkpoints import (
     read_best,
     remove_best,
     remove_checkpoints,
+    restore_best,
     save_best,
     save_checkpoint,
 )
@@ -152,7 +154,7 @@ class Trainer(ABC):
         """
         if self.run.status is Status.FINISHED:
             say(f"{self.stage}: already finished in {self.run.output.folder}")
-            return self.run.metrics()
+            return self.run.conclude()
         self.run.start()
         self._restore()
         with self._session() as (signals, log):
@@ -269,13 +271,16 @@ class Trainer(ABC):
 
     def save(self) -> None:
         """Writes a checkpoint of the steps that are done, and publishes it."""
+        best = read_best(self.output_path)
         state = {
+            "best": None if best is None else asdict(best),
             "seconds": self._seconds,
             "skipped_updates": self.skipped_updates,
             "skipped_in_row": self._skipped_in_row,
             "last": self._last,
             "evaluation": self._evaluation,
             "extra": self.extra_state(),
+            "run": self.run.identity,  # where run.json gets damaged, this tells whose it is
         }
         moments = self.optimizer.state_tensors()
         checkpoint = Checkpoint(self.step_index, self.parameters, moments, state)
@@ -339,7 +344,8 @@ class Trainer(ABC):
         if self.run.status is Status.CONTINUE:
             self.run.output.fetch("checkpoints/*", "best/*", "metrics.jsonl", "samples.jsonl")
             checkpoint = load_checkpoint(self.output_path)
-        if checkpoint is None:
+        if checkpoint is None or not restore_best(self.output_path, checkpoint):
+            remove_checkpoints(self.output_path)
             remove_best(self.output_path)  # of an attempt that failed before it saved
             return
         self.optimizer.load_parameters(checkpoint.model)
@@ -365,7 +371,4 @@ class Trainer(ABC):
                 metrics |= best.evaluation
         self.final_metrics = metrics
         metrics |= self.export() | {"seconds": self._seconds}
-        result = self.run.finish(metrics)
-        remove_checkpoints(self.output_path)
-        self.run.output.publish()
-        return result
+        return self.run.finish(metrics)

@@ -18,17 +18,12 @@ In all but `rows` and `tldr_comparisons` a `system` text becomes the system turn
 is a text: its `context`), and a `history` of [question, answer] pairs becomes the earlier turns.
 """
 
-import contextlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from rlhf import storage
 from rlhf.data.files import expand_paths, mend, open_file, read_json_lines
 from rlhf.data.schema import RowChecker, add_names, describe, holds_something, named
 from rlhf.data.turns import (
@@ -41,7 +36,7 @@ from rlhf.data.turns import (
     split_answers,
 )
 from rlhf.errors import InputError
-from rlhf.storage import is_remote, open_store, upload
+from rlhf.storage import whole_file
 
 MAX_PROBLEMS = 20
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
@@ -110,7 +105,7 @@ def convert(
     report = ConvertReport(layout, output_path)
     problems: list[str] = []
     count = 0
-    with _whole_file(output_path) as output:
+    with whole_file(output_path, "output_path") as output:
         for place, value, problem in _values(files):
             try:
                 if problem or not isinstance(value, dict):
@@ -170,39 +165,6 @@ def _array(path: str) -> tuple[list[Any] | None, str]:
         except ValueError as error:  # of JSON, of UTF-8, or a number that is too long
             return None, f"is not JSON ({error}), expected an array of objects"
     return (items, "") if items else (None, "is an empty array, expected objects")
-
-
-@contextlib.contextmanager
-def _whole_file(path: str) -> Iterator[IO[bytes]]:
-    """A file to write that appears under its name only when it is complete."""
-    if is_remote(path):
-        with tempfile.TemporaryDirectory(prefix="rlhf-convert-") as folder:
-            partial = Path(folder) / "rows.jsonl"
-            with partial.open("wb") as file:
-                yield file
-            try:
-                filesystem, root = open_store(path)
-                upload(filesystem, str(partial), root)
-            except Exception as error:  # every store raises its own
-                raise InputError(
-                    f"output_path: {path} cannot be written: {storage.reason(error)}"
-                ) from error
-        return
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        if target.is_dir():
-            raise InputError(f"output_path: {path} is a folder, expected a file")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(target)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"output_path: {path} cannot be written: {reason}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _recognise(row: Row) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from rlhf.disk import settle
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import DecoderOnlyModel, LanguageModel
 from rlhf.models.saving import merged_weights
@@ -46,6 +47,7 @@ def save_sequence_classifier(
     model.load_state_dict(state, strict=True, assign=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    settle(folder)
     return True
 
 

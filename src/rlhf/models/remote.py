@@ -3,12 +3,13 @@
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.disk import umask
 from rlhf.errors import InputError
+from rlhf.processes import temporary_folder
 from rlhf.storage import find_files, is_remote, open_store, storage_errors
 
 # What checks and tokenizers do not read, and what takes the time.
@@ -61,12 +62,13 @@ def local_folder(path: str, *, weights: bool = True) -> Path:
 
 def _download(filesystem: Any, root: str, names: Sequence[str], target: Path) -> None:
     """Copies files to a folder that appears when it is whole, whoever else is at it."""
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
+    partial = temporary_folder(target.name, target.parent)
     try:
         for name in names:
             local = partial / Path(name).relative_to(root)
             local.parent.mkdir(parents=True, exist_ok=True)
             filesystem.get_file(name, str(local))
+        partial.chmod(0o777 & ~umask())  # whoever shares the cache reads it
         try:
             partial.rename(target)
         except OSError:

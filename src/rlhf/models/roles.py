@@ -19,6 +19,7 @@ from rlhf.data.pairs import Pairs
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptText
 from rlhf.data.tokenising import Tokeniser
+from rlhf.disk import settle
 from rlhf.errors import InputError
 from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.heads import ScalarHead
@@ -210,6 +211,7 @@ class RewardModel:
         save_file({"weight": self.head.weight.detach().cpu()}, folder / HEAD_FILE)
         record = json.dumps(asdict(self.record), indent=2, ensure_ascii=False)
         (folder / RECORD_FILE).write_text(record + "\n", encoding="utf-8")
+        settle(folder / HEAD_FILE)
 
 
 def load_reward_model(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf.data.batching import TokenBatch
+from rlhf.disk import settle
 from rlhf.errors import InputError
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.weights import quiet_transformers
@@ -125,6 +126,7 @@ def save_merged(
 def _write_origin(lm: LanguageModel, folder: Path) -> None:
     origin = {"base_model": lm.base_name, "revision": lm.revision, "fingerprint": lm.fingerprint}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+    settle(folder)
 
 
 def merged_weights(lm: LanguageModel, adapter: str | None) -> dict[str, Tensor]:

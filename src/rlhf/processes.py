@@ -1,0 +1,122 @@
+"""Which process something belongs to, so that what a killed one left behind can be told."""
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+_NAME = re.compile(
+    r".+-(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}\.partial"
+)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process as others can look it up.
+
+    Attributes:
+        host: Name of its machine, for people.
+        machine: Tells apart machines, their boots, and containers, in each of which process
+            numbers mean something else.
+        pid: Its number.
+        started: When it began, because numbers are given again.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    started: int
+
+    @classmethod
+    def this(cls) -> "Process":
+        """Return the calling process."""
+        return cls(socket.gethostname(), _machine(), os.getpid(), _started(os.getpid()) or 0)
+
+    def lives(self) -> bool | None:
+        """Return whether it runs; None where that cannot be seen from here."""
+        if self.machine != _machine():
+            return None
+        return _started(self.pid) == self.started
+
+
+def temporary_name(prefix: str) -> str:
+    """Return a name that tells whose it is: a prefix, the process, and a part of its own."""
+    me = Process.this()
+    return f"{prefix}-{me.machine}-{me.pid}-{me.started}-{secrets.token_hex(4)}.partial"
+
+
+def temporary_folder(kind: str, parent: Path | None = None) -> Path:
+    """Make a folder of this process, and remove those that killed processes left beside it.
+
+    Args:
+        kind: What it is for; part of its name, `rlhf-KIND-….partial`.
+        parent: Where; default: the system's folder for temporary files.
+    """
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    remove_abandoned(parent, "rlhf-")
+    folder = parent / temporary_name(f"rlhf-{kind}")
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove what processes of this machine that are no more were making in a folder.
+
+    Args:
+        parent: The folder; nothing is done where it cannot be read.
+        prefix: Of the names, see `temporary_name`.
+    """
+    with contextlib.suppress(OSError):
+        for path in parent.iterdir():
+            found = _NAME.fullmatch(path.name)
+            if not path.name.startswith(prefix) or not found or found["machine"] != _machine():
+                continue
+            if _started(int(found["pid"])) == int(found["started"]):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary(kind: str) -> Iterator[Path]:
+    """Make a folder that is removed at the end, or at the next start after a kill."""
+    folder = temporary_folder(kind)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _machine() -> str:
+    """Return what differs between machines, their boots, and containers."""
+    marks = [socket.gethostname(), str(int(psutil.boot_time()))]
+    with contextlib.suppress(OSError):
+        marks = [Path("/proc/sys/kernel/random/boot_id").read_text()]
+    with contextlib.suppress(OSError):
+        marks.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256(" ".join(marks).encode()).hexdigest()[:8]
+
+
+def _started(pid: int) -> int | None:
+    """Return when a process began, in any unit that does not change; None if there is none."""
+    try:
+        # Ticks since the boot: seconds since 1970 move when the clock is set.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state == "Z" else int(fields[18])
+    except OSError:
+        pass
+    try:
+        return int(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return None
