@@ -106,7 +106,9 @@ def run_inference(config: InferenceConfig) -> InferenceResult:
         show(dry_run_report(STAGE, config, len(inputs.prompts), lines))
         return _result(run, {})
     say("\n".join(lines))
-    with SignalGuard() as signals:
+    with run.held(), SignalGuard() as signals:
+        if run.status is Status.FINISHED:  # by another process, a moment ago
+            return _result(run, run.conclude())
         file = _open_predictions(run, config, len(inputs.prompts))
         models = None
         if file.count < len(inputs.prompts) or inputs.preferences:

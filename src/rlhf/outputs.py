@@ -10,8 +10,8 @@ import math
 import os
 import shutil
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatch
@@ -23,6 +23,7 @@ from rlhf.config import StageConfig, config_to_yaml, result_fields
 from rlhf.disk import remove_unfinished, rename, settle
 from rlhf.errors import InputError
 from rlhf.hardware import dtype_name
+from rlhf.lease import Lease, lease
 from rlhf.processes import temporary_folder
 from rlhf.storage import find_files, open_store, reason, storage_errors, upload
 
@@ -32,7 +33,7 @@ CONFIG_FILE = "config.yaml"
 # Inference's checksums of the rows that it has; see `rlhf.predictions.PredictionFile`.
 PARTIAL_SUMS = "predictions.partial.sums.jsonl"
 # What continuing needs and a finished run does not.
-RESUMING = ("checkpoints/*", PARTIAL_SUMS)
+RESUMING = ("checkpoints/*", "predictions.partial.*")
 # What a folder may hold already and still count as empty: a shell's log of this very run, say, or
 # what the Vertex entry point says of an attempt that failed.
 IGNORED = (".*", "*.log", "failure.json")
@@ -96,6 +97,7 @@ class Output:
         folder: As given.
         path: Where files are written: the folder itself, or the working copy of a remote one.
         remote: True if `publish` has work to do.
+        guard: Called before anything is published: raises if somebody else writes there now.
 
     Raises:
         InputError: If the folder's file system is unknown or its package is not installed.
@@ -104,6 +106,7 @@ class Output:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.remote = is_remote(folder)
+        self.guard: Callable[[], None] | None = None
         self._copies: list[_Copy] = []
         if not self.remote:
             self.path = Path(folder)
@@ -177,6 +180,8 @@ class Output:
             StorageError: If the store fails for longer than its library retries. What was complete
                 there before is so still.
         """
+        if self.guard is not None:
+            self.guard()
         for copy in self._copies:
             copy.send()
 
@@ -288,6 +293,7 @@ class Run:
         config_text: The resolved configuration as YAML.
         saved: Patterns of files that are worth continuing from.
         status: What was found.
+        lease: The right to write there, while it is held.
     """
 
     config: StageConfig
@@ -296,6 +302,29 @@ class Run:
     config_text: str
     saved: Sequence[str]
     status: Status = Status.FRESH
+    lease: Lease | None = None
+
+    @contextmanager
+    def held(self, *, look: bool = True) -> Iterator[None]:
+        """Holds the folder's lease for the time of a block, unless this run does so already.
+
+        Args:
+            look: Whether to look again at what the folder holds, now that nobody else writes.
+
+        Raises:
+            InputError: Somebody else holds it, or has made something else of the folder.
+        """
+        if self.lease is not None:
+            yield
+            return
+        with lease(self.output.folder, f"rlhf {self.identity['stage']}") as held:
+            self.lease, self.output.guard = held, held.check
+            try:
+                if look:
+                    self.look()
+                yield
+            finally:
+                self.lease, self.output.guard = None, None
 
     def look(self) -> None:
         """Finds out what the folder holds; writes nothing there.
@@ -330,7 +359,7 @@ class Run:
         self.status = Status.FINISHED if finished else Status.CONTINUE if begun else Status.FRESH
 
     def start(self) -> None:
-        """Claims the folder: writes what the run is made of, whose it is before all else."""
+        """Writes what the run is made of, whose it is before all else."""
         remove_unfinished(self.output.path)
         write_text(self.output.path / RUN_FILE, to_json(self.identity))
         write_text(self.output.path / CONFIG_FILE, self.config_text)

@@ -18,6 +18,7 @@ from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_preferences, load_prompts, read_once, split_holdout
 from rlhf.errors import InputError
 from rlhf.inference import run_inference
+from rlhf.lease import lease
 from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
 from rlhf.outputs import RESULT_FILE, Output, join, read_json, to_json, write_text
 from rlhf.ppo_trainer import train_ppo
@@ -68,6 +69,17 @@ def _run(config: PipelineConfig) -> PipelineResult:
     if config.dry_run:
         _dry_run(config, lines)
         return PipelineResult(config.output_dir, {})
+    with lease(config.output_dir, "rlhf run"):
+        return run_stages(config, start)
+
+
+def run_stages(config: PipelineConfig, start: float) -> PipelineResult:
+    """Runs all stages on checked inputs, for a caller that holds the lease of the output folder.
+
+    Args:
+        config: What was checked.
+        start: `time.monotonic()` when the work began.
+    """
     output = Output(config.output_dir)
     output.fetch(RESULT_FILE)
     earlier = read_json(output.path / RESULT_FILE)

@@ -113,10 +113,11 @@ def train_ppo(
     if inputs.run.status is Status.FINISHED:
         say(f"ppo: already finished in {config.output_dir}")
         return PPOResult(config.output_dir, inputs.run.conclude())
-    trainer = PPOTrainer(
-        config, reward_fn=reward_fn, model=model, inputs=inputs, callbacks=callbacks
-    )
-    return PPOResult(config.output_dir, trainer.train())
+    with inputs.run.held():
+        trainer = PPOTrainer(
+            config, reward_fn=reward_fn, model=model, inputs=inputs, callbacks=callbacks
+        )
+        return PPOResult(config.output_dir, trainer.train())
 
 
 def read_inputs(

@@ -20,8 +20,9 @@ from rlhf.config import PipelineConfig
 from rlhf.config.loading import read_yaml
 from rlhf.console import SteadyStream
 from rlhf.data import toy
+from rlhf.lease import lease
 from rlhf.outputs import RESULT_FILE, to_json, write_text
-from rlhf.pipeline import run_pipeline
+from rlhf.pipeline import check_inputs, run_stages
 from rlhf.predictions import Prediction, read_predictions
 from rlhf.untrusted import printable
 
@@ -60,8 +61,14 @@ def run_quickstart(
     start = time.monotonic()
     output = Path(output_dir or f"runs/quickstart-{arch}")
     config = quickstart_config(arch, output, seed)
+    with lease(str(output), "rlhf quickstart"):
+        return _run(config, output, seed, start)
+
+
+def _run(config: PipelineConfig, output: Path, seed: int, start: float) -> QuickstartResult:
     toy.write_corpus(output / "data", seed)
-    result = run_pipeline(config)
+    check_inputs(config)
+    result = run_stages(config, start)
     predictions = list(read_predictions(output / "inference" / "predictions.jsonl"))
     metrics = dict(result.metrics)
     if "gold_reward_after" not in metrics:

@@ -109,8 +109,9 @@ def train_reward_model(
     if inputs.run.status is Status.FINISHED:
         say(f"reward_model: already finished in {config.output_dir}")
         return RewardModelResult(config.output_dir, inputs.run.conclude())
-    trainer = RewardModelTrainer(config, model=model, inputs=inputs, callbacks=callbacks)
-    return RewardModelResult(config.output_dir, trainer.train())
+    with inputs.run.held():
+        trainer = RewardModelTrainer(config, model=model, inputs=inputs, callbacks=callbacks)
+        return RewardModelResult(config.output_dir, trainer.train())
 
 
 def read_inputs(

@@ -118,8 +118,9 @@ def train_sft(
     if inputs.run.status is Status.FINISHED:
         say(f"sft: already finished in {config.output_dir}")
         return SFTResult(config.output_dir, inputs.run.conclude())
-    trainer = SFTTrainer(config, model=model, inputs=inputs, callbacks=callbacks)
-    return SFTResult(config.output_dir, trainer.train())
+    with inputs.run.held():
+        trainer = SFTTrainer(config, model=model, inputs=inputs, callbacks=callbacks)
+        return SFTResult(config.output_dir, trainer.train())
 
 
 def read_inputs(

@@ -155,6 +155,12 @@ class Trainer(ABC):
         if self.run.status is Status.FINISHED:
             say(f"{self.stage}: already finished in {self.run.output.folder}")
             return self.run.conclude()
+        with self.run.held():
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
+        if self.run.status is Status.FINISHED:  # by another process, a moment ago
+            return self.run.conclude()
         self.run.start()
         self._restore()
         with self._session() as (signals, log):
@@ -284,8 +290,9 @@ class Trainer(ABC):
         }
         moments = self.optimizer.state_tensors()
         checkpoint = Checkpoint(self.step_index, self.parameters, moments, state)
-        save_checkpoint(self.output_path, checkpoint, keep=self.config.save_total_limit)
-        self.run.output.publish()
+        with self.run.held(look=False):  # for those who make the steps themselves
+            save_checkpoint(self.output_path, checkpoint, keep=self.config.save_total_limit)
+            self.run.output.publish()
 
     def _due(self, every: int) -> bool:
         return self.step_index % every == 0 or self.step_index == self.total_steps
