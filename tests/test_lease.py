@@ -302,3 +302,28 @@ def test_this_process_lives() -> None:
     assert holder.lives() is True
     assert holder == Holder.read(holder.note())
     assert Process.this().lives() is True
+
+
+def test_a_lease_that_could_not_be_given_back_does_not_keep_its_own_process_out(
+    object_store: ObjectStore,
+) -> None:
+    folder = f"{object_store.bucket()}/out"
+    held = Lease(folder, "rlhf sft")
+    object_store.fail(403, 1000, "DELETE")
+    held.release()
+    object_store.heal()
+    assert files(folder) == [NOTE]
+    Lease(folder, "rlhf sft").release()
+    assert files(folder) == []
+
+
+def test_a_bucket_that_cannot_be_written_is_refused_with_the_reason(
+    object_store: ObjectStore,
+) -> None:
+    folder = f"{object_store.bucket()}/out"
+    object_store.fail(403, 1000, "POST")
+    with pytest.raises(InputError, match=r"output_dir: cannot write gs://.*: told to fail"):
+        Lease(folder, "rlhf sft")
+    object_store.heal()
+    with pytest.raises(InputError, match="there is no bucket nowhere"):
+        Lease("gs://nowhere/out", "rlhf sft")

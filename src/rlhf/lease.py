@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from rlhf.errors import InputError, StorageError
 from rlhf.processes import Process
-from rlhf.storage import as_url, open_store, reason, storage_errors
+from rlhf.storage import as_url, find_files, locate, open_store, reason, storage_errors
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ SECONDS_BETWEEN_RENEWALS = 10.0
 # A lease that stays as it is for so long has lost its holder.
 SECONDS_TO_EXPIRE = 60.0
 _SECONDS_BETWEEN_LOOKS = 1.0
+_OURS: set[str] = set()  # tokens of what this process holds in stores
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Holder:
     def note(self) -> bytes:
         """Return the note that `read` reads."""
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
+
+    def is_this_process(self) -> bool:
+        """Return whether the calling process took it."""
+        me = Process.this()
+        return (self.machine, self.pid, self.started) == (me.machine, me.pid, me.started)
 
     def lives(self) -> bool | None:
         """Return whether its process runs; None where that cannot be seen from here."""
@@ -181,13 +187,14 @@ class _Remote:
         self._folder, self._holder = folder, holder
         self._what = f"{field}: cannot write {folder.rstrip('/')}/{NOTE}"
         try:
-            filesystem, root = open_store(as_url(folder))
+            filesystem, root = _reachable(folder)
         except (ImportError, ValueError) as error:
             raise InputError(f"{field}: cannot write to {folder}: {error}") from error
         path = f"{root.rstrip('/')}/{NOTE}"
         conditional = "gs" in filesystem.protocol
         self._object = _Object(filesystem, path) if conditional else _PlainFile(filesystem, path)
         self._version = self._take(field)
+        _OURS.add(holder.token)
         self._renewed = time.monotonic()
         self._lost: str | None = None
         self._over = threading.Event()
@@ -198,11 +205,13 @@ class _Remote:
         if time.monotonic() - self._renewed > SECONDS_TO_EXPIRE / 2:
             self._renew()  # the thread slept with the machine, or the store is away
         if self._lost is not None:
-            raise StorageError(f"{self._what}: {self._lost}")
+            hint = "what was saved before is whole; the same command continues from it"
+            raise StorageError(f"{self._what}: {self._lost}; {hint}")
 
     def release(self) -> None:
         self._over.set()
         self._thread.join()
+        _OURS.discard(self._holder.token)
         if self._lost is None:
             with contextlib.suppress(Exception):  # it expires by itself
                 self._object.remove(self._version)
@@ -222,6 +231,8 @@ class _Remote:
             if holder is not None and holder.token == self._holder.token:
                 return version  # made by a request whose answer was lost
             alive = None if holder is None else holder.lives()
+            if alive and holder is not None and holder.is_this_process():
+                alive = holder.token in _OURS  # or else it was left where the store went away
             if alive or (seen and version != seen):
                 raise _refusal(field, self._folder, holder)
             if not seen:
@@ -268,6 +279,17 @@ class _Remote:
             self._lost = f"the lease {who}; nothing more is written"
             return
         self._version, self._renewed = version, time.monotonic()
+
+
+def _reachable(folder: str) -> tuple[Any, str]:
+    """The store behind a folder: of a mounted bucket the bucket itself, where it can be reached."""
+    filesystem, root = open_store(as_url(folder))
+    if locate(folder) != as_url(folder):
+        try:
+            find_files(filesystem, root)
+        except Exception:  # each store raises its own kinds
+            return open_store(folder)
+    return filesystem, root
 
 
 class _Object:
