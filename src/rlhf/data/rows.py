@@ -10,7 +10,6 @@ import hashlib
 import mmap
 import os
 import shutil
-import tempfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from rlhf.data.duplicates import pair_hash, text_hash
 from rlhf.data.schema import Candidates, PreferenceRow, PromptRow, PromptText, named
+from rlhf.processes import temporary_folder
 
 RowT = TypeVar("RowT", PromptRow, PreferenceRow)
 
@@ -278,7 +278,7 @@ class TableWriter:
 
         self.rows = 0
         self._schema = _schema()
-        self._folder = tempfile.mkdtemp(prefix="rlhf-data-")
+        self._folder = str(temporary_folder("data"))
         self._path = os.path.join(self._folder, _FILE)
         self._writer = pa.ipc.new_stream(self._path, self._schema)
         self._pending: list[tuple[Any, ...]] = []
