@@ -18,6 +18,7 @@ from rlhf.local_metrics import module_metrics
 from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
 from rlhf.models.memory import dry_run_report
 from rlhf.models.policy import PolicySource, find_policy, weights_fingerprint
+from rlhf.models.remote import recorded_base
 from rlhf.models.roles import check_judge
 from rlhf.outputs import PARTIAL_SUMS, Run, Status, prepare_output, write_text
 from rlhf.predictions import (
@@ -136,8 +137,9 @@ def with_policy_settings(config: InferenceConfig, source: PolicySource) -> Infer
             found[name] = trained
         elif name != "temperature" or config.sampling_strategy == "temperature_sampling":
             say(f"{STAGE}: {name} is {here!r}, but the policy was trained with {trained!r}")
-    if config.base_model is None:
-        found |= {"base_model": source.base_model, "revision": source.revision}
+    if config.base_model is None and source.base_model is not None:
+        base = recorded_base(source.base_model, f"policy_path: {config.policy_path}")
+        found |= {"base_model": base, "revision": source.revision}
     return InferenceConfig.model_validate(config.model_dump() | found)
 
 

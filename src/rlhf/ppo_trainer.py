@@ -33,6 +33,7 @@ from rlhf.models.actors import load_bases, make_critic, make_policy, make_refere
 from rlhf.models.card import write_card
 from rlhf.models.judges import RewardFn, RewardFunction, Scorer
 from rlhf.models.policy import weights_fingerprint
+from rlhf.models.remote import recorded_base
 from rlhf.models.roles import (
     RewardModel,
     check_judge,
@@ -163,7 +164,9 @@ def _is_made_later(config: PPOConfig) -> bool:
 def other_base(config: PPOConfig) -> str | None:
     """The reward model's base where it is not the policy's; needs no weights."""
     record = read_record(config.reward_model_path) if config.reward_model_path else None
-    return None if record is None or record.base_model == config.base_model else record.base_model
+    if record is None or record.base_model == config.base_model:
+        return None
+    return recorded_base(record.base_model, f"reward_model_path: {config.reward_model_path}")
 
 
 class PPOTrainer(Trainer):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rlhf.config.loading import parse_yaml
 from rlhf.data.files import open_file
 from rlhf.errors import InputError
+from rlhf.models.plain_lora import read_adapter_config
 from rlhf.models.remote import local_folder
 from rlhf.models.saving import ADAPTER_WEIGHTS, ORIGIN, read_origin
 from rlhf.storage import is_remote
@@ -80,13 +81,9 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> PolicySource:
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise InputError(f"policy_path: {folder} is incomplete: it has no {ADAPTER_WEIGHTS}")
-    origin = _origin(folder)
+    config, origin = read_adapter_config(folder), _origin(folder)
     if origin is None:  # plain peft: no fingerprint, but the base's name
-        config = _parse(folder / "adapter_config.json", _read(folder / "adapter_config.json"))
-        origin = {
-            "base_model": config.get("base_model_name_or_path"),
-            "revision": config.get("revision"),
-        }
+        origin = {"base_model": config.base_model_name_or_path, "revision": config.revision}
     base = origin.get("base_model") or None
     fingerprint = _hash_files([folder / "adapter_config.json", weights])
     return PolicySource("adapter", folder, base, origin.get("revision"), settings, fingerprint)

@@ -11,6 +11,7 @@ from rlhf.disk import umask
 from rlhf.errors import InputError
 from rlhf.processes import temporary_folder
 from rlhf.storage import find_files, is_remote, open_store, storage_errors
+from rlhf.untrusted import without_secrets
 
 # What checks and tokenizers do not read, and what takes the time.
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
@@ -58,6 +59,26 @@ def local_folder(path: str, *, weights: bool = True) -> Path:
             cache.mkdir(parents=True, exist_ok=True)
             _download(filesystem, root, wanted, target)
     return target
+
+
+def recorded_base(name: str, where: str) -> str:
+    """The base that a file names, which may come from anybody, if it may be looked for there.
+
+    A folder, a Hub id and gs:// are; other addresses only if the user writes them.
+
+    Args:
+        name: What the file says.
+        where: What said it, for the message.
+
+    Raises:
+        InputError: It is another address.
+    """
+    if "::" in name or ("://" in name and not name.startswith(("gs://", "gcs://"))):
+        raise InputError(
+            f"{where} names {without_secrets(name)!r} as its base, which is no folder, Hub id or "
+            "gs:// address; nothing was read from there: give the base yourself, as base_model"
+        )
+    return name
 
 
 def _download(filesystem: Any, root: str, names: Sequence[str], target: Path) -> None:

@@ -26,7 +26,8 @@ from rlhf.models.heads import ScalarHead
 from rlhf.models.judges import Scorer, SequenceClassifier
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
-from rlhf.models.remote import local_folder
+from rlhf.models.plain_lora import read_adapter_config
+from rlhf.models.remote import local_folder, recorded_base
 from rlhf.models.saving import load_adapter, save_adapter, save_merged
 from rlhf.storage import is_remote
 
@@ -314,6 +315,9 @@ def check_judge(path: str, renderer: PromptRenderer, conversations: bool = True)
     record = read_record(path)
     if record is None:
         return
+    adapter = local_folder(path) / "adapter"
+    if adapter.is_dir():
+        read_adapter_config(adapter)
     if record.instruction != renderer.instruction:
         difference = (
             f"with instruction {record.instruction!r}, but instruction is {renderer.instruction!r}"
@@ -354,7 +358,7 @@ def _load_base(config: StageConfig, record: RewardRecord, base: str | None) -> L
         lm = load_language_model(
             config,
             trainable=False,
-            base_model=base or record.base_model,
+            base_model=base or recorded_base(record.base_model, where),
             revision=None if base else record.revision,
         )
     except InputError as error:

@@ -18,6 +18,7 @@ from rlhf.data.batching import TokenBatch
 from rlhf.disk import settle
 from rlhf.errors import InputError
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.plain_lora import check_fit, read_adapter_config
 from rlhf.models.weights import quiet_transformers
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -53,7 +54,7 @@ def load_adapter(
         trainable: Whether it is trained further.
 
     Raises:
-        InputError: It is no adapter, or it belongs to another base.
+        InputError: It is no plain LoRA, or it belongs to another base.
     """
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise InputError(f"{folder} is no adapter: it has no {ADAPTER_WEIGHTS}")
@@ -63,21 +64,19 @@ def load_adapter(
             f"{folder} was trained on {origin['base_model']} (weights {origin['fingerprint']}), "
             f"but base_model is {lm.base_name} (weights {lm.fingerprint}); use the same base"
         )
+    config = read_adapter_config(folder)
     try:
-        config = LoraConfig.from_pretrained(str(folder))
         state = load_file(folder / ADAPTER_WEIGHTS)
     except (SafetensorError, ValueError, OSError, TypeError) as error:
         raise InputError(f"{folder}: the adapter cannot be read: {error}") from error
+    problems = check_fit(lm.module, config, state)
+    if problems:
+        fit = f"{folder}: the adapter does not fit {lm.base_name}"
+        raise InputError([f"{fit}: {problem}" for problem in problems])
     if not trainable:
         config.lora_dropout = 0.0  # it belongs to the training that is over
     lm.adapters.add(name, config, trainable=trainable)
-    result = set_peft_model_state_dict(lm.adapters.peft_model, state, adapter_name=name)
-    missing = [key for key in result.missing_keys if f".{name}." in key]
-    if missing or result.unexpected_keys:
-        raise InputError(
-            f"{folder}: the adapter does not fit {lm.base_name}: "
-            f"{len(missing)} tensors missing, {len(result.unexpected_keys)} too many"
-        )
+    set_peft_model_state_dict(lm.adapters.peft_model, state, adapter_name=name)
     return config
 
 

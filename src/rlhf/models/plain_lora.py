@@ -1,0 +1,165 @@
+"""Adapters of plain peft: which of them are reproduced exactly, by an allow-list.
+
+peft's LoRA has dozens of variants in one configuration. What is not plain LoRA on linear layers
+would give other predictions here than in peft, so it is refused by name.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from rlhf.errors import InputError
+from rlhf.models.targets import adapted_layers, target_problems
+from rlhf.untrusted import parse_json
+
+CONFIG_FILE = "adapter_config.json"
+_PREFIX = "base_model.model."
+# Say nothing of what a loaded adapter computes.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "auto_mapping",
+        "inference_mode",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "runtime_config",
+        "task_type",
+    }
+)
+_FIX = (
+    "only plain LoRA on linear layers is reproduced exactly; merge the adapter into its base with "
+    "peft (merge_and_unload, save_pretrained) and give that full model"
+)
+
+Rank = Annotated[int, Field(ge=1)]
+Alpha = Annotated[float, Field(allow_inf_nan=False)]
+Names = str | list[str]
+
+
+class _PlainLoRA(BaseModel):
+    """What is honored; every other field must be empty."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    peft_type: Literal["LORA"]
+    r: Rank
+    lora_alpha: Alpha
+    target_modules: Names
+    exclude_modules: Names | None = None
+    use_rslora: bool = False
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: Names | None = None
+    lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    bias: Literal["none"] = "none"
+    # The other ways to begin change the base's weights too.
+    init_lora_weights: Literal[True, False, "gaussian", "orthogonal"] = True
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def refused(self) -> dict[str, Any]:
+        """Fields that ask for more than plain LoRA, in the order of the file."""
+        more = (self.model_extra or {}).items()
+        return {name: value for name, value in more if value and name not in _WITHOUT_EFFECT}
+
+    def patterns(self) -> list[str]:
+        """All regular expressions in it."""
+        groups = (self.rank_pattern, self.alpha_pattern)
+        names = (self.target_modules, self.exclude_modules, self.layers_pattern)
+        written = [name for name in names[:2] if isinstance(name, str)]
+        layers = names[2] or []
+        written += [layers] if isinstance(layers, str) else layers
+        return [*written, *(key for group in groups for key in group or {})]
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """Read the adapter_config.json of a plain LoRA; reads no weights.
+
+    Raises:
+        InputError: It cannot be read, or asks for anything that is not reproduced exactly.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        values = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected an object of peft's fields, got {values!r:.80}")
+    try:
+        plain = _PlainLoRA.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_problems(error, path)) from error
+    if refused := plain.refused():
+        shown = ", ".join(f"{name}: {value!r:.60}" for name, value in refused.items())
+        raise InputError(f"{path}: {shown}: {_FIX}")
+    for pattern in plain.patterns():
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise InputError(
+                f"{path}: {pattern!r:.80} is no regular expression: {error}"
+            ) from error
+    try:
+        return LoraConfig(
+            r=plain.r,
+            lora_alpha=plain.lora_alpha,
+            target_modules=plain.target_modules,
+            exclude_modules=plain.exclude_modules,
+            use_rslora=plain.use_rslora,
+            rank_pattern=plain.rank_pattern or {},
+            alpha_pattern=plain.alpha_pattern or {},
+            layers_to_transform=plain.layers_to_transform,
+            layers_pattern=plain.layers_pattern,
+            lora_dropout=plain.lora_dropout,
+            base_model_name_or_path=plain.base_model_name_or_path,
+            revision=plain.revision,
+        )
+    except ValueError as error:  # fields that peft does not take together
+        raise InputError(f"{path}: {error}") from error
+
+
+def check_fit(module: nn.Module, config: LoraConfig, state: Mapping[str, Tensor]) -> list[str]:
+    """Say what keeps an adapter's tensors from a base, before anything is put on that.
+
+    Args:
+        module: The base.
+        config: Of the adapter.
+        state: Its tensors, named as peft names them in files.
+    """
+    problems = target_problems(module, config)
+    if problems:
+        return [f"target_modules: {problem}; {_FIX}" for problem in problems]
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, layer in adapted_layers(module, config).items():
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+        expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, layer.in_features)
+        expected[f"{_PREFIX}{name}.lora_B.weight"] = (layer.out_features, rank)
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected]
+    shapes = [n for n, shape in expected.items() if n in state and tuple(state[n].shape) != shape]
+    if missing or unknown or shapes:
+        some = [*unknown, *missing, *shapes][0]
+        return [
+            f"{len(missing)} tensors are missing, {len(unknown)} are too many and {len(shapes)} "
+            f"have another shape, such as {some}; {_FIX}"
+        ]
+    broken = [n for n, t in state.items() if not t.is_floating_point() or not t.isfinite().all()]
+    return [f"{broken[0]} holds numbers that are no weights (NaN or infinite)"] if broken else []
+
+
+def _problems(error: ValidationError, path: Path) -> list[str]:
+    """A line for each field that is wrong, whatever number of types it may have."""
+    lines: dict[str, str] = {}
+    for problem in error.errors():
+        name = str(problem["loc"][0]) if problem["loc"] else "file"
+        got = "" if problem["type"] == "missing" else f", got {problem['input']!r:.60}"
+        fix = f"; {_FIX}" if problem["type"] == "literal_error" else ""
+        lines.setdefault(name, f"{path}: {name}: {problem['msg']}{got}{fix}")
+    return list(lines.values())
