@@ -53,8 +53,12 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     return None if seed is None else f"order: --shuffle {seed}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Shuffles the files, and the tests of each, which share the file's fixtures."""
+    """Marks what computes; shuffles the files, and the tests of each, which share its fixtures."""
+    for item in items:
+        if hasattr(getattr(item, "module", None), "torch"):
+            item.add_marker(pytest.mark.numerics)
     seed = config.getoption("--shuffle")
     if seed is None:
         return
