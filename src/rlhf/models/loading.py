@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,7 +30,7 @@ from rlhf.models.language_model import (
 )
 from rlhf.models.remote import local_folder
 from rlhf.models.targets import target_problems
-from rlhf.models.weights import quiet_transformers
+from rlhf.models.weights import cast_weights, quiet_transformers
 from rlhf.storage import is_remote
 
 SUPPORTED = "rlhf trains T5 (also v1.1 and Flan) and LLaMA models"
@@ -97,8 +98,8 @@ def load_language_model(
     dtype = pick_dtype(config.dtype, device)
     if device.type == "cpu":
         keep_freed_memory()
+    storage = torch.float32 if trainable else dtype
     if model is None:
-        storage = torch.float32 if trainable else dtype
         model = _load_weights(name, revision, storage, config.attn_implementation)
         tokenizer = tokenizer or load_tokenizer(name, revision)
     if tokenizer is None:
@@ -107,6 +108,9 @@ def load_language_model(
         raise InputError(f"model: {model.config.model_type!r} is not supported; {SUPPORTED}")
     _check_tokenizer(tokenizer, name)
     _check_vocabulary(model, tokenizer, name)
+    if any(isinstance(part, BaseTunerLayer) for part in model.modules()):
+        raise InputError("model: has an adapter of peft already; give it after merge_and_unload()")
+    cast_weights(model, storage)
     sdpa = model.config._attn_implementation == "sdpa"
     if sdpa and device.type == "cpu" and model.dtype == torch.bfloat16:
         for part in model.modules():  # T5's encoder and decoder have configurations of their own

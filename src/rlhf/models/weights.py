@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,25 @@ def fingerprint(module: PreTrainedModel) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def cast_weights(module: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast a model's weights in place; what is shared stays shared.
+
+    RoPE's frequencies are no weights: loaders keep them in fp32 whatever the weights' type, and a
+    model that was cast as a whole gets them back.
+    """
+    cast: dict[int, torch.Tensor] = {}
+    for parameter in module.parameters():
+        old = parameter.data
+        if old.is_floating_point() and old.dtype != dtype:
+            parameter.data = cast.setdefault(old.data_ptr(), old.to(dtype))
+    for part in module.modules():
+        frequencies = getattr(part, "inv_freq", None)
+        if isinstance(frequencies, torch.Tensor) and frequencies.dtype != torch.float32:
+            rotary: Any = part
+            for name, buffer in type(rotary)(rotary.config).named_buffers():
+                setattr(rotary, name, buffer.to(frequencies.device))
 
 
 def switch_off_dropout(module: nn.Module) -> None:
