@@ -26,6 +26,7 @@ from rlhf.hardware import dtype_name
 from rlhf.lease import Lease, lease
 from rlhf.processes import temporary_folder
 from rlhf.storage import find_files, open_store, reason, storage_errors, upload
+from rlhf.untrusted import inner_names
 
 RUN_FILE = "run.json"
 RESULT_FILE = "metrics.json"
@@ -215,6 +216,7 @@ class _Copy:
 
     def fetch(self, name: str) -> None:
         """Brings a file here, unless there is one of its name already."""
+        inner_names([name], f"{self.field}: {self.folder}")
         target = self.source / name
         if target.exists():
             return

@@ -26,22 +26,12 @@ def parse_json(text: str | bytes) -> Any:
     """Return the value that a JSON text stands for.
 
     Raises:
-        ValueError: It is none, has a key twice, is nested too deeply, or has a number of thousands
-            of digits.
+        ValueError: It is none, is nested too deeply, or has a number of thousands of digits.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_repeats)
+        return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
-        raise ValueError(f"the key {twice!r} is given twice")
-    return value
 
 
 def printable(text: str) -> str:

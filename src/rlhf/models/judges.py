@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf.data.batching import chunks
 from rlhf.data.schema import PromptText
 from rlhf.errors import InputError
+from rlhf.models.files import check_files, count_stored
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -168,6 +169,9 @@ def _load_classifier(source: str, dtype: torch.dtype, revision: str | None) -> t
         raise InputError(
             f"{where}: holds neither reward_model.json (has its training finished?) nor config.json"
         )
+    check_files(source, where, revision)
+    if folder.is_dir():
+        count_stored(folder, where)
     try:
         config = AutoConfig.from_pretrained(source, **options)
         if config.num_labels != 1 or not any(

@@ -1,11 +1,9 @@
 """From a Hub id or a folder (local, /gcs/, gs://) to a `LanguageModel`, with clear refusals."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoConfig,
@@ -22,6 +20,7 @@ from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
 from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.attention import SDPA_FLOAT32
+from rlhf.models.files import check_config, check_files, count_stored
 from rlhf.models.heap import keep_freed_memory
 from rlhf.models.language_model import (
     FAMILIES,
@@ -43,12 +42,14 @@ def read_model_config(base_model: str, revision: str | None = None) -> Pretraine
         InputError: No such checkpoint, or neither T5 nor LLaMA.
     """
     source = _existing(base_model, weights=False)
+    check_files(source, f"base_model: {base_model}", revision)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, HFValidationError, json.JSONDecodeError, KeyError) as error:
-        raise InputError(f"base_model: {base_model}: {_reason(error)}") from error
+    except Exception as error:  # each check of transformers raises its own
+        raise InputError(f"base_model: {base_model}: config.json: {_reason(error)}") from error
     if config.model_type not in FAMILIES:
         raise InputError(f"base_model: {base_model} is a {config.model_type!r} model; {SUPPORTED}")
+    check_config(config, f"base_model: {base_model}")
     return config
 
 
@@ -148,15 +149,23 @@ def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: in
 
 
 def without_storage(config: PretrainedConfig) -> Any:
-    """The model that a config.json describes, on no device: names and shapes of all weights."""
+    """The model that a config.json describes, on no device: names and shapes of all weights.
+
+    Raises:
+        InputError: It describes none.
+    """
     family = FAMILIES[config.model_type]
     seq2seq = issubclass(family, EncoderDecoderModel)
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    with torch.device("meta"):
-        model: Any = auto.from_config(config)
-        head = model.get_output_embeddings()
-        if not family.head_is_tied(config):
-            head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+    try:
+        with torch.device("meta"):
+            model: Any = auto.from_config(config)
+            head = model.get_output_embeddings()
+            if not family.head_is_tied(config):
+                head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+    except Exception as error:  # config.json goes to torch as it is
+        where = f"base_model: {config.name_or_path}: config.json"
+        raise InputError(f"{where}: makes no model: {_reason(error)}") from error
     return model
 
 
@@ -186,10 +195,12 @@ def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention
     config = read_model_config(name, revision)
     seq2seq = issubclass(FAMILIES[config.model_type], EncoderDecoderModel)
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    source = _existing(name)
+    _check_size(config, Path(source), f"base_model: {name}")
     try:
         with quiet_transformers():
             model, info = auto.from_pretrained(
-                _existing(name),
+                source,
                 revision=revision,
                 dtype=dtype,
                 attn_implementation=None if attention == "auto" else attention,
@@ -212,6 +223,19 @@ def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention
                 "the checkpoint is broken, get it again"
             )
     return model
+
+
+def _check_size(config: PretrainedConfig, folder: Path, where: str) -> None:
+    """Refuses, before any memory is taken, a model much larger than the weights that are there."""
+    stored = count_stored(folder, where)
+    if stored is None:  # on the Hub, or no safetensors at all
+        return
+    wanted = sum(parameter.numel() for parameter in without_storage(config).parameters())
+    if stored < wanted / 2:
+        raise InputError(
+            f"{where} is incomplete: config.json describes {wanted:,} parameters, its files hold "
+            f"{stored:,}"
+        )
 
 
 def _hint(name: str) -> str:
@@ -250,7 +274,7 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
+    largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
         raise InputError(
             f"base_model: the tokenizer of {name} has ids up to {largest}, the model only {rows} "
@@ -260,4 +284,6 @@ def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, name: str)
 
 def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if lines and lines[0].endswith(":"):  # a heading
+        lines = [" ".join(lines[:2])]
+    return f"{lines[0]:.300}" if lines else type(error).__name__

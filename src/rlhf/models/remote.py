@@ -11,7 +11,7 @@ from rlhf.disk import umask
 from rlhf.errors import InputError
 from rlhf.processes import temporary_folder
 from rlhf.storage import find_files, is_remote, open_store, storage_errors
-from rlhf.untrusted import without_secrets
+from rlhf.untrusted import inner_names, without_secrets
 
 # What checks and tokenizers do not read, and what takes the time.
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
@@ -45,6 +45,7 @@ def local_folder(path: str, *, weights: bool = True) -> Path:
             found = {}
         if not found:
             raise InputError(f"{url}: there is nothing under this address")
+        inner_names([_inside(name, root) for name in found], url)
         marks = sorted(
             f"{path} {d['size']} {d.get('etag') or d.get('md5Hash') or d.get('mtime') or ''}"
             for path, d in found.items()
@@ -81,12 +82,17 @@ def recorded_base(name: str, where: str) -> str:
     return name
 
 
+def _inside(name: str, root: str) -> str:
+    """The path below `root`, as the store writes it."""
+    return name.removeprefix(root.rstrip("/")).removeprefix("/")
+
+
 def _download(filesystem: Any, root: str, names: Sequence[str], target: Path) -> None:
     """Copies files to a folder that appears when it is whole, whoever else is at it."""
     partial = temporary_folder(target.name, target.parent)
     try:
         for name in names:
-            local = partial / Path(name).relative_to(root)
+            local = partial / _inside(name, root)
             local.parent.mkdir(parents=True, exist_ok=True)
             filesystem.get_file(name, str(local))
         partial.chmod(0o777 & ~umask())  # whoever shares the cache reads it

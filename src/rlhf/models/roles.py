@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import StageConfig
+from rlhf.config.common import MOST_TOKENS
 from rlhf.data.batching import TokenBatch, chunks
 from rlhf.data.pairs import Pairs
 from rlhf.data.prompts import PromptRenderer
@@ -30,6 +31,7 @@ from rlhf.models.plain_lora import read_adapter_config
 from rlhf.models.remote import local_folder, recorded_base
 from rlhf.models.saving import load_adapter, save_adapter, save_merged
 from rlhf.storage import is_remote
+from rlhf.untrusted import parse_json
 
 RECORD_FILE = "reward_model.json"
 HEAD_FILE = "head.safetensors"
@@ -79,16 +81,42 @@ class RewardRecord:
             InputError: It cannot be read or lacks fields.
         """
         try:
-            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            values: dict[str, Any] = parse_json(path.read_bytes())
             known = {field.name for field in fields(cls)}
             record = cls(**{name: value for name, value in values.items() if name in known})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not the record of a reward model: {error}") from error
+        _check_record(record, path)
         if record.pooling != "last_token":
             raise InputError(
                 f"{path}: pooling {record.pooling!r} is unknown here; expected 'last_token'"
             )
         return record
+
+
+def _check_record(record: RewardRecord, path: Path) -> None:
+    """Refuses values that no training writes: they would make scores of nothing, or a traceback."""
+    problems = []
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if field.name in ("shift", "scale"):
+            good = type(value) in (int, float) and abs(value) < 1e30  # a NaN is not
+            good = good and (field.name == "shift" or value > 1e-30)
+            expected = "a finite number" + (" above 0" if field.name == "scale" else "")
+        elif field.name.endswith("_length"):
+            good, expected = type(value) is int and 1 <= value <= MOST_TOKENS, "a number of tokens"
+        elif field.name == "truncation_side":
+            good, expected = value in ("left", "right"), "left or right"
+        elif field.name == "base_model":
+            good = isinstance(value, str) and not value.lower().startswith(("http:", "https:"))
+            expected = "a Hub id or a folder"
+        else:
+            nothing = field.name == "revision" and value is None
+            good, expected = nothing or isinstance(value, str), "text"
+        if not good:
+            problems.append(f"{path}: {field.name}: expected {expected}, got {value!r:.80}")
+    if problems:
+        raise InputError(problems)
 
 
 class RewardModel:

@@ -20,6 +20,7 @@ from rlhf.errors import InputError
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.plain_lora import check_fit, read_adapter_config
 from rlhf.models.weights import quiet_transformers
+from rlhf.untrusted import parse_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ORIGIN = "rlhf.json"
@@ -81,9 +82,24 @@ def load_adapter(
 
 
 def read_origin(folder: Path) -> dict[str, Any] | None:
-    """The note of base, revision and fingerprint beside saved weights, if there is one."""
+    """The note of base, revision and fingerprint beside saved weights, if there is one.
+
+    Raises:
+        InputError: It cannot be read as one.
+    """
     path = folder / ORIGIN
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        origin: dict[str, Any] = parse_json(path.read_bytes())
+        known = {name: origin[name] for name in ("base_model", "revision", "fingerprint")}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not the note that rlhf writes: {error!r:.200}") from error
+    if not isinstance(known["fingerprint"], str) or not all(
+        value is None or isinstance(value, str) for value in known.values()
+    ):
+        raise InputError(f"{path}: not the note that rlhf writes: expected three texts")
+    return origin
 
 
 def save_merged(
