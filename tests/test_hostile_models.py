@@ -259,7 +259,7 @@ RECORDS: dict[str, list[Any]] = {
     "instruction": [7, None],
     "pooling": [7, "mean"],
     "tokenizer": [7],
-    "base_model": ["http://evil/x", "HTTPS://evil", 7],
+    "base_model": [7],
     "revision": [7],
 }
 

@@ -107,9 +107,6 @@ def _check_record(record: RewardRecord, path: Path) -> None:
             good, expected = type(value) is int and 1 <= value <= MOST_TOKENS, "a number of tokens"
         elif field.name == "truncation_side":
             good, expected = value in ("left", "right"), "left or right"
-        elif field.name == "base_model":
-            good = isinstance(value, str) and not value.lower().startswith(("http:", "https:"))
-            expected = "a Hub id or a folder"
         else:
             nothing = field.name == "revision" and value is None
             good, expected = nothing or isinstance(value, str), "text"
