@@ -80,11 +80,14 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 def start(path: Path, here: dict[str, Any], *, keep: bool) -> dict[str, Any]:
     """Results to add to: those of an earlier run if they are kept and of this machine."""
     earlier = json.loads(path.read_text()) if keep and path.is_file() else None
-    same = ("device", "threads")
-    if earlier and all(earlier["machine"][name] == here[name] for name in same):
+    same = ("device", "instructions", "threads")
+    if earlier and all(earlier["machine"].get(name) == here[name] for name in same):
         return {"machine": here, "comparisons": earlier["comparisons"]}
     if earlier:
-        print(f"{path}: of another machine or other threads; starting anew", file=sys.stderr)
+        print(
+            f"{path}: of another machine, instruction set or number of threads; starting anew",
+            file=sys.stderr,
+        )
     return {"machine": here, "comparisons": {}}
 
 

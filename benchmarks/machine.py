@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import platform
 import statistics
 import sys
@@ -54,12 +55,24 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def instructions() -> str:
+    """What decides how fast a CPU multiplies: its widest instructions, and limits that are set."""
+    has = torch.cpu.get_capabilities()
+    names = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "sve", "bf16")
+    limits = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+    found = [name for name in names if has.get(name, False)]
+    return " ".join(
+        [*found, *(f"{name}={os.environ[name]}" for name in limits if name in os.environ)]
+    )
+
+
 def measure(device: str, threads: int) -> dict[str, Any]:
     """Rates, names and versions."""
     torch.set_num_threads(threads)
     packages = ("torch", "transformers", "peft", "accelerate")
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "instructions": "" if device == "cuda" else instructions(),
         "threads": threads,
         "flops": {
             "float32": matmul_rate(device, torch.float32),

@@ -116,8 +116,9 @@ def markdown(results: Mapping[str, Any]) -> str:
 def describe(machine: Mapping[str, Any]) -> str:
     """The machine in a sentence."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    known = f" ({machine['instructions']})" if machine.get("instructions") else ""
     return (
-        f"Measured {machine['date']} on {machine['device']}, {machine['threads']} threads: "
+        f"Measured {machine['date']} on {machine['device']}{known}, {machine['threads']} threads: "
         f"matrix products {machine['flops']['float32'] / 1e9:.0f} GFLOP/s in float32 and "
         f"{machine['flops']['bfloat16'] / 1e9:.0f} in bfloat16, copying "
         f"{machine['bytes'] / 1e9:.1f} GB/s (bytes read and written). {versions}."

@@ -22,6 +22,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import flops
+import machine
 import report
 from comparisons import COMPARISONS, Comparison, Side, ppo, quick
 from rounds import compare
@@ -231,7 +232,8 @@ def a_side(seconds: list[float], peak: float, **more: object) -> dict[str, objec
 def results() -> dict[str, object]:
     facts = {"dtype": "float32", "flops": {"update": 50e9}, "outside_model_calls": 0.0249}
     machine = {
-        "date": "2030-01-02", "device": "an abacus", "threads": 2, "bytes": 1e10,
+        "date": "2030-01-02", "device": "an abacus", "instructions": "beads", "threads": 2,
+        "bytes": 1e10,
         "flops": {"float32": 1e11, "bfloat16": 4e11}, "versions": {"torch": "2"},
     }  # fmt: skip
     main = {
@@ -254,7 +256,7 @@ def results() -> dict[str, object]:
 
 def test_tables_say_what_was_measured(results: dict[str, object]) -> None:
     text = report.markdown(results)
-    assert "an abacus, 2 threads: matrix products 100 GFLOP/s in float32 and 400" in text
+    assert "an abacus (beads), 2 threads: matrix products 100 GFLOP/s in float32 and 400" in text
     assert "| race | peer | 9 (8 to 20) |  |  |  | 2.00 GiB |  |" in text
     # Medians 9 and 3; rounds 2, 4.5 and 6.7 times as fast; 512 of 2048 MiB.
     assert "|  | ours | 3 (2 to 4) | 3.00x | 4.50x | 4x | 0.50 GiB | 0.25x |" in text
@@ -283,3 +285,12 @@ def test_driver_needs_nothing_but_python() -> None:
     """What it imported would be inherited by no side, but would sit in memory beside them."""
     code = "import rounds, report, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=FOLDER, check=True)
+
+
+def test_a_machine_is_known_by_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    has = {"avx2": True, "avx512_f": True, "avx512_bf16": True, "amx_bf16": False, "sse": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert machine.instructions() == "avx2 avx512_f avx512_bf16 ONEDNN_MAX_CPU_ISA=AVX2"
