@@ -31,8 +31,8 @@ LIMITS = ["--prompt_sequence_length", "512", "--target_sequence_length", "64"]
 def main() -> None:
     """Prints a table."""
     options = parse()
-    print("| rows | command | seconds | rows a second | peak memory |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| rows | command | seconds | of CPU | rows a second | peak memory |")
+    print("| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory(prefix="rlhf-reading-") as folder:
         for name, rows in shapes(options.like).items():
             path = Path(folder) / f"{name}.jsonl"
@@ -44,10 +44,10 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    toy_llama = Path(toy.__file__).parent / "assets" / "toy_llama"
+    toy_t5 = Path(toy.__file__).parent / "assets" / "toy_t5"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--base_model", default=str(toy_llama), help="for the dry run")
+    parser.add_argument("--base_model", default=str(toy_t5), help="for the dry run")
     parser.add_argument("--like", help="JSON Lines whose rows are repeated")
     return parser.parse_args()
 
@@ -98,8 +98,9 @@ def measure(rows: str, label: str, command: list[str], count: int) -> None:
     process = subprocess.Popen([sys.executable, "-m", "rlhf", *command], stdout=subprocess.DEVNULL)
     usage = wait(process)
     seconds = time.monotonic() - start
-    memory = usage.ru_maxrss / 2**20
-    print(f"| {rows} | `{label}` | {seconds:.1f} | {count / seconds:,.0f} | {memory:.2f} GiB |")
+    figures = [f"{seconds:.1f}", f"{usage.ru_utime + usage.ru_stime:.1f}"]
+    figures += [f"{count / seconds:,.0f}", f"{usage.ru_maxrss / 2**20:.2f} GiB"]
+    print(f"| {rows} | `{label}` | {' | '.join(figures)} |", flush=True)
 
 
 def wait(process: "subprocess.Popen[bytes]") -> resource.struct_rusage:

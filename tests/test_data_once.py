@@ -1,6 +1,7 @@
 """Files are read once for all stages, by a short way where rows are plain, with the same result."""
 
 import json
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,48 @@ def test_limits_are_checked_as_if_every_prompt_were_tokenised(
             assert found.shortened == sum(length > limit for length in all_of_them)
             if found.shortened:
                 assert found.longest == max(all_of_them)
+
+
+@pytest.mark.parametrize("instruction", ["the dog " * 30, "\u4e2d" * 30])
+@pytest.mark.parametrize("arch", ["t5", "llama"])
+def test_an_instruction_that_does_not_fit_is_found_in_every_row(
+    checkpoints: dict[str, Path], arch: str, tmp_path: Path, instruction: str
+) -> None:
+    path = checkpoints[arch]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    layout = prompt_layout(AutoConfig.from_pretrained(path), tokenizer)
+    file = write(tmp_path / "a.jsonl", *({"input_text": "the cat " * n} for n in range(1, 40)))
+    prompts = load_prompts(file, renderer=PromptRenderer(instruction))
+    needed = min(
+        limit for limit in range(1, 400) if fits(Tokeniser(tokenizer, layout, limit, 8), prompts)
+    )
+    assert Tokeniser(tokenizer, layout, needed, 8).check_prompts(prompts).count == 39
+    with pytest.raises(InputError) as caught:
+        Tokeniser(tokenizer, layout, needed - 1, 8).check_prompts(prompts)
+    assert caught.value.problems[0].startswith(f"{file}:")
+
+
+def fits(tokeniser: Tokeniser, prompts: Any) -> bool:
+    """Whether all can be shortened, by tokenising each of them."""
+    try:
+        tokeniser.prompt_rows([row.prompt for row in prompts])
+    except InputError:
+        return False
+    return True
+
+
+def test_what_is_not_read_does_not_stay_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("w") as file:
+        for number in range(300):
+            file.write(json.dumps({"input_text": str(number), "more": "a" * 200_000}) + "\n")
+    with read_once(keep_lines=True):
+        load_prompts(write(tmp_path / "b.jsonl", PAIR), renderer=RENDERER)  # imports
+        tracemalloc.start()
+        load_prompts(str(path), renderer=RENDERER)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 30 * 2**20  # the file has 60 MB
 
 
 def test_rows_in_another_order_keep_their_columns(tmp_path: Path) -> None:

@@ -318,7 +318,7 @@ class TableWriter:
         prompt = prompt or _PROMPT
         text, spans, reserve = prompt.text, prompt.spans, prompt.reserve
         candidates: tuple[Any, ...] = _NO_CANDIDATES
-        size = len(text)
+        size = len(text) + len(raw or b"") + sum(map(len, references or ()))
         if pair is not None:
             first, second = pair.candidate_0, pair.candidate_1
             blank = is_blank(first) + is_blank(second)

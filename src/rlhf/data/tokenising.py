@@ -233,8 +233,10 @@ class Tokeniser:
             short = surely_short(batch.column("text"), limit, counter)
             missing = np.flatnonzero(~short & (known.counts[stored] < 0))
             for part in np.array_split(missing, -(-len(missing) // _COUNT_ROWS) or 1):
-                prompts = [prompt_of(one) for one in take(batch, part).to_pylist()]
-                if prompts:
+                if len(part):
+                    columns = take(batch, part).to_pydict()
+                    values = zip(*columns.values(), strict=True)
+                    prompts = [prompt_of(dict(zip(columns, one, strict=True))) for one in values]
                     known.counts[stored[part]] = counter.prompts(prompts)
         counts: NDArray[np.int64] = np.maximum(known.counts[rows.stored], 0).astype(np.int64)
         return counts
@@ -255,11 +257,12 @@ class Tokeniser:
         self, batch: Any, characters: NDArray[np.int64], most: NDArray[np.int64]
     ) -> None:
         """Sets `most` where only a beginning must be kept, which is the same in all such rows."""
-        spans = batch.column("spans").to_pylist()
         counted: dict[int, int] = {}
         for place in np.flatnonzero(most > self._room()).tolist():
-            if len(spans[place]) == 2 and spans[place][1] == characters[place]:
-                start = spans[place][0]
+            spans = batch.column("spans")[place].as_py()
+            reserve = batch.column("reserve")[place].as_py()
+            if not reserve and len(spans) == 2 and spans[1] == characters[place]:
+                start = spans[0]
                 if start not in counted:
                     beginning = PromptText(batch.column("text")[place].as_py()[:start], ())
                     counted[start] = self._counter.prompts([beginning])[0] + MARGIN
