@@ -20,24 +20,20 @@ tokenizer without a template gets the plain one:
     Assistant:
 """
 
-import datetime
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlhf.data.schema import Message, PromptFields, PromptText, Span
 
 if TYPE_CHECKING:
-    import jinja2
     from transformers import PreTrainedTokenizerBase
 
 SEPARATOR = "\n\n"
 _PLAIN_TEMPLATE = "plain 1"
 _PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
-# Some templates print today's date; prompts must not change from one day to the next.
-_TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
 
 
 class PromptRenderer:
@@ -197,60 +193,21 @@ def _join(parts: Sequence[tuple[str, str]]) -> _Turn:
 
 
 def _apply_jinja(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
-    import jinja2
+    from rlhf.data.templates import render, template_date
 
     conversation = [{"role": turn.author, "content": turn.content} for turn in messages]
     try:
-        return _compile(template).render(
+        return render(
+            template,
             messages=conversation,
             tools=None,
             documents=None,
             add_generation_prompt=True,
-            date_string=_template_date("%d %b %Y"),
+            date_string=template_date("%d %b %Y"),
             **tokens,
         )
-    except (jinja2.TemplateError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"the chat template refuses it: {error}") from error
-
-
-@lru_cache(maxsize=8)
-def _compile(template: str) -> "jinja2.Template":
-    """Compiles as transformers does, but with a fixed date, which it does not let callers set."""
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class GenerationBlock(jinja2.ext.Extension):
-        """`{% generation %}` marks what the assistant says; here it is only let through."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _template_date
-    return environment.from_string(template)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own filter escapes HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
-
-
-def _template_date(format_: str) -> str:
-    return _TEMPLATE_DATE.strftime(format_)
 
 
 def _locate(
