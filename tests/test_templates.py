@@ -52,7 +52,7 @@ def test_templates_of_real_models_are_rendered_as_transformers_does(template: st
 def test_a_long_conversation_is_rendered() -> None:
     messages = [{"role": "user", "content": "x" * 5000}] * 1000
     assert len(render(CHATML, messages=messages, add_generation_prompt=True)) > 5_000_000
-    assert render(BUSY, messages=messages, add_generation_prompt=True)
+    assert render(BUSY, messages=messages[:300], add_generation_prompt=True)
 
 
 @pytest.mark.parametrize(
