@@ -84,8 +84,10 @@ def force_lengths(lengths: Sequence[Sequence[int]] | None, eos: int) -> None:
     """
     uniforms, sample = ppo_trainer.rollout_uniforms, generation.sample
 
-    def forced_uniforms(seed: int, iteration: int, rows: range, limit: int) -> Tensor:
-        drawn = uniforms(seed, iteration, rows, limit)
+    def forced_uniforms(
+        seed: int, iteration: int, rows: range, limit: int, purpose: str = "rollout"
+    ) -> Tensor:
+        drawn = uniforms(seed, iteration, rows, limit, purpose)
         if lengths is not None:
             ends = torch.tensor(lengths[iteration % len(lengths)])
             drawn[torch.arange(len(rows)), ends[list(rows)] - 1] = END
