@@ -152,6 +152,24 @@ class AdapterSet:
                 base.weight.data = original
 
     @contextmanager
+    def merging(self, name: str) -> Iterator[None]:
+        """Inside, layers act as if the adapter were merged; one merged weight exists at a time."""
+        self._check(name)
+        layers = [
+            layer
+            for layer in self._layers
+            if isinstance(layer, LoRALinear) and name in layer.lora_A
+        ]
+        try:
+            for layer in layers:
+                layer.merging = name
+            with self.using(None):
+                yield
+        finally:
+            for layer in layers:
+                layer.merging = None
+
+    @contextmanager
     def prepared(self) -> Iterator[None]:
         """Casts the active adapter to the weights' type once, for decoding where nothing folds."""
         name = self._active

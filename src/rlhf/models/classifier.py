@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
@@ -10,7 +9,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from rlhf.disk import settle
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import DecoderOnlyModel, LanguageModel
-from rlhf.models.saving import merged_weights
+from rlhf.models.merging import Weight, plain_weights, write_weights
+from rlhf.models.saving import write_config
 
 
 def save_sequence_classifier(
@@ -39,13 +39,17 @@ def save_sequence_classifier(
     config = copy.deepcopy(lm.config)
     config.num_labels = 1
     config.pad_token_id = tokenizer.pad_token_id
-    state = merged_weights(lm, adapter)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("lm_head.")}
-    state["score.weight"] = head.weight.detach().to(lm.device, lm.dtype)
+    weights = plain_weights(lm, adapter)
+    weights = {name: weight for name, weight in weights.items() if not name.startswith("lm_head.")}
+    score = head.weight.detach().float().cpu()
+    weights["score.weight"] = Weight(score.shape, score.dtype, lambda: score)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(weights, folder)
     with torch.device("meta"):
-        model: Any = AutoModelForSequenceClassification.from_config(config)
-    model.load_state_dict(state, strict=True, assign=True)
-    model.save_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_config(config)
+    # The class answers in the type it is loaded in, which config.json names: scores in bfloat16
+    # have two or three digits. Weights in bfloat16 lose nothing as float32.
+    write_config(model.config, type(model).__name__, torch.float32, folder)
     tokenizer.save_pretrained(folder)
     settle(folder)
     return True

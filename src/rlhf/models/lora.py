@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.autograd import Function
 from typing_extensions import override
 
+# Numbers of a weight that are summed in fp32 at once.
+MERGED_AT_ONCE = 2**22
+
 
 class _LoRAProduct(Function):
     """Gradients go to x, A and B; W and its bias are frozen."""
@@ -46,9 +49,11 @@ class LoRALinear(Linear):
     Attributes:
         low_rank: Aᵀ (in, r) and s·Bᵀ (r, out) of the active adapter in the base's type, while
             responses are decoded; else None.
+        merging: The adapter that each forward merges into a copy of the weight; else None.
     """
 
     low_rank: tuple[Tensor, Tensor] | None = None
+    merging: str | None = None
 
     def prepare(self, name: str) -> None:
         """Casts an adapter once for many calls without gradients, until `low_rank` is None."""
@@ -56,8 +61,27 @@ class LoRALinear(Linear):
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         self.low_rank = a.to(dtype).t(), (b * self.scaling[name]).to(dtype).t()
 
+    def merged_weight(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(out, in): the weight with an adapter, summed in fp32 and cast once.
+
+        A block of rows at a time, so that the sums in fp32 take little memory.
+        """
+        weight, scale = self.base_layer.weight.detach(), self.scaling[name]
+        a = self.lora_A[name].weight.detach().to(device, torch.float32)
+        b = self.lora_B[name].weight.detach().to(device, torch.float32)
+        merged = torch.empty(weight.shape, dtype=dtype, device=device)
+        rows = max(1, MERGED_AT_ONCE // weight.shape[1])
+        parts = zip(merged.split(rows), weight.split(rows), b.split(rows), strict=True)
+        for target, old, low in parts:
+            target.copy_(old.to(device, torch.float32) + (low @ a).mul_(scale))
+        return merged
+
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.merging is not None:
+            weight = self.base_layer.weight
+            weight = self.merged_weight(self.merging, weight.dtype, weight.device)
+            return torch.nn.functional.linear(x, weight, self.base_layer.bias)
         if self.low_rank is not None:
             a, b = self.low_rank
             flat = x.reshape(-1, x.shape[-1])

@@ -22,7 +22,9 @@ from rlhf.config import (
 from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.language_model import FAMILIES
 from rlhf.models.loading import read_model_config, without_storage
-from rlhf.models.logprobs import LOGITS_PER_CHUNK
+from rlhf.models.logprobs import LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_CPU
+from rlhf.models.lora import MERGED_AT_ONCE
+from rlhf.models.merging import SHARD_BYTES
 from rlhf.models.targets import adapted_layers
 
 # fp32 weight, gradient and AdamW's two moments.
@@ -42,11 +44,13 @@ class Counts:
         base: Parameters, shared ones once.
         adapter: Parameters of one LoRA adapter, 0 without.
         head: Parameters of a reward or value head.
+        largest: Parameters of the largest layer that has an adapter, 0 without.
     """
 
     base: int
     adapter: int
     head: int
+    largest: int = 0
 
 
 def count_parameters(config: PretrainedConfig, lora: LoRAConfig | None = None) -> Counts:
@@ -58,11 +62,12 @@ def count_parameters(config: PretrainedConfig, lora: LoRAConfig | None = None) -
     """
     model = without_storage(config)
     base = sum(parameter.numel() for parameter in model.parameters())
-    adapter = 0
+    adapter = largest = 0
     if lora is not None and lora.rank:
         layers = adapted_layers(model, FAMILIES[config.model_type].peft_config(lora))
         adapter = sum(lora.rank * sum(layer.weight.shape) for layer in layers.values())
-    return Counts(base, adapter, int(config.hidden_size))
+        largest = max(layer.weight.numel() for layer in layers.values())
+    return Counts(base, adapter, int(config.hidden_size), largest)
 
 
 def memory_per_role(
@@ -78,8 +83,9 @@ def memory_per_role(
         reward_config: That of the reward model's base where it is another one than the policy's.
 
     Returns:
-        Role to bytes, in the order in which they are made; `activations` and `cache` are
-        estimates and not held at the same time, but for the cache that compiled decoding keeps.
+        Role to bytes, in the order in which they are made; `activations`, `cache` and `export`
+        are estimates and not held at the same time, but for the cache that compiled decoding
+        keeps.
     """
     lora = config.lora if isinstance(config, TrainingConfig) else LoRAConfig()
     counts = count_parameters(model_config, lora)
@@ -94,6 +100,8 @@ def memory_per_role(
         roles[name] = _cache(model_config, config, config.effective_rollout_batch_size, width)
     if isinstance(config, InferenceConfig):
         roles["cache"] = _cache(model_config, config, config.batch_size, width)
+    if isinstance(config, TrainingConfig):
+        roles["export"] = _export(model_config, config, counts, width)
     return roles
 
 
@@ -127,6 +135,18 @@ def _weights(config: StageConfig, counts: Counts, width: int) -> dict[str, int]:
     if isinstance(config, RewardModelConfig):
         return frozen | {"reward adapter": adapter, "reward head": head}
     return frozen | {"adapter": adapter}
+
+
+def _export(config: PretrainedConfig, stage: TrainingConfig, counts: Counts, width: int) -> int:
+    """Bytes that merging and writing take on the device; see `rlhf.models.merging`."""
+    total = 0
+    if counts.adapter and not isinstance(stage, RewardModelConfig):  # the KL of merging
+        wanted = stage.effective_micro_batch_size * stage.target_sequence_length
+        total += 3 * 4 * min(wanted * int(config.vocab_size), LOGITS_PER_CHUNK_CPU)
+        total += counts.largest * width + 3 * 4 * min(counts.largest, MERGED_AT_ONCE)
+    if pick_device(stage.device).type == "cpu":  # where files are put together
+        total += 2 * min(SHARD_BYTES, counts.base * width)
+    return total
 
 
 def _layers(config: PretrainedConfig) -> tuple[int, int]:
@@ -174,8 +194,8 @@ def _cache(config: PretrainedConfig, stage: StageConfig, rows: int, width: int) 
 
 
 def total_memory(roles: dict[str, int]) -> int:
-    """Bytes held at the peak: all weights, and activations or cache, whichever is larger."""
-    passing = ("activations", "cache")
+    """Bytes held at the peak: all weights, and what of the passing roles is the largest."""
+    passing = ("activations", "cache", "export")
     weights = sum(size for role, size in roles.items() if role not in passing)
     return weights + max(roles.get(role, 0) for role in passing)
 

@@ -2,8 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,13 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from transformers import PretrainedConfig
 
 from rlhf.data.batching import TokenBatch
 from rlhf.disk import settle
 from rlhf.errors import InputError
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.merging import kl_of_merging, plain_weights, write_weights
 from rlhf.models.plain_lora import check_fit, read_adapter_config
 from rlhf.models.weights import quiet_transformers
 from rlhf.untrusted import parse_json
@@ -110,7 +109,8 @@ def save_merged(
 ) -> float | None:
     """Writes the whole model, adapter folded in, as plain transformers (so vLLM, TGI) load it.
 
-    The sum is made in fp32 and cast once to the model's dtype.
+    The sum is made in fp32 and cast once to the model's dtype, in the memory of the CPU, where no
+    more than a file of the checkpoint is held; on the model's device no second model is.
 
     Args:
         lm: The model.
@@ -122,17 +122,11 @@ def save_merged(
         Mean per-token KL(merged‖adapter) in nats over the probe, None without a probe.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    merged = _merged_weights(lm, adapter) if adapter else {}
-    kl = _kl_of_merging(lm, adapter, merged, probe) if adapter and probe else None
-    state = _plain_weights(lm, merged)
-    with torch.device("meta"):
-        plain: Any = type(lm.module)(copy.deepcopy(lm.module.config))
-    plain.load_state_dict(state, strict=True, assign=True)
-    _tie_what_is_equal(plain, state)
-    plain.generation_config = lm.module.generation_config
+    kl = kl_of_merging(lm, adapter, *probe) if adapter and probe else None
+    write_weights(plain_weights(lm, adapter), folder)
+    write_config(lm.config, type(lm.module).__name__, lm.dtype, folder)
     with quiet_transformers():
-        plain.save_pretrained(folder)
-    _keep_head_scaling(plain, folder)
+        lm.module.generation_config.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
     _write_origin(lm, folder)
     return kl
@@ -142,31 +136,6 @@ def _write_origin(lm: LanguageModel, folder: Path) -> None:
     origin = {"base_model": lm.base_name, "revision": lm.revision, "fingerprint": lm.fingerprint}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
     settle(folder)
-
-
-def merged_weights(lm: LanguageModel, adapter: str | None) -> dict[str, Tensor]:
-    """All weights of the model in its dtype, by their plain names, an adapter folded in."""
-    return _plain_weights(lm, _merged_weights(lm, adapter) if adapter else {})
-
-
-def _plain_weights(lm: LanguageModel, merged: dict[LoraLayer, Tensor]) -> dict[str, Tensor]:
-    with _weights(merged):
-        return {
-            name.replace(".base_layer.", "."): tensor.detach().to(lm.dtype)
-            for name, tensor in lm.module.state_dict().items()
-            if ".lora_" not in name
-        }
-
-
-@torch.no_grad()
-def _merged_weights(lm: LanguageModel, adapter: str) -> dict[LoraLayer, Tensor]:
-    merged = {}
-    for part in lm.module.modules():
-        if isinstance(part, LoraLayer) and adapter in part.lora_A:
-            weight = part.get_base_layer().weight
-            delta = part.get_delta_weight(adapter).float()
-            merged[part] = (weight.float() + delta).to(lm.dtype)
-    return merged
 
 
 @torch.no_grad()
@@ -184,56 +153,24 @@ def add_adapter_to_weights(source: LanguageModel, adapter: str, target: Language
             weight.add_(part.get_delta_weight(adapter).to(weight.device, torch.float32))
 
 
-@contextmanager
-def _weights(replaced: dict[LoraLayer, Tensor]) -> Iterator[None]:
-    """Swaps base weights in, and the very same tensors back afterwards."""
-    originals = {layer: layer.get_base_layer().weight.data for layer in replaced}
-    for layer, weight in replaced.items():
-        layer.get_base_layer().weight.data = weight
-    try:
-        yield
-    finally:
-        for layer, weight in originals.items():
-            layer.get_base_layer().weight.data = weight
+def write_config(
+    config: PretrainedConfig, architecture: str, dtype: torch.dtype, folder: Path
+) -> None:
+    """Writes config.json as `save_pretrained` of a model of that class would."""
+    config = copy.deepcopy(config)
+    config.architectures = [architecture]
+    config.dtype = str(dtype).removeprefix("torch.")
+    with quiet_transformers():
+        config.save_pretrained(folder)
+    _keep_head_scaling(config, folder)
 
 
-@torch.no_grad()
-def _kl_of_merging(
-    lm: LanguageModel,
-    adapter: str,
-    merged: dict[LoraLayer, Tensor],
-    probe: tuple[TokenBatch, TokenBatch],
-) -> float:
-    prompts, responses = probe
-    mask = responses.mask
-
-    def distribution() -> Tensor:
-        return lm.logits(lm.response_states(prompts, responses)[:, :-1][mask]).log_softmax(-1)
-
-    with lm.using(adapter):
-        with_adapter = distribution()
-    with _weights(merged), lm.using(None):
-        with_merged = distribution()
-    return float((with_merged.exp() * (with_merged - with_adapter)).sum(-1).mean())
-
-
-def _tie_what_is_equal(plain: Any, state: dict[str, Tensor]) -> None:
-    """Shares the tensors that the source shared, so that save_pretrained writes them once."""
-    by_storage: dict[int, str] = {}
-    for name, tensor in state.items():
-        first = by_storage.setdefault(tensor.data_ptr(), name)
-        if first != name:
-            parent, _, leaf = name.rpartition(".")
-            setattr(plain.get_submodule(parent), leaf, plain.get_parameter(first))
-
-
-def _keep_head_scaling(plain: Any, folder: Path) -> None:
+def _keep_head_scaling(config: PretrainedConfig, folder: Path) -> None:
     # T5Config derives scale_decoder_outputs from tie_word_embeddings when it is read, but
     # transformers 5 always writes tie_word_embeddings=true: a v1.1 or Flan model saved so would
     # come back with scaled outputs.
-    if getattr(plain.config, "scale_decoder_outputs", True):
+    if getattr(config, "scale_decoder_outputs", True):
         return
     path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["tie_word_embeddings"] = False
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    values = json.loads(path.read_text()) | {"tie_word_embeddings": False}
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
