@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import logging
 import os
-import signal
 import sys
 import traceback
 import warnings
@@ -40,9 +39,9 @@ from rlhf.flags import (
     read_config,
     unknown_flags,
 )
+from rlhf.signals import EXIT_STOPPED, SignalGuard
 
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command may be given again
 
 
 @click.group(context_settings=PLAIN_CONTEXT)
@@ -303,8 +302,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     steady_streams()
     quiet_third_parties()
-    if os.getpid() == 1:
-        stop_by_signal()
     given = list(sys.argv[1:] if arguments is None else arguments)
     return exit_code(lambda: _run(given or ["--help"]))
 
@@ -317,18 +314,14 @@ def _run(arguments: list[str]) -> Any:
     return cli.main(arguments, prog_name="rlhf", standalone_mode=False)
 
 
-def stop_by_signal() -> None:
-    """End on SIGTERM also where no stage listens yet, with nothing to save.
-
-    The kernel ignores it for process 1, which the command is in a container.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
-
-
 def exit_code(command: Callable[[], Any]) -> int:
-    """Run a click command (not standalone), say what is wrong, and return the exit code."""
+    """Run a click command (not standalone), say what is wrong, and return the exit code.
+
+    A signal ends the command at once, unless it comes while a stage has something to save.
+    """
     try:
-        return command() or 0
+        with SignalGuard(at_once=True):  # also because the kernel ignores SIGTERM for process 1
+            return command() or 0
     except InputError as error:
         complain(error.problems)
         return EXIT_BAD_INPUT
@@ -344,7 +337,7 @@ def exit_code(command: Callable[[], Any]) -> int:
     except (StorageError, NumericalError) as error:
         complain([str(error)])
         return 1
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         complain(["interrupted"])
         return 1
     except Exception as error:

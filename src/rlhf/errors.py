@@ -55,17 +55,21 @@ class TrainingDiverged(NumericalError):  # noqa: N818 (says what happened)
     """Several updates in a row could not be made; the message says why and what to change."""
 
 
-class StoppedBySignal(Exception):  # noqa: N818 - stopping when asked is no error
+class StoppedBySignal(BaseException):
     """A signal asked the run to stop and its state is saved: exit code 75 (try again).
 
+    Stopping when asked is no error: like KeyboardInterrupt it passes `except Exception`, with which
+    libraries turn what happens while they load into errors of their own.
+
     Args:
-        step: The number of training steps that are done and saved.
+        step: The number of training steps that are done and saved; None where none is counted.
     """
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int | None = None) -> None:
         self.step = step
+        after = "" if step is None else f" after step {step}"
         super().__init__(
-            f"stopped by a signal after step {step}; the same command continues from there"
+            f"stopped by a signal{after}; the same command continues from what is saved"
         )
 
 

@@ -15,6 +15,7 @@ from rlhf.config import PPOConfig
 from rlhf.data.batching import TokenBatch, micro_batches
 from rlhf.data.schema import PromptText
 from rlhf.models.actors import Actor, Critic
+from rlhf.signals import stop_point
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def evaluate_rollout(
     tokens = rollout.prompts.lengths + responses.lengths
     constraint = (config.temperature, config.min_response_length)
     for rows in micro_batches(tokens, *config.micro_batch_limits):
+        stop_point()
         prompts, answers = rollout.prompts.select(rows), responses.select(rows)
         with policy.active() as lm:
             states = lm.response_states(prompts, answers)

@@ -13,6 +13,7 @@ from torch import Tensor
 from rlhf.data.batching import TokenBatch, chunks, seeded_generator
 from rlhf.errors import NumericalError
 from rlhf.models.language_model import LanguageModel
+from rlhf.signals import stop_point
 
 # Tokens of the vocabulary that sampling sums up at once.
 BLOCK = 256
@@ -117,6 +118,7 @@ def generate(
 
     Raises:
         NumericalError: If a logit was NaN or infinite; looked at once, after the last token.
+        StopRequested: If a signal came; looked at before every token.
     """
     device, size = prompts.ids.device, len(prompts)
     eos = torch.tensor(sorted(lm.layout.eos_ids), device=device)
@@ -132,6 +134,7 @@ def generate(
     with lm.inference(), lm.folded():
         state, hidden = lm.prefill(prompts, max_new_tokens)
         for step in range(max_new_tokens):
+            stop_point()
             positions = torch.full_like(rows, step)
             logits = lm.policy_logits(hidden, positions, temperature or 1.0, min_response_length)
             if temperature > 0:

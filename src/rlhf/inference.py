@@ -31,7 +31,8 @@ from rlhf.predictions import (
     summary_lines,
     write_sums,
 )
-from rlhf.tracking import ProgressLine, SignalGuard, Trackers
+from rlhf.signals import SignalGuard, StopRequested, stop_point
+from rlhf.tracking import ProgressLine, Trackers
 
 STAGE = "inference"
 PARTIAL = "predictions.partial.jsonl"
@@ -107,7 +108,7 @@ def run_inference(config: InferenceConfig) -> InferenceResult:
         show(dry_run_report(STAGE, config, len(inputs.prompts), lines))
         return _result(run, {})
     say("\n".join(lines))
-    with run.held(), SignalGuard() as signals:
+    with run.held(), SignalGuard(at_once=True) as signals:
         if run.status is Status.FINISHED:  # by another process, a moment ago
             return _result(run, run.conclude())
         file = _open_predictions(run, config, len(inputs.prompts))
@@ -119,7 +120,7 @@ def run_inference(config: InferenceConfig) -> InferenceResult:
         metrics: dict[str, Any] = {}
         if models is not None:
             _predict(models, config, inputs.prompts, file, run, signals)
-            metrics = _reward_model_metrics(models, config, inputs.preferences, signals)
+            metrics = _reward_model_metrics(models, config, inputs.preferences)
         return _finish(config, run, metrics)
 
 
@@ -253,22 +254,26 @@ def _predict(
     run: Run,
     signals: SignalGuard,
 ) -> None:
-    """Appends the rows that are missing, batch by batch."""
+    """Appends the rows that are missing, batch by batch; a signal throws an unfinished one away."""
     progress = ProgressLine(STAGE, len(prompts), file.count, ("reward", "kl"))
     uploaded = time.monotonic()
+    signals.wait()
     try:
         while file.count < len(prompts):
+            stop_point()
             rows = prompts[file.count : file.count + config.batch_size]
             predictions = predict_rows(models, config, rows, start=file.count)
             file.append(predictions)
             progress.update(file.count, _means(predictions), log=True)
-            if signals.requested or time.monotonic() - uploaded > _SECONDS_BETWEEN_UPLOADS:
+            if time.monotonic() - uploaded > _SECONDS_BETWEEN_UPLOADS:
                 run.output.publish()
                 uploaded = time.monotonic()
-            if signals.requested:
-                raise StoppedBySignal(-(-file.count // config.batch_size))
+    except StopRequested:
+        run.output.publish()
+        raise StoppedBySignal(-(-file.count // config.batch_size)) from None
     finally:
         progress.close()
+    signals.all_saved(-(-file.count // config.batch_size))
 
 
 def _means(predictions: Sequence[Prediction]) -> dict[str, float]:
@@ -281,7 +286,6 @@ def _reward_model_metrics(
     models: Models,
     config: InferenceConfig,
     preferences: PreferenceData | None,
-    signals: SignalGuard,
 ) -> dict[str, Any]:
     """How well the reward model agrees with the choices in the rows that have candidates."""
     if not preferences or models.scorer is None:
@@ -295,8 +299,6 @@ def _reward_model_metrics(
             scores = models.scorer.score([row.prompt for row in rows], texts, config.batch_size)
             columns[name] += scores.tolist()
             lengths[name] += models.tokeniser.responses(texts).lengths.tolist()
-        if signals.requested:
-            raise StoppedBySignal(-(-len(preferences) // config.batch_size))
     result = evaluate_preferences(
         columns["chosen"],
         columns["rejected"],

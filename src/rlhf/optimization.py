@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from rlhf.errors import InputError
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
+# Weights and moments up to this size are copied at the first of a step's several updates.
+LARGEST_COPY = 1 << 30  # bytes of ordinary memory
 
 
 @dataclass(frozen=True)
@@ -154,3 +156,36 @@ class GroupedAdamW:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[name])
+
+
+class StepStart:
+    """What a step began with, so that it can be taken back.
+
+    Args:
+        skipped_updates: Updates left out so far.
+        skipped_in_row: How many of them were the last ones.
+
+    Attributes:
+        updated: Whether the step has changed weights.
+        parameters: What is trained, before the step's first update; None where it is not kept.
+        moments: Adam's state at that time.
+    """
+
+    def __init__(self, skipped_updates: int, skipped_in_row: int) -> None:
+        self.skipped_updates = skipped_updates
+        self.skipped_in_row = skipped_in_row
+        self.updated = False
+        self.parameters: dict[str, Tensor] | None = None
+        self.moments: dict[str, Tensor] | None = None
+
+    def keep(self, optimizer: GroupedAdamW, *, copy: bool) -> None:
+        """Copies weights and moments before the first update, if that is wanted and they fit."""
+        first, self.updated = not self.updated, True
+        numbers = sum(p.numel() for p in optimizer.parameters.values())
+        if first and copy and 3 * 4 * numbers <= LARGEST_COPY:  # fp32, with two moments
+            self.parameters = _copied(optimizer.parameters)
+            self.moments = _copied(optimizer.state_tensors())
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}

@@ -24,6 +24,7 @@ from rlhf.outputs import RESULT_FILE, Output, join, read_json, to_json, write_te
 from rlhf.ppo_trainer import train_ppo
 from rlhf.reward_model import train_reward_model
 from rlhf.sft import train_sft
+from rlhf.signals import stop_point
 
 STAGES: dict[str, Callable[[Any], Any]] = {
     "sft": train_sft,
@@ -88,6 +89,7 @@ def run_stages(config: PipelineConfig, start: float) -> PipelineResult:
     config = hold_out_rows(config)
     metrics: dict[str, Any] = {}
     for number, stage in enumerate(config.stages(), start=1):
+        stop_point()
         say(f"pipeline: stage {number} of {len(config.stages())}: {stage}")
         metrics[stage] = dict(STAGES[stage](config.stage_config(stage)).metrics)
         free_memory()

@@ -42,6 +42,7 @@ from rlhf.models.roles import (
 )
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.outputs import Run, Status
+from rlhf.signals import stop_point
 from rlhf.storage import exists
 from rlhf.training import Callback, ParameterGroup, Trainer
 
@@ -291,6 +292,7 @@ class PPOTrainer(Trainer):
 
     def score(self, rollout: Rollout) -> Tensor:
         """(B,) fp32 scores of the judge, with what a missing EOS costs."""
+        stop_point()
         size = self.config.effective_micro_batch_size
         if isinstance(self.scorer, RewardModel) and self.scorer.shares_base:
             scores = self.scorer.score_tokens(rollout.prompts, rollout.responses, size)
@@ -330,6 +332,11 @@ class PPOTrainer(Trainer):
         kl_k3 = objectives.kl_k3(logprobs, ref_logprobs)
         return experience, RolloutStats(scores, kl, kl_k3, entropy)
 
+    @property
+    def updates_per_step(self) -> int:
+        """One a minibatch."""
+        return self.config.ppo_epochs * self.config.num_minibatches
+
     def optimise(self, experience: Experience) -> dict[str, float]:
         """All epochs over the rollout; ends early when the policy has moved too far."""
         config, log = self.config, UpdateLog()
@@ -353,6 +360,7 @@ class PPOTrainer(Trainer):
         count = int(minibatch.responses.lengths.sum())
         total = Minibatch(tokens=count)
         for rows in micro_batches(minibatch.tokens, *self.config.micro_batch_limits):
+            stop_point()
             total = total + self._backward(minibatch.select(rows), count)
         self.count_tokens(count + int(minibatch.prompts.lengths.sum()))
         return total

@@ -33,6 +33,7 @@ from rlhf.models.roles import RewardModel, RewardRecord, tokenizer_fingerprint
 from rlhf.objectives import pairwise_loss
 from rlhf.optimization import ParameterGroup
 from rlhf.outputs import Run, Status
+from rlhf.signals import stop_point
 from rlhf.training import Callback, Trainer
 
 ADAPTER = "reward"
@@ -232,6 +233,7 @@ class RewardModelTrainer(Trainer):
         """
         totals = torch.zeros(4, device=self.reward.lm.device)
         for rows in micro_batches(pairs.tokens, *self.config.micro_batch_limits):
+            stop_point()
             totals += self._backward(pairs.select(rows).to(totals.device), len(pairs))
         names = ("loss", "accuracy", "margin", "score")
         means = (totals / len(pairs)).tolist()

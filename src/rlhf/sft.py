@@ -21,6 +21,7 @@ from rlhf.models.card import write_card
 from rlhf.models.loading import load_language_model
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.outputs import Run, Status
+from rlhf.signals import stop_point
 from rlhf.training import Callback, ParameterGroup, Trainer
 
 ADAPTER = "sft"
@@ -251,6 +252,7 @@ class SFTTrainer(Trainer):
         count = int(batch.responses.lengths.sum())
         total = torch.zeros((), device=self.lm.device)
         for rows in micro_batches(batch.tokens, *self.config.micro_batch_limits):
+            stop_point()
             with self.lm.using(self.adapter):
                 nll = self.negative_log_likelihood(batch.select(rows))
                 (nll / count).backward()
@@ -273,6 +275,7 @@ class SFTTrainer(Trainer):
             total, count = 0.0, 0
             size = self.config.effective_micro_batch_size
             for block in chunks(range(min(len(held_out), EVALUATION_ROWS)), size):
+                stop_point()
                 some = [held_out[number] for number in block]
                 batch = self.tokenise(some, [row.references[0] for row in some])
                 total += self.negative_log_likelihood(batch).item()

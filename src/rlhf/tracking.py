@@ -1,16 +1,12 @@
-"""What a run tells while it goes: metrics.jsonl, samples.jsonl, trackers, progress, signals."""
+"""What a run tells while it goes: metrics.jsonl, samples.jsonl, trackers, progress."""
 
 import json
 import math
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO, cast
 
 import torch
@@ -30,7 +26,7 @@ from rich.progress import (
 )
 
 from rlhf.console import SteadyStream, say
-from rlhf.errors import InputError, StoppedBySignal
+from rlhf.errors import InputError
 from rlhf.outputs import plain, write_text
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -175,45 +171,6 @@ class ProgressLine:
         """Leaves the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
-
-
-class SignalGuard:
-    """Turns SIGTERM and SIGINT into a request that is served when the state is consistent.
-
-    Attributes:
-        requested: True once a signal came.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._saved_step: int | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "SignalGuard":
-        # Python allows handlers in the main thread only; elsewhere the caller has to stop us.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def all_saved(self, step: int) -> None:
-        """From now on a signal stops at once: there is nothing left to save."""
-        self._saved_step = step
-        if self.requested:
-            raise StoppedBySignal(step)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self._saved_step is not None:
-            raise StoppedBySignal(self._saved_step)
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: does not want to wait for the step's end
-        self.requested = True
-        os.write(2, b"\nstopping after this step, saving...\n")
 
 
 class PhaseTimer:

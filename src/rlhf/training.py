@@ -1,7 +1,8 @@
 """The loop that SFT, reward model and PPO share, read from top to bottom in `Trainer.train`.
 
 Resuming needs no random state: rows, rollouts and dropout depend on (seed, step) alone, so a run
-that stopped after any step goes on as if it had not.
+that stopped after any step goes on as if it had not. Nor does stopping wait for a step's end: what
+the step has changed is taken back, and it is made again.
 """
 
 import math
@@ -32,13 +33,13 @@ from rlhf.config import TrainingConfig
 from rlhf.console import say
 from rlhf.data.batching import seeded_generator
 from rlhf.errors import StoppedBySignal, TrainingDiverged
-from rlhf.optimization import GroupedAdamW, ParameterGroup, learning_rate_factor
+from rlhf.optimization import GroupedAdamW, ParameterGroup, StepStart, learning_rate_factor
 from rlhf.outputs import Run, Status, prepare_output
+from rlhf.signals import SignalGuard, StopRequested
 from rlhf.tracking import (
     JsonLog,
     PhaseTimer,
     ProgressLine,
-    SignalGuard,
     Trackers,
     check_trackers,
     peak_memory_mb,
@@ -109,6 +110,10 @@ class Trainer(ABC):
         self._samples: list[dict[str, Any]] = []
         self._last: dict[str, float] = {}
         self._evaluation: dict[str, float] = {}
+        # A step that is done and whose evaluation is not: its metrics and samples.
+        self._unevaluated: tuple[dict[str, float], list[dict[str, Any]]] | None = None
+        self._saved_step = 0
+        self._before_step: StepStart | None = None
 
     @abstractmethod
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -164,17 +169,65 @@ class Trainer(ABC):
         self.run.start()
         self._restore()
         with self._session() as (signals, log):
-            while self.step_index < self.total_steps:
-                metrics = self.step()
-                if self._due(self.config.eval_interval(self.total_steps)):
-                    metrics |= self._evaluate()
-                log(metrics)
-                if signals.requested or self._due(self.config.save_interval(self.total_steps)):
-                    self.save()
-                if signals.requested and self.step_index < self.total_steps:
-                    raise StoppedBySignal(self.step_index)
+            try:
+                self._make_steps(signals, log)
+            except StopRequested:
+                self._save_unfinished()
+                raise StoppedBySignal(self._saved_step) from None
+            except TrainingDiverged:
+                self.run.output.publish()  # the log that the message points at
+                raise
             signals.all_saved(self.step_index)
             return self._finish()
+
+    def _make_steps(self, signals: SignalGuard, log: Callable[[dict[str, float]], None]) -> None:
+        """Makes what is left of the run, with evaluations, log and checkpoints."""
+        while self.step_index < self.total_steps or self._unevaluated is not None:
+            if self._unevaluated is None:
+                metrics = self._remembered_step()
+                if self._due(self.config.eval_interval(self.total_steps)):
+                    self._unevaluated = (metrics, list(self._samples))
+            if self._unevaluated is not None:
+                metrics, samples = self._unevaluated
+                self._samples = list(samples)
+                metrics = metrics | self._evaluate()
+                self._unevaluated = None
+            log(metrics)
+            if signals.requested or self._due(self.config.save_interval(self.total_steps)):
+                self.save()
+            if signals.requested and self.step_index < self.total_steps:
+                raise StoppedBySignal(self.step_index)
+
+    def _remembered_step(self) -> dict[str, float]:
+        """`step`, which a signal may leave anywhere."""
+        self._before_step = StepStart(self.skipped_updates, self._skipped_in_row)
+        metrics = self.step()
+        self._before_step = None
+        return metrics
+
+    def _save_unfinished(self) -> None:
+        """Takes back what an unfinished step has changed and saves the last finished one.
+
+        Where its weights were too large to be copied and are changed already, the newest
+        checkpoint stays what the run continues from.
+        """
+        memory, self._before_step = self._before_step, None
+        if memory is None:  # stopped in an evaluation, which is made again
+            self.save()
+            return
+        self.optimizer.zero_grad()
+        self.skipped_updates, self._skipped_in_row = memory.skipped_updates, memory.skipped_in_row
+        if memory.parameters is not None and memory.moments is not None:
+            self.optimizer.load_parameters(memory.parameters)
+            self.optimizer.load_state_tensors(memory.moments)
+        elif memory.updated:
+            say(
+                f"{self.stage}: step {self.step_index + 1} has changed the weights already, and "
+                "they are too large to keep a copy of; the run continues from the newest checkpoint"
+            )
+            return
+        if self._saved_step != self.step_index:
+            self.save()
 
     def step(self) -> dict[str, float]:
         """Makes one training step and counts it.
@@ -221,6 +274,11 @@ class Trainer(ABC):
         return f"Adam, betas {cls.betas}, eps {cls.eps}"
 
     @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates that a step makes at most; after the last one nothing stops it."""
+        return 1
+
+    @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything that is trained, by name."""
         return self.optimizer.parameters
@@ -242,6 +300,8 @@ class Trainer(ABC):
         if broken:
             self.skip_update(f"the gradient of {' and '.join(broken)} was not finite")
             return {}
+        if self._before_step is not None:
+            self._before_step.keep(self.optimizer, copy=self.updates_per_step > 1)
         self.optimizer.update(norms)
         self._skipped_in_row = 0
         return {f"train/grad_norm_{name}": float(norm) for name, norm in norms.items()}
@@ -285,6 +345,7 @@ class Trainer(ABC):
             "skipped_in_row": self._skipped_in_row,
             "last": self._last,
             "evaluation": self._evaluation,
+            "unevaluated": self._unevaluated,
             "extra": self.extra_state(),
             "run": self.run.identity,  # where run.json gets damaged, this tells whose it is
         }
@@ -293,6 +354,7 @@ class Trainer(ABC):
         with self.run.held(look=False):  # for those who make the steps themselves
             save_checkpoint(self.output_path, checkpoint, keep=self.config.save_total_limit)
             self.run.output.publish()
+        self._saved_step = self.step_index
 
     def _due(self, every: int) -> bool:
         return self.step_index % every == 0 or self.step_index == self.total_steps
@@ -316,15 +378,17 @@ class Trainer(ABC):
         """Signals, logs, trackers and the progress bar, closed again whatever happens."""
         metrics_log = JsonLog(self.output_path / "metrics.jsonl")
         samples_log = JsonLog(self.output_path / "samples.jsonl")
+        # A step whose evaluation is still to come is logged after that.
+        logged = self.step_index - (self._unevaluated is not None)
         for file in (metrics_log, samples_log):
-            file.truncate(self.step_index)
+            file.truncate(logged)
         for line in self.describe():
             say(line)
         if self.step_index:
             say(f"{self.stage}: continues after step {self.step_index}")
         facts = self.run.identity["fields"]
         cpu = next(iter(self.parameters.values())).device.type == "cpu"
-        trackers = Trackers(self.config.log_with, self.output_path, self.step_index, cpu, facts)
+        trackers = Trackers(self.config.log_with, self.output_path, logged, cpu, facts)
         progress = ProgressLine(self.stage, self.total_steps, self.step_index, self.shown_metrics)
 
         def log(metrics: dict[str, float]) -> None:
@@ -357,12 +421,17 @@ class Trainer(ABC):
             return
         self.optimizer.load_parameters(checkpoint.model)
         self.optimizer.load_state_tensors(checkpoint.optimizer)
-        self.step_index = checkpoint.step
+        self.step_index = self._saved_step = checkpoint.step
         state = checkpoint.state
         self._seconds = state["seconds"]
         self.skipped_updates = state["skipped_updates"]
         self._skipped_in_row = state["skipped_in_row"]
         self._last, self._evaluation = state["last"], state["evaluation"]
+        if state.get("unevaluated") is not None:
+            metrics, samples = state["unevaluated"]
+            # JSON has no NaN: such a metric was written as null.
+            numbers = {name: math.nan if m is None else m for name, m in metrics.items()}
+            self._unevaluated = (numbers, samples)
         self.load_extra_state(state["extra"])
 
     def _finish(self) -> dict[str, Any]:

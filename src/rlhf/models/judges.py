@@ -13,6 +13,7 @@ from rlhf.data.batching import chunks
 from rlhf.data.schema import PromptText
 from rlhf.errors import InputError
 from rlhf.models.files import check_files, count_stored
+from rlhf.signals import stop_point
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -142,6 +143,7 @@ class SequenceClassifier:
         order = sorted(range(len(texts)), key=lambda index: len(encoded[index]["input_ids"]))
         scores = torch.empty(len(texts))
         for rows in chunks(order, batch_size if self.can_pad else 1):
+            stop_point()
             batch = [encoded[row] for row in rows]
             inputs = (
                 self.tokenizer.pad(batch, return_tensors="pt")

@@ -41,6 +41,7 @@ from rlhf.models.decoding import (
 from rlhf.models.logprobs import token_stats
 from rlhf.models.norms import use_faster_norms
 from rlhf.models.weights import fingerprint, switch_off_dropout
+from rlhf.signals import stop_point
 
 # Finite, so that 0 * log 0 stays 0 in the entropy.
 FORBIDDEN_LOGIT = -1e30
@@ -604,12 +605,12 @@ class EncoderDecoderModel(LanguageModel):
         if self._encoder_changes():
             return prompts
         width = prompts.ids.shape[1]
+        parts = []
         with self.inference():
-            parts = [
-                nn.functional.pad(encoded, (0, 0, 0, width - encoded.shape[1]))
-                for rows in chunks(range(len(prompts)), batch_size)
-                for encoded in [self._encode(prompts.select(rows))]
-            ]
+            for rows in chunks(range(len(prompts)), batch_size):
+                stop_point()
+                encoded = self._encode(prompts.select(rows))
+                parts.append(nn.functional.pad(encoded, (0, 0, 0, width - encoded.shape[1])))
         return replace(prompts, states=torch.cat(parts))
 
     def _encoder_changes(self) -> bool:

@@ -30,6 +30,7 @@ from rlhf.models.loading import load_language_model
 from rlhf.models.plain_lora import read_adapter_config
 from rlhf.models.remote import local_folder, recorded_base
 from rlhf.models.saving import load_adapter, save_adapter, save_merged
+from rlhf.signals import stop_point
 from rlhf.storage import is_remote
 from rlhf.untrusted import parse_json
 
@@ -197,6 +198,7 @@ class RewardModel:
         order = (prompts.lengths + responses.lengths).argsort().tolist()
         scores = torch.empty(len(order))
         for rows in chunks(order, batch_size):
+            stop_point()
             batch = [side.select(rows).to(self.lm.device) for side in (prompts, responses)]
             scores[list(rows)] = self.scores(*batch).cpu()
         return scores
@@ -210,6 +212,7 @@ class RewardModel:
         """
         scores = torch.empty(2, len(pairs))
         for rows in chunks(pairs.tokens.argsort().tolist(), batch_size):
+            stop_point()
             with self.lm.inference():
                 raw = self.raw_pair_scores(pairs.select(rows).to(self.lm.device))
             scores[:, list(rows)] = torch.stack(raw).cpu()

@@ -16,7 +16,7 @@ from typing import Any
 import click
 import torch
 
-from rlhf.cli import exit_code, quiet_third_parties, stop_by_signal
+from rlhf.cli import exit_code, quiet_third_parties
 from rlhf.config import PipelineConfig
 from rlhf.config.pipeline import STAGE_CLASSES
 from rlhf.console import say
@@ -243,7 +243,6 @@ def command(stage: str, executor_input: str, pipeline_job: str, pipeline_task: s
 def main() -> int:
     """Run the task and return the process's exit code."""
     quiet_third_parties()
-    stop_by_signal()
     return exit_code(lambda: command.main(standalone_mode=False))
 
 
