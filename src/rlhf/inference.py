@@ -269,10 +269,10 @@ def _predict(
                 run.output.publish()
                 uploaded = time.monotonic()
     except StopRequested:
-        run.output.publish()
         raise StoppedBySignal(-(-file.count // config.batch_size)) from None
     finally:
         progress.close()
+        run.output.publish()
     signals.all_saved(-(-file.count // config.batch_size))
 
 
