@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rlhf.config import InferenceConfig
 from rlhf.evaluation import bootstrap_interval, corpus_rouge, text_statistics, win_rate
 from rlhf.outputs import write_text
+from rlhf.untrusted import as_code, printable
 
 FinishReason = Literal["eos", "length"]
 SAMPLES = 16
@@ -256,7 +257,7 @@ def _length(tokens: int, reason: FinishReason) -> str:
 
 
 def _escape(text: str) -> str:
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
     for character in "*_`[~":  # would vanish, change what follows or fetch a picture
         text = text.replace(character, "\\" + character)
     return text
@@ -302,7 +303,8 @@ def report_markdown(config: InferenceConfig, metrics: Mapping[str, Any]) -> str:
         sampling = f"sampled at temperature {config.temperature:g}, seed {config.seed}"
     lines = [
         "# Before and after\n",
-        f"`{config.policy_path}` against `{config.base_model}` on {metrics['rows']} rows, "
+        f"{as_code(config.policy_path)} against {as_code(str(config.base_model))} "
+        f"on {metrics['rows']} rows, "
         f"{sampling}. Brackets are 95 % bootstrap intervals over rows.\n",
         "| | before | after |",
         "| --- | --- | --- |",

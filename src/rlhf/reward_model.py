@@ -35,6 +35,7 @@ from rlhf.optimization import ParameterGroup
 from rlhf.outputs import Run, Status
 from rlhf.signals import stop_point
 from rlhf.training import Callback, Trainer
+from rlhf.untrusted import without_secrets
 
 ADAPTER = "reward"
 # Pairs (or demonstrations) whose mean score becomes 0: its standard error is std/√512 or less.
@@ -345,7 +346,7 @@ def make_record(
     except PackageNotFoundError:
         installed = ""
     return RewardRecord(
-        base_model=lm.base_name,
+        base_model=without_secrets(lm.base_name),
         revision=lm.revision,
         fingerprint=lm.fingerprint,
         tokenizer=tokenizer_fingerprint(lm.tokenizer),

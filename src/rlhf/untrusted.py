@@ -50,6 +50,19 @@ def without_secrets(text: str) -> str:
     return _SECRET.sub(r"\1***", _USER.sub(r"\1", text))
 
 
+def as_markdown(text: str) -> str:
+    """Return a text for a line of Markdown in which it is nothing but text."""
+    line = " ".join(printable(without_secrets(text)).splitlines())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
+    return re.sub(r"([*`\[~|#]|(?<!\w)_|_(?!\w))", r"\\\1", line)
+
+
+def as_code(text: str) -> str:
+    """Return a text as Markdown's code within a line."""
+    line = " ".join(printable(without_secrets(text)).splitlines())
+    return f"`{line.replace('`', chr(39)).replace('|', '/')}`"
+
+
 def inner_names(names: Iterable[str], where: str) -> list[str]:
     """Check names that a store or a file gives before they are joined to a local folder.
 

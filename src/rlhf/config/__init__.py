@@ -27,6 +27,7 @@ from rlhf.config.stages import (
     SFTConfig,
 )
 from rlhf.config.vertex import VertexConfig
+from rlhf.untrusted import without_secrets
 
 __all__ = [
     "BASE_LEARNING_RATES",
@@ -71,17 +72,21 @@ def load_config(
 
 
 def config_to_yaml(config: Schema) -> str:
-    """Write a configuration as YAML, the defaults that depend on others as numbers."""
-    return to_yaml(config.resolved())
+    """Write a configuration as YAML, the defaults that depend on others as numbers.
+
+    Addresses stand in it without their passwords and tokens: it is copied and published.
+    """
+    return to_yaml(_without_secrets(config.resolved()))
 
 
 def result_fields(config: Schema) -> dict[str, Any]:
     """Return dotted name to resolved value of the fields that can change a result.
 
     Two runs with the same seed, data and these fields give the same result up to rounding, so a
-    run may be continued exactly when they are equal. A multiplier shows in its learning rate.
+    run may be continued exactly when they are equal. A multiplier shows in its learning rate, a
+    password or token of an address not at all.
     """
-    data = config.resolved()
+    data = _without_secrets(config.resolved())
     fields = {}
     for name, field in leaf_fields(type(config)):
         extra = field.json_schema_extra
@@ -91,3 +96,14 @@ def result_fields(config: Schema) -> dict[str, Any]:
                 value = value[part]
             fields[name] = value
     return fields
+
+
+def _without_secrets(value: Any, name: str = "") -> Any:
+    """Return plain data in which no address holds a secret; what models read stays as it is."""
+    if isinstance(value, str):
+        return value if name == "instruction" else without_secrets(value)
+    if isinstance(value, list):
+        return [_without_secrets(item, name) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_secrets(item, key) for key, item in value.items()}
+    return value

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import yaml
 
 from rlhf.config import TrainingConfig
+from rlhf.untrusted import as_code, as_markdown, without_secrets
 
 TITLES = {
     "sft": "Supervised fine-tuning",
@@ -45,18 +47,18 @@ def write_card(
         metrics: Final metrics; only numbers are listed.
         data: Lines that say what was read, such as those of a data report.
     """
-    base = config.base_model or "a model given as an object"
+    base = as_code(config.base_model) if config.base_model else "a model given as an object"
     sections = [
         _front_matter(folder, stage, config),
         f"# {TITLES[stage]}",
-        f"Trained with [rlhf](https://pypi.org/project/rlhf-ppo/) from `{base}`"
-        + (f" at revision `{config.revision}`" if config.revision else "")
+        f"Trained with [rlhf](https://pypi.org/project/rlhf-ppo/) from {base}"
+        + (f" at revision {as_code(config.revision)}" if config.revision else "")
         + ". All settings are in `config.yaml`, the course of training in `metrics.jsonl`.",
         "## Use\n\n" + _usage(folder, stage),
         "## Training\n\n" + _table(_settings(config), ("setting", "value")),
     ]
     if data:
-        sections.append("## Data\n\n" + "\n".join(f"- {line}" for line in data))
+        sections.append("## Data\n\n" + "\n".join(f"- {as_markdown(line)}" for line in data))
     numbers = {name: value for name, value in metrics.items() if _is_number(value)}
     if numbers:
         rows = {name: f"{value:.4g}" for name, value in numbers.items()}
@@ -76,9 +78,14 @@ def _front_matter(folder: Path, stage: str, config: TrainingConfig) -> str:
         "library_name": "peft" if lora else "transformers",
         "tags": ["rlhf", kind, *(["lora"] if lora else [])],
     }
-    base = config.base_model or ""
+    base = without_secrets(config.base_model or "")
     # The Hub takes only its own ids here, and a folder's name would tell a reader nothing.
-    if base and base.count("/") <= 1 and base[0] not in "/.~" and not Path(base).exists():
+    if (
+        base
+        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)
+        and base[0] not in "/.~"
+        and not Path(base).exists()
+    ):
         facts = {"base_model": base, **facts}
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
 
@@ -144,7 +151,7 @@ def _settings(config: TrainingConfig) -> dict[str, Any]:
 def _table(rows: Mapping[str, Any], header: tuple[str, str]) -> str:
     lines = [f"| {header[0]} | {header[1]} |", "| --- | --- |"]
     lines += [
-        f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()
+        f"| {as_markdown(name)} | {as_markdown(str(value))} |" for name, value in rows.items()
     ]
     return "\n".join(lines)
 

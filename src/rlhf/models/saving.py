@@ -19,7 +19,7 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.models.merging import kl_of_merging, plain_weights, write_weights
 from rlhf.models.plain_lora import check_fit, read_adapter_config
 from rlhf.models.weights import quiet_transformers
-from rlhf.untrusted import parse_json
+from rlhf.untrusted import parse_json, without_secrets
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ORIGIN = "rlhf.json"
@@ -30,7 +30,7 @@ def save_adapter(lm: LanguageModel, adapter: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     assert lm.adapters.peft_model is not None
     config: Any = copy.deepcopy(lm.adapters.peft_model.peft_config[adapter])
-    config.base_model_name_or_path = lm.base_name
+    config.base_model_name_or_path = without_secrets(lm.base_name)
     config.revision = lm.revision
     config.inference_mode = True
     config.save_pretrained(folder)
@@ -133,7 +133,8 @@ def save_merged(
 
 
 def _write_origin(lm: LanguageModel, folder: Path) -> None:
-    origin = {"base_model": lm.base_name, "revision": lm.revision, "fingerprint": lm.fingerprint}
+    base = without_secrets(lm.base_name)
+    origin = {"base_model": base, "revision": lm.revision, "fingerprint": lm.fingerprint}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
     settle(folder)
 
