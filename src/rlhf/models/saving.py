@@ -107,7 +107,7 @@ def save_merged(
     folder: Path,
     probe: tuple[TokenBatch, TokenBatch] | None = None,
 ) -> float | None:
-    """Writes the whole model, adapter folded in, as plain transformers (so vLLM, TGI) load it.
+    """Writes the whole model, adapter folded in, as plain transformers (so vLLM too) load it.
 
     The sum is made in fp32 and cast once to the model's dtype, in the memory of the CPU, where no
     more than a file of the checkpoint is held; on the model's device no second model is.
