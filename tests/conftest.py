@@ -84,6 +84,12 @@ def arch(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing goes to the user's cache."""
+    os.environ.setdefault("RLHF_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def tokenizer(arch: str) -> PreTrainedTokenizerBase:
     return make_tokenizer(arch)

@@ -17,13 +17,13 @@ from rlhf.data.schema import PromptRow
 from rlhf.data.tokenising import Tokeniser
 from rlhf.errors import InputError
 from rlhf.generation import Generation, generate, rollout_uniforms
+from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.judges import Scorer
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
 from rlhf.models.policy import PolicySource
 from rlhf.models.roles import (
     load_reward_model,
-    tokenizer_fingerprint,
 )
 from rlhf.models.saving import load_adapter
 from rlhf.objectives import kl_k1, kl_k3

@@ -47,6 +47,11 @@ def settle(path: Path) -> None:
         _sync(path)
 
 
+def cache_folder() -> Path:
+    """Return where things are kept that can be made again: `$RLHF_CACHE` or ~/.cache/rlhf."""
+    return Path(os.environ.get("RLHF_CACHE", Path.home() / ".cache" / "rlhf"))
+
+
 def umask() -> int:
     """Return the bits that new files lack."""
     with _umask_lock:  # there is no way to read it but to set it

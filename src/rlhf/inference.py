@@ -15,9 +15,10 @@ from rlhf.errors import InputError, StoppedBySignal
 from rlhf.evaluation import evaluate_preferences
 from rlhf.hardware import pick_device
 from rlhf.local_metrics import module_metrics
+from rlhf.models.content import weights_fingerprint
 from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
 from rlhf.models.memory import dry_run_report
-from rlhf.models.policy import PolicySource, find_policy, weights_fingerprint
+from rlhf.models.policy import PolicySource, find_policy
 from rlhf.models.remote import recorded_base
 from rlhf.models.roles import check_judge
 from rlhf.outputs import PARTIAL_SUMS, Run, Status, prepare_output, write_text
@@ -202,6 +203,7 @@ def _fingerprints(config: InferenceConfig, inputs: _Inputs) -> dict[str, str]:
     fingerprints = {
         "eval_dataset": inputs.prompts.fingerprint,
         "policy_path": inputs.source.fingerprint,
+        "base_model": weights_fingerprint(config.base_model or "", config.revision),
     }
     if config.reward_model_path is not None:
         fingerprints["reward_model_path"] = weights_fingerprint(config.reward_model_path)

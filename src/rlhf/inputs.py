@@ -11,6 +11,7 @@ from rlhf.data.reading import PreferenceData, PromptData
 from rlhf.data.tokenising import Tokeniser
 from rlhf.errors import InputError
 from rlhf.hardware import pick_device
+from rlhf.models.content import model_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from rlhf.models.loading import (
     check_adapter,
     check_limits,
@@ -51,6 +52,7 @@ class StageInputs:
         pick_device(config.device)
         base = config.base_model or ""
         self.config = config
+        self._model, self._own_tokenizer = model, tokenizer
         self.model_config = (
             read_model_config(base, config.revision) if model is None else model.config
         )
@@ -114,7 +116,17 @@ class StageInputs:
         """
         if self._rows or self._limits:
             raise InputError([*self._rows, *self._limits])
-        return prepare_output(self.config, self._fingerprints | fingerprints, stage=stage)
+        found = {**self._fingerprints, "base_model": self._base_fingerprint()}
+        return prepare_output(self.config, found | fingerprints, stage=stage)
+
+    def _base_fingerprint(self) -> str:
+        """What the base is made of, whether it was named or given as an object."""
+        if self._model is None:
+            given = weights_fingerprint(self.config.base_model or "", self.config.revision)
+        else:
+            given = model_fingerprint(self._model)
+        own = self._own_tokenizer and tokenizer_fingerprint(self._own_tokenizer)
+        return f"{given} {own}" if own else given
 
     def _tokeniser(self) -> Tokeniser:
         return Tokeniser(

@@ -485,7 +485,9 @@ def _refuse_changes(
         )
     old, new = earlier.get("fields", {}), now["fields"]
     changed = [
-        name for name in {**old, **new} if _addresses(old.get(name)) != _addresses(new.get(name))
+        name
+        for name in {**old, **new}
+        if _addresses(old.get(name)) != _addresses(new.get(name)) and not _is_moved(name, old, new)
     ]
     if changed:
         changes = {n: f"{n}: changed from {old.get(n)!r} to {new.get(n)!r}" for n in changed}
@@ -500,6 +502,12 @@ def _refuse_changes(
                 "output_dir, or empty the folder",
             ]
         )
+
+
+def _is_moved(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """True for the address of something that is the same at its new place."""
+    content = f"{'base_model' if name == 'revision' else name} (content)"
+    return bool(old.get(content)) and old.get(content) == new.get(content)
 
 
 def _addresses(value: Any) -> str:

@@ -31,8 +31,8 @@ from rlhf.generation import generate_in_chunks, rollout_uniforms
 from rlhf.inputs import StageInputs
 from rlhf.models.actors import load_bases, make_critic, make_policy, make_reference
 from rlhf.models.card import write_card
+from rlhf.models.content import weights_fingerprint
 from rlhf.models.judges import RewardFn, RewardFunction, Scorer
-from rlhf.models.policy import weights_fingerprint
 from rlhf.models.remote import recorded_base
 from rlhf.models.roles import (
     RewardModel,

@@ -26,10 +26,11 @@ from rlhf.evaluation import evaluate_preferences
 from rlhf.inputs import StageInputs
 from rlhf.models.card import write_card
 from rlhf.models.classifier import save_sequence_classifier
+from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
-from rlhf.models.roles import RewardModel, RewardRecord, tokenizer_fingerprint
+from rlhf.models.roles import RewardModel, RewardRecord
 from rlhf.objectives import pairwise_loss
 from rlhf.optimization import ParameterGroup
 from rlhf.outputs import Run, Status

@@ -20,6 +20,7 @@ from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
 from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.attention import SDPA_FLOAT32
+from rlhf.models.content import check_written
 from rlhf.models.files import check_config, check_files, count_stored
 from rlhf.models.heap import keep_freed_memory
 from rlhf.models.language_model import (
@@ -197,6 +198,7 @@ def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     source = _existing(name)
     _check_size(config, Path(source), f"base_model: {name}")
+    check_written(Path(source))
     try:
         with quiet_transformers():
             model, info = auto.from_pretrained(

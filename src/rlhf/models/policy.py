@@ -1,6 +1,5 @@
 """What a `policy_path` holds, found out before anything large is read."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +8,11 @@ from typing import Any, Literal
 from rlhf.config.loading import parse_yaml
 from rlhf.data.files import open_file
 from rlhf.errors import InputError
+from rlhf.models.content import ORIGIN, weights_fingerprint
 from rlhf.models.plain_lora import read_adapter_config
 from rlhf.models.remote import local_folder
-from rlhf.models.saving import ADAPTER_WEIGHTS, ORIGIN, read_origin
+from rlhf.models.saving import ADAPTER_WEIGHTS, read_origin
 from rlhf.storage import is_remote
-
-_HASHED_BYTES = 1 << 20  # of each end of a file of weights: reading 14 GB takes half a minute
 
 
 @dataclass(frozen=True)
@@ -63,20 +61,6 @@ def find_policy(path: str) -> PolicySource:
     )
 
 
-def weights_fingerprint(path: str) -> str:
-    """A short hash of the weights in a folder and one level below; "" if there are none.
-
-    There are none in a Hub id, and in a folder that a later stage of a dry run would write.
-    """
-    try:
-        folder = local_folder(path)
-    except InputError:
-        return ""
-    names = ("*.safetensors", "*.json", "*/*.safetensors", "*/*.json")
-    found = sorted({file for name in names for file in folder.glob(name)})
-    return _hash_files(found) if found else ""
-
-
 def _adapter(folder: Path, settings: Mapping[str, Any]) -> PolicySource:
     weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
@@ -85,14 +69,14 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> PolicySource:
     if origin is None:  # plain peft: no fingerprint, but the base's name
         origin = {"base_model": config.base_model_name_or_path, "revision": config.revision}
     base = origin.get("base_model") or None
-    fingerprint = _hash_files([folder / "adapter_config.json", weights])
+    fingerprint = weights_fingerprint(str(folder))
     return PolicySource("adapter", folder, base, origin.get("revision"), settings, fingerprint)
 
 
 def _full(folder: Path, settings: Mapping[str, Any]) -> PolicySource:
     origin = _origin(folder) or settings
     base = origin.get("base_model") or None
-    fingerprint = _hash_files([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+    fingerprint = weights_fingerprint(str(folder))
     return PolicySource("full", folder, base, origin.get("revision"), settings, fingerprint)
 
 
@@ -140,15 +124,3 @@ def _read(path: Path) -> bytes:
 def _parse(where: Path | str, content: bytes) -> dict[str, Any]:
     """A mapping from YAML, hence also from JSON."""
     return parse_yaml(content, f"policy_path: {where}")
-
-
-def _hash_files(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_HASHED_BYTES))
-            file.seek(max(0, size - _HASHED_BYTES))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]

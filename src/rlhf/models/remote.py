@@ -1,13 +1,12 @@
 """Folders in object stores, brought to local disk."""
 
 import hashlib
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.disk import umask
+from rlhf.disk import cache_folder, umask
 from rlhf.errors import InputError
 from rlhf.processes import temporary_folder
 from rlhf.storage import find_files, is_remote, open_store, storage_errors
@@ -52,7 +51,7 @@ def local_folder(path: str, *, weights: bool = True) -> Path:
         )
         name = hashlib.sha256("\n".join([url, *marks]).encode()).hexdigest()[:24]
         wanted = [name for name in found if weights or not name.endswith(_WEIGHTS)]
-        cache = Path(os.environ.get("RLHF_CACHE", Path.home() / ".cache" / "rlhf")) / "folders"
+        cache = cache_folder() / "folders"
         target = cache / name
         if not weights and not target.is_dir():  # else the whole is there already
             target = cache / f"{name}-small"

@@ -1,6 +1,5 @@
 """The reward model: an adapter on a base, a head, and the normalisation of its scores."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -11,7 +10,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import StageConfig
 from rlhf.config.common import MOST_TOKENS
@@ -23,6 +21,7 @@ from rlhf.data.tokenising import Tokeniser
 from rlhf.disk import settle
 from rlhf.errors import InputError
 from rlhf.hardware import pick_device, pick_dtype
+from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.heads import ScalarHead
 from rlhf.models.judges import Scorer, SequenceClassifier
 from rlhf.models.language_model import LanguageModel
@@ -358,12 +357,6 @@ def check_judge(path: str, renderer: PromptRenderer, conversations: bool = True)
         f"reward_model_path: the reward model was trained {difference}; its scores would mean "
         "something else. Use the same, or train a reward model with these"
     )
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short hash of the vocabulary: two tokenizers with one hash give ids one meaning."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def _same_base(lm: LanguageModel, record: RewardRecord) -> bool:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.disk import settle
 from rlhf.errors import InputError
+from rlhf.models.content import ORIGIN, check_written, written_checksums
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.merging import kl_of_merging, plain_weights, write_weights
 from rlhf.models.plain_lora import check_fit, read_adapter_config
@@ -22,7 +23,6 @@ from rlhf.models.weights import quiet_transformers
 from rlhf.untrusted import parse_json, without_secrets
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ORIGIN = "rlhf.json"
 
 
 def save_adapter(lm: LanguageModel, adapter: str, folder: Path) -> None:
@@ -33,6 +33,8 @@ def save_adapter(lm: LanguageModel, adapter: str, folder: Path) -> None:
     config.base_model_name_or_path = without_secrets(lm.base_name)
     config.revision = lm.revision
     config.inference_mode = True
+    if isinstance(config.target_modules, set):  # whose order depends on the process
+        config.target_modules = sorted(config.target_modules)
     config.save_pretrained(folder)
     state = get_peft_model_state_dict(
         lm.adapters.peft_model, adapter_name=adapter, save_embedding_layers=False
@@ -58,6 +60,7 @@ def load_adapter(
     """
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise InputError(f"{folder} is no adapter: it has no {ADAPTER_WEIGHTS}")
+    check_written(folder)
     origin = read_origin(folder)
     if origin and origin["fingerprint"] != lm.fingerprint:
         raise InputError(
@@ -134,7 +137,8 @@ def save_merged(
 
 def _write_origin(lm: LanguageModel, folder: Path) -> None:
     base = without_secrets(lm.base_name)
-    origin = {"base_model": base, "revision": lm.revision, "fingerprint": lm.fingerprint}
+    origin: dict[str, Any] = {"base_model": base, "revision": lm.revision}
+    origin |= {"fingerprint": lm.fingerprint, "files": written_checksums(folder)}
     (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
     settle(folder)
 
