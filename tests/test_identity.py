@@ -189,13 +189,13 @@ lm.add_adapter("policy", LoRAConfig(rank=2))
 save_adapter(lm, "policy", Path(sys.argv[3]))
 """
     files = []
-    for seed in ("1", "2", "3"):
+    for seed in ("1", "2"):
         out = tmp_path / seed
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         command = [sys.executable, "-c", code, str(Path(__file__).parent), case.arch, str(out)]
         subprocess.run(command, env=environment, check=True, timeout=300)
         files.append({path.name: path.read_bytes() for path in out.iterdir()})
-    assert files[0] == files[1] == files[2]
+    assert files[0] == files[1]
     modules = json.loads(files[0]["adapter_config.json"])["target_modules"]
     assert modules == sorted(modules)
 

@@ -9,6 +9,7 @@ import yaml
 from rlhf import pipeline
 from rlhf.config import PipelineConfig
 from rlhf.errors import InputError, StoppedBySignal
+from rlhf.lease import lease
 from rlhf.pipeline import run_pipeline
 
 WORDS = "the cat sat and the dog ran to a post"
@@ -174,6 +175,15 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(values, capsys):
         assert stage in said
     assert "eval_dataset: 18 rows" in said
     assert result.metrics == {}
+    assert not Path(values["output_dir"]).exists()
+
+
+def test_a_second_pipeline_on_the_same_folder_is_refused(values):
+    with (
+        lease(values["output_dir"], "rlhf run"),
+        pytest.raises(InputError, match=r"is being written by 'rlhf run' \(process "),
+    ):
+        run(values)
     assert not Path(values["output_dir"]).exists()
 
 
