@@ -479,9 +479,11 @@ def test_critic_starts_as_the_normalised_reward_model(arch: str, tmp_path: Path)
     base = str(tmp_path / f"base-{arch}")
     trainer = PPOTrainer(make_config(tmp_path, base_model=base, reward_model_path=str(path)))
     rollout = ragged_rollout(trainer)
+    # The score is the text's: its ids as the tokenizer spells them, and one EOS.
+    responses = trainer.tokeniser.responses(rollout.texts, rollout.finished.tolist())
     with trainer.critic.actor.active() as lm, torch.no_grad():
-        states = lm.response_states(rollout.prompts, rollout.responses)
-    last = states[torch.arange(len(states)), rollout.responses.lengths]
+        states = lm.response_states(rollout.prompts, responses)
+    last = states[torch.arange(len(states)), responses.lengths]
     torch.testing.assert_close(trainer.critic.head(last), trainer.score(rollout))
 
 
@@ -540,10 +542,10 @@ def test_a_judge_of_the_other_family(arch: str, tmp_path: Path) -> None:
     assert not trainer.scorer.shares_base
     rollout = ragged_rollout(trainer)
     scores = trainer.score(rollout)
-    for prompt, text, score in zip(rollout.prompt_texts, rollout.texts, scores, strict=True):
-        assert float(score) == pytest.approx(
-            float(trainer.scorer.score([prompt], [text])[0]), abs=1e-5
-        )
+    rows = zip(rollout.prompt_texts, rollout.texts, rollout.finished.tolist(), scores, strict=True)
+    for prompt, text, ended, score in rows:
+        alone = trainer.scorer.score([prompt], [text], finished=[ended])
+        assert float(score) == pytest.approx(float(alone[0]), abs=1e-5)
     trainer.step()
 
 

@@ -29,6 +29,8 @@ from rlhf.models.saving import load_adapter
 from rlhf.objectives import kl_k1, kl_k3
 from rlhf.predictions import FinishReason, Prediction
 
+Answer = tuple[str, FinishReason]  # a response's text and how it ended
+
 _DIGITS = 6  # of rewards and nats on disk; fp32 has no more
 
 
@@ -141,10 +143,11 @@ def predict_rows(
     kl = kl_k1(own, reference).sum(1).tolist()
     k3 = kl_k3(own, reference).sum(1).tolist()
     texts, baselines = _texts(models, after), _texts(models, before)
-    rewards = _rewards(models.scorer, rows, texts, baselines, config.batch_size)
+    ends, old_ends = _finish_reasons(after), _finish_reasons(before)
+    answers = [zip(texts, ends, strict=True), zip(baselines, old_ends, strict=True)]
+    rewards = _rewards(models.scorer, rows, list(zip(*answers, strict=True)), config.batch_size)
     counts = prompts.lengths.tolist()
     lengths, old_lengths = after.responses.lengths.tolist(), before.responses.lengths.tolist()
-    ends, old_ends = _finish_reasons(after), _finish_reasons(before)
     return [
         Prediction(
             input_text=row.input_text,
@@ -180,16 +183,18 @@ def _reference(references: Sequence[str]) -> str | list[str] | None:
 def _rewards(
     scorer: Scorer | None,
     rows: Sequence[PromptRow],
-    texts: Sequence[str],
-    baselines: Sequence[str],
+    answers: Sequence[tuple[Answer, Answer]],
     batch_size: int,
 ) -> list[tuple[float, float] | tuple[None, None]]:
     """Rewards of both responses to each row; equal responses are scored once, so they tie."""
     if scorer is None:
         return [(None, None)] * len(rows)
-    pairs = list(enumerate(zip(texts, baselines, strict=True)))
-    different = list(dict.fromkeys((i, text) for i, pair in pairs for text in pair))
-    prompts = [rows[i].prompt for i, _ in different]
-    scores = scorer.score(prompts, [text for _, text in different], batch_size).tolist()
+    different = list(dict.fromkeys((i, one) for i, pair in enumerate(answers) for one in pair))
+    scores = scorer.score(
+        [rows[i].prompt for i, _ in different],
+        [text for _, (text, _) in different],
+        batch_size,
+        finished=[end == "eos" for _, (_, end) in different],
+    ).tolist()
     reward = {key: round(score, _DIGITS) for key, score in zip(different, scores, strict=True)}
-    return [(reward[i, text], reward[i, baseline]) for i, (text, baseline) in pairs]
+    return [(reward[i, after], reward[i, before]) for i, (after, before) in enumerate(answers)]

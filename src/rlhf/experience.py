@@ -23,7 +23,7 @@ class Rollout:
     """Responses of the policy to a batch of prompts.
 
     Attributes:
-        prompt_texts: B prompts as text, for judges with another tokenizer.
+        prompt_texts: B prompts as text, which is what scorers read.
         prompts: (B, P) tokens.
         responses: (B, R) tokens as sampled, EOS included.
         finished: (B,) bool, true where EOS was sampled before the limit.
@@ -176,6 +176,7 @@ def rollout_samples(rollout: Rollout, stats: RolloutStats, count: int) -> list[d
         {
             "prompt": rollout.prompt_texts[i].text,
             "response": rollout.texts[i],
+            "finish_reason": "eos" if rollout.finished[i] else "length",
             "score": float(stats.scores[i]),
             "kl": float(kl[i]),
             "prompt_tokens": int(rollout.prompts.lengths[i]),

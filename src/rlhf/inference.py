@@ -20,7 +20,7 @@ from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
 from rlhf.models.memory import dry_run_report
 from rlhf.models.policy import PolicySource, find_policy
 from rlhf.models.remote import recorded_base
-from rlhf.models.roles import check_judge
+from rlhf.models.roles import check_judge, limit_lines
 from rlhf.outputs import PARTIAL_SUMS, Run, Status, prepare_output, write_text
 from rlhf.predictions import (
     Prediction,
@@ -228,6 +228,7 @@ def _description(config: InferenceConfig, inputs: _Inputs) -> list[str]:
         f"to {config.prompt_sequence_length} and responses up to "
         f"{config.target_sequence_length} tokens; output in {config.output_dir}",
         f"{STAGE}: {policy}; reward model: {config.reward_model_path or 'none'}",
+        *limit_lines(config.reward_model_path, config),
     ]
 
 

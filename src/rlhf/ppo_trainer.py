@@ -37,6 +37,7 @@ from rlhf.models.remote import recorded_base
 from rlhf.models.roles import (
     RewardModel,
     check_judge,
+    limit_lines,
     load_reward_model,
     read_record,
 )
@@ -153,6 +154,7 @@ def read_inputs(
     assert prompts is not None
     if config.reward_model_path and not _is_made_later(config):
         check_judge(config.reward_model_path, inputs.renderer, prompts.report.conversations > 0)
+        inputs.lines += limit_lines(config.reward_model_path, config)
     return Inputs(inputs.tokenizer, inputs.renderer, prompts, eval_prompts, inputs.lines, run)
 
 
@@ -293,11 +295,12 @@ class PPOTrainer(Trainer):
     def score(self, rollout: Rollout) -> Tensor:
         """(B,) fp32 scores of the judge, with what a missing EOS costs."""
         stop_point()
-        size = self.config.effective_micro_batch_size
+        texts = (rollout.prompt_texts, rollout.texts, self.config.effective_micro_batch_size)
+        finished = rollout.finished.tolist()
         if isinstance(self.scorer, RewardModel) and self.scorer.shares_base:
-            scores = self.scorer.score_tokens(rollout.prompts, rollout.responses, size)
+            scores = self.scorer.score(*texts, finished=finished, read=rollout.prompts)
         else:
-            scores = self.scorer.score(rollout.prompt_texts, rollout.texts, size)
+            scores = self.scorer.score(*texts, finished=finished)
         scores = scores.to(self.device)
         if self.config.missing_eos_penalty is not None:
             scores = scores - self.config.missing_eos_penalty * ~rollout.finished

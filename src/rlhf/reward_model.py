@@ -1,7 +1,7 @@
 """A reward model from preference pairs (Stiennon et al. 2020; Ouyang et al. 2022, section 3.5)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Literal
 
@@ -293,9 +293,10 @@ class RewardModelTrainer(Trainer):
         self.normalise()
         reward, folder = self.reward, self.output_path
         reward.save(folder)
-        save_sequence_classifier(
-            reward.lm, reward.adapter, reward.head, folder / "sequence_classifier"
-        )
+        classifier = folder / "sequence_classifier"
+        if save_sequence_classifier(reward.lm, reward.adapter, reward.head, classifier):
+            # Its scores are raw; with its limits it reads what the reward model reads.
+            replace(reward.record, shift=0.0, scale=1.0).write(classifier)
         metrics = {
             "reward_model/shift": reward.record.shift,
             "reward_model/scale": reward.record.scale,

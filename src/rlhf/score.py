@@ -23,6 +23,7 @@ from rlhf.models.judges import Scorer
 from rlhf.models.remote import local_folder
 from rlhf.models.roles import (
     RECORD_FILE,
+    RewardModel,
     RewardRecord,
     check_judge,
     load_reward_model,
@@ -61,6 +62,7 @@ class _Row:
         prompt: What the texts respond to.
         texts: Two candidates, or one response.
         names: The fields that get the rewards, one for each text.
+        finished: Whether the texts ended by themselves.
         choice: The preferred candidate, if the row says so.
     """
 
@@ -68,6 +70,7 @@ class _Row:
     prompt: PromptText
     texts: tuple[str, ...]
     names: tuple[str, ...]
+    finished: bool
     choice: int | None
 
 
@@ -76,7 +79,8 @@ def run_score(config: ScoreConfig) -> ScoreResult:
 
     A row with candidates gets `reward_0` and `reward_1` (of `chosen` and `rejected` in that
     layout), any other `reward` for its `prediction`, `response` or `output_text`, whichever it has
-    first in this order. The output appears as a whole, when everything is scored.
+    first in this order; `finish_reason` "length" says that a limit cut it. The output appears as a
+    whole, when everything is scored.
 
     Raises:
         InputError: Bad rows, an output that is an input, or a reward model that cannot be loaded.
@@ -88,6 +92,12 @@ def run_score(config: ScoreConfig) -> ScoreResult:
     total, skipped = _check_rows(files, renderer, config.on_bad_rows)
     check_judge(config.reward_model_path, renderer)
     scorer = load_reward_model(config.reward_model_path, device=config.device, dtype=config.dtype)
+    if isinstance(scorer, RewardModel):
+        record = scorer.record
+        say(
+            f"{STAGE}: prompts up to {record.prompt_sequence_length} and responses up to "
+            f"{record.target_sequence_length} tokens, as the reward model was trained"
+        )
     figures = _Figures()
     with whole_file(config.output, "output") as file:
         progress = ProgressLine(STAGE, total, 0, ("reward",))
@@ -196,10 +206,14 @@ def _parse(value: dict[str, Any], renderer: PromptRenderer) -> "_Row | list[str]
             checker.problems.append(f"{name}: is not text, expected one text to score")
         else:
             texts = (value[name],)
+    end = value.get("finish_reason")
+    if end is not None and not isinstance(end, str):
+        checker.problems.append("finish_reason: is not text, expected eos or length")
     if checker.problems:
         return checker.problems
+    finished = end != "length" or names != ("reward",)
     try:
-        return _Row(value, renderer.render(fields), texts, names, choice)
+        return _Row(value, renderer.render(fields), texts, names, finished, choice)
     except ValueError as error:
         return [f"messages: {error}, expected a conversation that it renders"]
 
@@ -207,7 +221,8 @@ def _parse(value: dict[str, Any], renderer: PromptRenderer) -> "_Row | list[str]
 def _scores(scorer: Scorer, rows: Sequence[_Row], config: ScoreConfig) -> Iterator[list[float]]:
     prompts = [row.prompt for row in rows for _ in row.texts]
     texts = [text for row in rows for text in row.texts]
-    scores = iter(scorer.score(prompts, texts, config.batch_size).tolist())
+    ends = [row.finished for row in rows for _ in row.texts]
+    scores = iter(scorer.score(prompts, texts, config.batch_size, finished=ends).tolist())
     for row in rows:
         yield [round(next(scores), 6) for _ in row.texts]
 

@@ -57,6 +57,7 @@ class TokenCounter:
 
     def prompts(self, prompts: Sequence[PromptText]) -> list[int]:
         """Tokens of prompts, nothing put before or after them."""
+        prompts = [prompt.with_bos() for prompt in prompts]
         counts = self._count([prompt.text for prompt in prompts])
         odd = [number for number, prompt in enumerate(prompts) if not self._plain_prompt(prompt)]
         pieces = self._encoder.prompts([prompts[number] for number in odd])

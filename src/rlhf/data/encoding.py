@@ -43,7 +43,19 @@ class TextEncoder:
             self._special -= {tokenizer.unk_token_id}
 
     def prompts(self, prompts: Sequence[PromptText]) -> list[Piece]:
-        """Encodes prompts; in their spans nothing is a special token."""
+        """Encodes prompts; in their spans nothing is a special token.
+
+        A BOS that a chat template wrote is read with the text, because what follows a special
+        token is not a text's beginning to some tokenizers; its offsets are below 0.
+        """
+        shifts = [len(prompt.template_bos or "") for prompt in prompts]
+        pieces = self._prompts([prompt.with_bos() for prompt in prompts])
+        for piece, shift in zip(pieces, shifts, strict=True):
+            if shift:
+                piece.offsets = [(start - shift, end - shift) for start, end in piece.offsets]
+        return pieces
+
+    def _prompts(self, prompts: Sequence[PromptText]) -> list[Piece]:
         pieces = self._encode([prompt.text for prompt in prompts])
         for number, (prompt, piece) in enumerate(zip(prompts, pieces, strict=True)):
             taken = self._special_in(piece, prompt.text, [*prompt.spans, *prompt.reserve])

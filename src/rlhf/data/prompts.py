@@ -133,10 +133,9 @@ class PromptRenderer:
         pieces = self._scaffolding(tuple(author for author, _ in turns))
         contents = [turn for _, turn in turns]
         places = _locate(text, [turn.text for turn in contents], pieces)
-        start = 0
         bos = self.special_tokens.get("bos_token", "")
-        if bos and text.startswith(bos):
-            start = len(bos)  # the tokeniser puts it there, exactly once
+        bos = bos if text.startswith(bos) else ""
+        start = len(bos)  # kept apart: other tokenizers and people read the rest
         marks: dict[str, list[Span]] = {"span": [], "reserve": []}
         for turn, place in zip(contents, places, strict=True):
             if place is None:
@@ -148,7 +147,9 @@ class PromptRenderer:
                     high = min(place[1], place[2] + last)
                     if low < high:
                         spans.append((low - start, high - start))
-        return PromptText(text[start:], tuple(marks["span"]), tuple(marks["reserve"]))
+        template_bos = None if self.chat_template is None else bos
+        spans, reserve = marks["span"], marks["reserve"]
+        return PromptText(text[start:], tuple(spans), tuple(reserve), template_bos)
 
     def _find_scaffolding(self, authors: tuple[str, ...]) -> tuple[str, ...] | None:
         """The literal text before, between and after the turns; None if a turn is not shown."""

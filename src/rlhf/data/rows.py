@@ -328,6 +328,7 @@ class TableWriter:
         self._pending.append(
             (
                 text,
+                prompt.template_bos,
                 None if input_text == text else input_text,
                 spans[0] if len(spans) == 1 else tuple(chain.from_iterable(spans)),
                 tuple(chain.from_iterable(reserve)) if reserve else (),
@@ -396,16 +397,16 @@ def is_blank(text: str) -> bool:
     return not text or text.isspace()
 
 
-_BASE_COLUMNS = ("text", "spans", "reserve", "input_text", "file", "line")
+_BASE_COLUMNS = ("text", "template_bos", "spans", "reserve", "input_text", "file", "line")
 
 
 def prompt_of(columns: Mapping[str, Any]) -> PromptText:
-    """The prompt that columns `text`, `spans` and `reserve` of a row hold."""
+    """The prompt that columns `text`, `template_bos`, `spans` and `reserve` of a row hold."""
     spans, reserve = (
         tuple(zip(ends[::2], ends[1::2], strict=True))
         for ends in (columns["spans"], columns["reserve"])
     )
-    return PromptText(columns["text"], spans, reserve)
+    return PromptText(columns["text"], spans, reserve, columns["template_bos"])
 
 
 def _input_text(columns: dict[str, Any]) -> str:
@@ -419,6 +420,7 @@ def _schema() -> Any:
     return pa.schema(
         {
             "text": pa.string(),
+            "template_bos": pa.string(),
             "input_text": pa.string(),  # null where it is the prompt's text
             "spans": pa.list_(pa.int64()),
             "reserve": pa.list_(pa.int64()),

@@ -39,11 +39,26 @@ class PromptText:
         spans: Character ranges [start, end) of `text`, in text order, not overlapping.
         reserve: Like `spans`, but only shortened when nothing is left of those: the conversation's
             own system turn.
+        template_bos: What a chat template wrote before `text` as beginning-of-sequence token, ""
+            if it wrote none; nothing else is put before such a prompt. None for a prompt that no
+            template wrote, which gets what the tokenizer adds.
     """
 
     text: str
     spans: tuple[Span, ...]
     reserve: tuple[Span, ...] = ()
+    template_bos: str | None = None
+
+    def with_bos(self) -> "PromptText":
+        """The same prompt, the BOS of its template part of the text."""
+        if not self.template_bos:
+            return self
+        shift = len(self.template_bos)
+        spans, reserve = (
+            tuple((start + shift, end + shift) for start, end in ranges)
+            for ranges in (self.spans, self.reserve)
+        )
+        return PromptText(self.template_bos + self.text, spans, reserve, "")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rlhf.errors import InputError
 
 OnBadRows = Literal["error", "skip"]
 
-_PROMPT_COLUMNS = ("text", "input_text", "spans", "reserve")
+_PROMPT_COLUMNS = ("text", "template_bos", "input_text", "spans", "reserve")
 _PAIR_COLUMNS = ("candidate_0", "candidate_1", "choice", "margin")
 
 

@@ -23,6 +23,7 @@ from rlhf.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+NO_TOKENS = "input_text: the tokenizer makes no token of it, expected text that it knows"
 _COUNT_ROWS = 512
 
 
@@ -31,7 +32,8 @@ class PromptLayout:
     """What surrounds text when it becomes ids.
 
     Attributes:
-        prefix_ids: Put before a prompt (BOS, where the tokenizer has one, for decoder-only).
+        prefix_ids: Put before a prompt (BOS, where the tokenizer itself adds it), unless a chat
+            template wrote it.
         suffix_ids: Put after a prompt, also after a truncated one (EOS for T5's encoder).
         response_continues_text: True if the response goes on in the prompt's text, so that its
             first token must not get the dummy space of a text's beginning.
@@ -124,22 +126,40 @@ class Tokeniser:
             kept = self._shorten(prompt, piece)
             if kept is None:
                 raise InputError(self._too_small(prompt))
-            rows.append([*self.layout.prefix_ids, *kept, *self.layout.suffix_ids])
+            rows.append([*self._prefix(prompt), *kept, *self.layout.suffix_ids])
+            if not rows[-1]:
+                raise InputError(NO_TOKENS)
         return rows
 
-    def response_ids(self, text: str) -> list[int]:
+    def response_ids(self, text: str, finished: bool = True) -> list[int]:
         """Ids of one response, at most `response_limit`; see `response_rows`."""
-        return self.response_rows([text])[0]
+        return self.response_rows([text], [finished])[0]
 
-    def response_rows(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of responses as the policy emits them, with EOS unless the limit cuts it off."""
+    def response_rows(
+        self, texts: Sequence[str], finished: Sequence[bool] | None = None
+    ) -> list[list[int]]:
+        """Ids of responses: the one rule for ends, in training and for whatever scores.
+
+        A finished response ends in the tokenizer's EOS, whichever EOS the policy sampled, unless
+        the limit cuts it off; one that was cut ends in none.
+
+        Args:
+            texts: The responses.
+            finished: Whether each ended by itself; by default all did.
+        """
         rows = self._whole_responses(texts)
-        return [[*row, self.layout.eos_id][: self.response_limit] for row in rows]
+        ends = [True] * len(rows) if finished is None else finished
+        return [
+            [*row, *([self.layout.eos_id] if ended else ())][: self.response_limit]
+            for row, ended in zip(rows, ends, strict=True)
+        ]
 
     def prompt_lengths(self, prompts: Sequence[PromptText]) -> list[int]:
         """Tokens of prompts before truncation, prefix and suffix included."""
-        around = self.prompt_limit - self._room()
-        return [len(piece.ids) + around for piece in self._encoder.prompts(prompts)]
+        return [
+            len(piece.ids) + self.prompt_limit - self._room(prompt)
+            for prompt, piece in zip(prompts, self._encoder.prompts(prompts), strict=True)
+        ]
 
     def response_lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of responses before truncation, EOS included."""
@@ -160,9 +180,9 @@ class Tokeniser:
         """`prompt_rows` as a batch (B, P)."""
         return TokenBatch.from_lists(self.prompt_rows(prompts))
 
-    def responses(self, texts: Sequence[str]) -> TokenBatch:
+    def responses(self, texts: Sequence[str], finished: Sequence[bool] | None = None) -> TokenBatch:
         """`response_rows` as a batch (B, R)."""
-        return TokenBatch.from_lists(self.response_rows(texts))
+        return TokenBatch.from_lists(self.response_rows(texts, finished))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of one response: EOS and what follows dropped, special tokens skipped."""
@@ -193,7 +213,7 @@ class Tokeniser:
             self._encoder.prompts(prompts),
             strict=True,
         ):
-            if len(piece.ids) > self._room():
+            if len(piece.ids) > self._room(prompt):
                 raise InputError(self._too_small(prompt))
 
     def check_prompts(self, rows: RowData[Any]) -> PromptLengths:
@@ -226,9 +246,12 @@ class Tokeniser:
         """Tokens of the rows' prompts; of those that surely have at most `limit`, perhaps less."""
         counter = self._counter
         known = rows.token_counts.setdefault(counter.identity, _Counts(len(rows.table)))
+        without_prefix = np.zeros(len(rows), bool)  # what their template wrote is in the counts
         start = 0
-        for batch in rows.batches(("text", "spans", "reserve")):
+        for batch in rows.batches(("text", "template_bos", "spans", "reserve")):
             stored = rows.stored[start : start + batch.num_rows]
+            templated = batch.column("template_bos").is_valid().to_numpy(zero_copy_only=False)
+            without_prefix[start : start + batch.num_rows] = templated
             start += batch.num_rows
             short = surely_short(batch.column("text"), limit, counter)
             missing = np.flatnonzero(~short & (known.counts[stored] < 0))
@@ -239,7 +262,7 @@ class Tokeniser:
                     prompts = [prompt_of(dict(zip(columns, one, strict=True))) for one in values]
                     known.counts[stored[part]] = counter.prompts(prompts)
         counts: NDArray[np.int64] = np.maximum(known.counts[rows.stored], 0).astype(np.int64)
-        return counts
+        return np.maximum(counts - without_prefix * len(self.layout.prefix_ids), 0)
 
     def _in_doubt(self, rows: RowData[Any], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether what must be kept of a long prompt could be more than fits."""
@@ -273,13 +296,19 @@ class Tokeniser:
             return self._encoder.continuations(texts)
         return [piece.ids for piece in self._encoder.literal(texts)]
 
-    def _room(self) -> int:
-        return self.prompt_limit - len(self.layout.prefix_ids) - len(self.layout.suffix_ids)
+    def _prefix(self, prompt: PromptText) -> tuple[int, ...]:
+        """What is put before a prompt; a chat template has written its own."""
+        return self.layout.prefix_ids if prompt.template_bos is None else ()
+
+    def _room(self, prompt: PromptText | None = None) -> int:
+        """Tokens of a prompt's own that fit; without one, behind the layout's prefix."""
+        prefix = self.layout.prefix_ids if prompt is None else self._prefix(prompt)
+        return self.prompt_limit - len(prefix) - len(self.layout.suffix_ids)
 
     def _too_small(self, prompt: PromptText) -> str:
         piece = self._encoder.prompts([prompt])[0]
         fixed = len(piece.ids) - len(self._removable(prompt, piece))
-        needed = fixed + self.prompt_limit - self._room()
+        needed = fixed + self.prompt_limit - self._room(prompt)
         return (
             f"prompt_sequence_length: is {self.prompt_limit}, expected more than {needed}, which "
             "the instruction, the chat template and special tokens take alone"
@@ -287,7 +316,7 @@ class Tokeniser:
 
     def _shorten(self, prompt: PromptText, piece: Piece) -> list[int] | None:
         """The ids that fit, or None if what must be kept does not fit."""
-        excess = len(piece.ids) - self._room()
+        excess = len(piece.ids) - self._room(prompt)
         if excess <= 0:
             return piece.ids
         order = self._removable(prompt, piece)

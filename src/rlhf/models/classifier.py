@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from rlhf.data.special_tokens import save_tokenizer
 from rlhf.disk import settle
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import DecoderOnlyModel, LanguageModel
@@ -18,7 +19,8 @@ def save_sequence_classifier(
 ) -> bool:
     """Writes weights, adapter folded in, and head as one `…ForSequenceClassification` checkpoint.
 
-    It reads the last token that is not PAD, which is the EOS that ends prompt and response. The
+    It reads the last token that is not PAD, which is the EOS that ends prompt and response; its
+    tokenizer puts that EOS, and what the model reads before a prompt, around a text. The
     format has no bias, so it gives the raw score without the normalisation. T5's class of that
     name feeds one text to encoder and decoder alike, which is not how ours reads a prompt and a
     response: there is nothing to write for it.
@@ -50,7 +52,7 @@ def save_sequence_classifier(
     # The class answers in the type it is loaded in, which config.json names: scores in bfloat16
     # have two or three digits. Weights in bfloat16 lose nothing as float32.
     write_config(model.config, type(model).__name__, torch.float32, folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, lm.layout.prefix_ids, (lm.layout.eos_id,), folder)
     settle(folder)
     return True
 

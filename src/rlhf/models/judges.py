@@ -2,7 +2,10 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,27 +14,45 @@ from torch import Tensor
 
 from rlhf.data.batching import chunks
 from rlhf.data.schema import PromptText
-from rlhf.errors import InputError
+from rlhf.data.special_tokens import added_ids
+from rlhf.data.tokenising import Tokeniser
+from rlhf.errors import InputError, StoppedBySignal
 from rlhf.models.files import check_files, count_stored
+from rlhf.models.language_model import DecoderOnlyModel
 from rlhf.signals import stop_point
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class Scorer(Protocol):
     """Anything that scores texts; the higher the better.
 
     Attributes:
-        shares_base: True when it runs on the policy's own base and tokenizer, so that sampled ids
-            can be scored as they are (`score_tokens` of `rlhf.models.roles.RewardModel`).
+        shares_base: True when it runs on the policy's own base and tokenizer, so that what the
+            policy has made of the prompts may be used (`read` of `RewardModel.score`).
     """
 
     shares_base: bool
 
     def score(
-        self, prompts: Sequence[PromptText], responses: Sequence[str], batch_size: int = 32
+        self,
+        prompts: Sequence[PromptText],
+        responses: Sequence[str],
+        batch_size: int = 32,
+        *,
+        finished: Sequence[bool] | None = None,
     ) -> Tensor:
-        """Scores responses to prompts: (N,) fp32 on the CPU, in the order given."""
+        """Scores responses to prompts: (N,) fp32 on the CPU, in the order given.
+
+        Args:
+            prompts: N prompts.
+            responses: N responses to them.
+            batch_size: Rows at once; changes no score.
+            finished: Whether each response ended by itself, so that it is read with the scorer's
+                EOS; one that a limit cut has none. By default all did.
+        """
         ...
 
 
@@ -64,45 +85,111 @@ class RewardFn:
         prompts: Sequence[PromptText],
         responses: Sequence[str],
         batch_size: int = 32,  # noqa: ARG002 (the callable gets all at once)
+        *,
+        finished: Sequence[bool] | None = None,  # noqa: ARG002 (it gets texts)
     ) -> Tensor:
         """Scores all texts in one call: (N,) fp32 on the CPU.
 
         Raises:
-            InputError: If the callable answers with anything but one finite number per response.
+            InputError: If the callable fails, which is then the error's cause, or answers with
+                anything but one finite number per response.
         """
-        answers = self.function([prompt.text for prompt in prompts], list(responses))
         try:
-            scores = [float(answer) for answer in answers]
-        except (TypeError, ValueError) as error:
+            answers = self.function([prompt.text for prompt in prompts], list(responses))
+            found = self._listed(answers, len(responses) + 1)
+        except (InputError, StoppedBySignal):
+            raise
+        except Exception as error:
+            raise InputError(f"reward_fn {self.name}: raised {_described(error)}") from error
+        if len(found) != len(responses):
+            returned = len(found) if len(found) <= len(responses) else "more"
             raise InputError(
-                f"reward_fn {self.name}: expected a list of numbers, got "
-                f"{type(answers).__name__} ({error})"
-            ) from error
-        if len(scores) != len(responses):
-            raise InputError(
-                f"reward_fn {self.name}: returned {len(scores)} scores for {len(responses)} "
+                f"reward_fn {self.name}: returned {returned} scores for {len(responses)} "
                 "responses; expected one per response"
             )
-        for index, score in enumerate(scores):
-            if not math.isfinite(score):
-                raise InputError(
-                    f"reward_fn {self.name}: returned {score} for response {index}, "
-                    f"{responses[index]!r:.80}; expected a finite number"
-                )
+        numbers = zip(found, responses, strict=True)
+        scores = [self._number(index, *both) for index, both in enumerate(numbers)]
         return torch.tensor(scores, dtype=torch.float32)
+
+    def _listed(self, answers: Any, most: int) -> list[Any]:
+        """What was returned as a list, at most so many: a generator may have no end."""
+        unfit = (str, bytes, Mapping, Set)
+        if isinstance(answers, unfit) or not (
+            isinstance(answers, Iterable) or hasattr(answers, "__getitem__")
+        ):
+            raise InputError(
+                f"reward_fn {self.name}: expected a list of numbers, got {type(answers).__name__}"
+            )
+        if getattr(answers, "ndim", 1) == 0:
+            raise InputError(
+                f"reward_fn {self.name}: expected a list of numbers, got a single one of type "
+                f"{type(answers).__name__}"
+            )
+        return list(islice(answers.detach() if isinstance(answers, Tensor) else answers, most))
+
+    def _number(self, index: int, answer: Any, response: str) -> float:
+        where = f"response {index}, {response!r:.80}"
+        try:
+            if isinstance(answer, str | bytes):
+                raise TypeError("text")
+            score = float(answer)
+        except OverflowError as error:
+            raise InputError(
+                f"reward_fn {self.name}: returned a number of hundreds of digits for {where}; "
+                "expected one that float32 holds"
+            ) from error
+        except Exception as error:  # whatever an object's own __float__ raises
+            raise InputError(
+                f"reward_fn {self.name}: expected a list of numbers, got "
+                f"{type(answer).__name__} for {where}"
+            ) from error
+        if not math.isfinite(score) or abs(score) > _LARGEST:
+            raise InputError(
+                f"reward_fn {self.name}: returned {score:g} for {where}; expected a finite number "
+                "that float32 holds"
+            )
+        return score
+
+
+def _described(error: Exception) -> str:
+    """An exception in one line, with the place in the user's code that it came from."""
+    text = " ".join(str(error).split())
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    said = f"{type(error).__name__}: {text:.300}" if text else type(error).__name__
+    return f"{said} (line {frame.lineno} of {frame.filename}, in {frame.name})"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a classifier that we wrote reads, as it was trained.
+
+    Attributes:
+        prompt: Tokens of a prompt at most.
+        response: Tokens of a response at most.
+        truncation_side: Where a prompt that is too long loses text.
+    """
+
+    prompt: int
+    response: int
+    truncation_side: str
 
 
 class SequenceClassifier:
     """A Hugging Face sequence classifier with one label, read with the pooling of its own class.
 
     It sees the prompt's text followed directly by the response's, with the special tokens its
-    tokenizer adds. Text beyond its limit loses its beginning, so that the response stays.
+    tokenizer adds. Text beyond its limit loses its beginning, so that the response stays. A
+    response that was cut does not get the EOS that the tokenizer adds at the end, unless that is
+    also the separator or the class needs it (an encoder-decoder, say): then every text has it.
+
+    One that `rlhf reward-model` wrote reads the ids that the reward model itself reads.
 
     Args:
         source: Folder or Hub id.
         device: Where it runs.
         dtype: Its weights' type.
         revision: Hub revision.
+        limits: Of the reward model that it was written from; None for any other classifier.
     """
 
     shares_base = False
@@ -113,6 +200,7 @@ class SequenceClassifier:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         revision: str | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.model, self.tokenizer = _load_classifier(source, dtype, revision)
@@ -120,28 +208,32 @@ class SequenceClassifier:
         self.tokenizer.truncation_side = "left"
         # Left padding would shift the position ids that most classes count from the left edge.
         self.tokenizer.padding_side = "right"
-        limits = (
-            self.tokenizer.model_max_length,
-            getattr(self.model.config, "max_position_embeddings", None),
-        )
-        # Tokenizers without a limit say 10**30.
-        self.limit = min((limit for limit in limits if limit and limit < 10**9), default=None)
+        self.limit = _longest(self.model, self.tokenizer)
         pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
         # Classes find the last token by comparing with the configured PAD, so a padded batch is
         # safe only where model and tokenizer agree on it.
         self.can_pad = pad is not None and pad == self.tokenizer.pad_token_id
+        self._ends_in_eos = _ends_in_eos(self.model, self.tokenizer)
+        self._tokeniser = None
+        if limits is not None:
+            layout = DecoderOnlyModel.prompt_layout(self.tokenizer)
+            self._tokeniser = Tokeniser(
+                self.tokenizer, layout, limits.prompt, limits.response, limits.truncation_side
+            )
 
     @torch.no_grad()
     def score(
-        self, prompts: Sequence[PromptText], responses: Sequence[str], batch_size: int = 32
+        self,
+        prompts: Sequence[PromptText],
+        responses: Sequence[str],
+        batch_size: int = 32,
+        *,
+        finished: Sequence[bool] | None = None,
     ) -> Tensor:
         """Scores texts in batches of similar length: (N,) fp32 on the CPU, in the order given."""
-        texts = [
-            prompt.text + response for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        encoded = [self._encode(text) for text in texts]
-        order = sorted(range(len(texts)), key=lambda index: len(encoded[index]["input_ids"]))
-        scores = torch.empty(len(texts))
+        encoded = self._encode(prompts, responses, finished or [True] * len(responses))
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
+        scores = torch.empty(len(encoded))
         for rows in chunks(order, batch_size if self.can_pad else 1):
             stop_point()
             batch = [encoded[row] for row in rows]
@@ -154,9 +246,45 @@ class SequenceClassifier:
             scores[list(rows)] = self.model(**inputs).logits[:, 0].float().cpu()
         return scores
 
-    def _encode(self, text: str) -> dict[str, list[int]]:
-        encoded = self.tokenizer(text, truncation=self.limit is not None, max_length=self.limit)
-        return {key: list(value) for key, value in encoded.items()}
+    def _encode(
+        self, prompts: Sequence[PromptText], responses: Sequence[str], finished: Sequence[bool]
+    ) -> list[dict[str, list[int]]]:
+        if self._tokeniser is not None:
+            before = self._tokeniser.prompt_rows(prompts)
+            after = self._tokeniser.response_rows(responses, finished)
+            rows = [first + second for first, second in zip(before, after, strict=True)]
+            return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
+        encoded = []
+        for prompt, response, ended in zip(prompts, responses, finished, strict=True):
+            text = prompt.text + response
+            row = self.tokenizer(text, truncation=self.limit is not None, max_length=self.limit)
+            end = -1 if self._ends_in_eos and not ended else None
+            encoded.append({key: list(value)[:end] for key, value in row.items()})
+        return encoded
+
+
+def _ends_in_eos(model: Any, tokenizer: Any) -> bool:
+    """Whether the tokenizer ends each text in an EOS that says nothing else and can be left out."""
+    eos = tokenizer.eos_token_id
+    if eos is None or eos in (tokenizer.sep_token_id, tokenizer.cls_token_id):
+        return False
+    return added_ids(tokenizer)[1] == (eos,) and not model.config.is_encoder_decoder
+
+
+def _longest(model: Any, tokenizer: Any) -> int | None:
+    """Most tokens that a classifier can read; None where there is no limit."""
+    limits = [
+        tokenizer.model_max_length,
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+    ]
+    for name, part in model.named_modules():
+        # Classes whose positions count from PAD + 1 (RoBERTa's, MPNet's, ESM's) give their table
+        # of positions a padding row; the rows up to it are never a token's.
+        padding, rows = (getattr(part, field, None) for field in ("padding_idx", "num_embeddings"))
+        if "position" in name and padding is not None and rows is not None:
+            limits.append(rows - padding - 1)
+    # Tokenizers without a limit say 10**30; models with relative positions say -1.
+    return min((limit for limit in limits if limit and 0 < limit < 10**9), default=None)
 
 
 def _load_classifier(source: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
@@ -196,4 +324,11 @@ def _load_classifier(source: str, dtype: torch.dtype, revision: str | None) -> t
     wrong = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if wrong:
         raise InputError(f"{where}: the checkpoint lacks weights: {', '.join(wrong[:5])}")
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise InputError(
+            f"{where}: the tokenizer has ids up to {largest}, the model only {rows} embeddings: "
+            "they do not belong together"
+        )
     return model, tokenizer

@@ -28,6 +28,7 @@ from typing_extensions import override
 
 from rlhf.config import LoRAConfig
 from rlhf.data.batching import TokenBatch, chunks, join
+from rlhf.data.special_tokens import added_ids
 from rlhf.data.tokenising import PromptLayout
 from rlhf.errors import InputError
 from rlhf.models.adapters import AdapterSet
@@ -404,8 +405,9 @@ class DecoderOnlyModel(LanguageModel):
     def prompt_layout(
         cls, tokenizer: PreTrainedTokenizerBase, extra_eos: int | list[int] | None = None
     ) -> PromptLayout:
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        prefix = () if bos is None else (bos,)
+        # An EOS that the tokenizer puts after a text would end the response before it began.
+        prefix, _ = added_ids(tokenizer)
+        eos = tokenizer.eos_token_id
         return PromptLayout(prefix, (), True, eos, _eos_ids(eos, extra_eos))
 
     @classmethod
@@ -526,8 +528,10 @@ class EncoderDecoderModel(LanguageModel):
     def prompt_layout(
         cls, tokenizer: PreTrainedTokenizerBase, extra_eos: int | list[int] | None = None
     ) -> PromptLayout:
+        prefix, suffix = added_ids(tokenizer)
         eos = tokenizer.eos_token_id
-        return PromptLayout((), (eos,), False, eos, _eos_ids(eos, extra_eos))
+        suffix = suffix if suffix[-1:] == (eos,) else (*suffix, eos)
+        return PromptLayout(prefix, suffix, False, eos, _eos_ids(eos, extra_eos))
 
     @property
     def start_id(self) -> int:

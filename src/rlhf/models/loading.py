@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,6 +30,7 @@ from rlhf.models.language_model import (
     LanguageModel,
 )
 from rlhf.models.remote import local_folder
+from rlhf.models.special_ids import special_id_problems
 from rlhf.models.targets import target_problems
 from rlhf.models.weights import cast_weights, quiet_transformers
 from rlhf.storage import is_remote
@@ -51,7 +53,23 @@ def read_model_config(base_model: str, revision: str | None = None) -> Pretraine
     if config.model_type not in FAMILIES:
         raise InputError(f"base_model: {base_model} is a {config.model_type!r} model; {SUPPORTED}")
     check_config(config, f"base_model: {base_model}")
+    sources = [("config.json", config), ("generation_config.json", _generation(source, revision))]
+    problems = special_id_problems(sources, config.vocab_size)
+    if problems:
+        raise InputError([f"base_model: {base_model}: {problem}" for problem in problems])
     return config
+
+
+def _generation(source: str, revision: str | None) -> GenerationConfig | None:
+    """The checkpoint's generation_config.json, if it has one."""
+    try:
+        return GenerationConfig.from_pretrained(source, revision=revision)
+    except OSError:
+        return None
+    except Exception as error:  # whatever its checks raise
+        raise InputError(
+            f"base_model: {source}: generation_config.json: {_reason(error)}"
+        ) from error
 
 
 def load_tokenizer(base_model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -282,6 +300,10 @@ def _check_vocabulary(model: Any, tokenizer: PreTrainedTokenizerBase, name: str)
             f"base_model: the tokenizer of {name} has ids up to {largest}, the model only {rows} "
             "embeddings: they do not belong together"
         )
+    sources = [("config", model.config), ("generation_config", model.generation_config)]
+    problems = special_id_problems(sources, rows)
+    if problems:
+        raise InputError([f"base_model: {name}: {problem}" for problem in problems])
 
 
 def _reason(error: BaseException) -> str:

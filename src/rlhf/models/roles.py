@@ -17,13 +17,14 @@ from rlhf.data.batching import TokenBatch, chunks
 from rlhf.data.pairs import Pairs
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptText
+from rlhf.data.special_tokens import save_tokenizer
 from rlhf.data.tokenising import Tokeniser
 from rlhf.disk import settle
 from rlhf.errors import InputError
 from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.heads import ScalarHead
-from rlhf.models.judges import Scorer, SequenceClassifier
+from rlhf.models.judges import Limits, Scorer, SequenceClassifier
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
 from rlhf.models.plain_lora import read_adapter_config
@@ -92,6 +93,11 @@ class RewardRecord:
                 f"{path}: pooling {record.pooling!r} is unknown here; expected 'last_token'"
             )
         return record
+
+    def write(self, folder: Path) -> None:
+        """Writes `reward_model.json`."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _check_record(record: RewardRecord, path: Path) -> None:
@@ -219,13 +225,32 @@ class RewardModel:
         return scores[0], scores[1]
 
     def score(
-        self, prompts: Sequence[PromptText], responses: Sequence[str], batch_size: int = 32
+        self,
+        prompts: Sequence[PromptText],
+        responses: Sequence[str],
+        batch_size: int = 32,
+        *,
+        finished: Sequence[bool] | None = None,
+        read: TokenBatch | None = None,
     ) -> Tensor:
-        """Tokenises and scores texts: (N,) fp32 on the CPU, in the order given."""
+        """Tokenises and scores texts: (N,) fp32 on the CPU, in the order given.
+
+        Every caller's ids come from here, also those of responses that a policy with the same
+        tokenizer sampled: its ids may spell the text in another way, and one text has one score.
+
+        Args:
+            prompts: N prompts.
+            responses: N responses to them.
+            batch_size: Rows at once; changes no score.
+            finished: See `Scorer.score`.
+            read: The prompts as another model with this one's base has read them: its encoder's
+                states are used if the ids are the same.
+        """
+        ids = self.tokeniser.prompts(list(prompts))
+        if read is not None and read.tolists() == ids.tolists():
+            ids = read
         return self.score_tokens(
-            self.tokeniser.prompts(list(prompts)),
-            self.tokeniser.responses(list(responses)),
-            batch_size,
+            ids, self.tokeniser.responses(list(responses), finished).to(ids.ids.device), batch_size
         )
 
     def save(self, folder: Path) -> None:
@@ -235,10 +260,11 @@ class RewardModel:
             save_merged(self.lm, None, folder / "merged")
         else:
             save_adapter(self.lm, self.adapter, folder / "adapter")
-        self.lm.tokenizer.save_pretrained(folder)
+        save_tokenizer(
+            self.lm.tokenizer, self.lm.layout.prefix_ids, self.lm.layout.suffix_ids, folder
+        )
         save_file({"weight": self.head.weight.detach().cpu()}, folder / HEAD_FILE)
-        record = json.dumps(asdict(self.record), indent=2, ensure_ascii=False)
-        (folder / RECORD_FILE).write_text(record + "\n", encoding="utf-8")
+        self.record.write(folder)
         settle(folder / HEAD_FILE)
 
 
@@ -268,10 +294,16 @@ def load_reward_model(
     """
     folder = local_folder(path)
     device = pick_device(str(device))
-    if not (folder / RECORD_FILE).is_file():
+    own = (folder / RECORD_FILE).is_file()
+    record = RewardRecord.read(folder / RECORD_FILE) if own else None
+    if record is None or (folder / "config.json").is_file():
         source = str(folder) if is_remote(path) else path
-        return SequenceClassifier(source, device, pick_dtype(dtype, device))
-    record = RewardRecord.read(folder / RECORD_FILE)
+        limits = None
+        if record is not None:  # our own, written for plain transformers
+            limits = Limits(
+                record.prompt_sequence_length, record.target_sequence_length, record.truncation_side
+            )
+        return SequenceClassifier(source, device, pick_dtype(dtype, device), limits=limits)
     full = not (folder / "adapter").is_dir()
     shares = not full and policy_lm is not None and _same_base(policy_lm, record)
     if shares and policy_lm is not None:
@@ -357,6 +389,25 @@ def check_judge(path: str, renderer: PromptRenderer, conversations: bool = True)
         f"reward_model_path: the reward model was trained {difference}; its scores would mean "
         "something else. Use the same, or train a reward model with these"
     )
+
+
+def limit_lines(path: str | None, config: StageConfig) -> list[str]:
+    """Says where a reward model's limits are not the stage's: it scores with its own.
+
+    Args:
+        path: Folder or Hub id of the reward model, if there is one.
+        config: Limits of the stage that asks for scores.
+    """
+    record = read_record(path) if path is not None else None
+    names = ("prompt_sequence_length", "target_sequence_length", "truncation_side")
+    different = [
+        f"{name} {getattr(record, name)} (here {getattr(config, name)})"
+        for name in names
+        if record is not None and getattr(record, name) != getattr(config, name)
+    ]
+    if not different:
+        return []
+    return [f"reward_model_path: scores with the limits of its training: {', '.join(different)}"]
 
 
 def _same_base(lm: LanguageModel, record: RewardRecord) -> bool:

@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from rlhf.data.batching import TokenBatch
+from rlhf.data.special_tokens import save_tokenizer
 from rlhf.disk import settle
 from rlhf.errors import InputError
 from rlhf.models.content import ORIGIN, check_written, written_checksums
@@ -129,10 +130,22 @@ def save_merged(
     write_weights(plain_weights(lm, adapter), folder)
     write_config(lm.config, type(lm.module).__name__, lm.dtype, folder)
     with quiet_transformers():
-        lm.module.generation_config.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
+        _plain_generation(lm).save_pretrained(folder)
+    save_tokenizer(lm.tokenizer, lm.layout.prefix_ids, lm.layout.suffix_ids, folder)
     _write_origin(lm, folder)
     return kl
+
+
+def _plain_generation(lm: LanguageModel) -> GenerationConfig:
+    """Decoding as we do it: greedy until any EOS, without a checkpoint's penalties and filters."""
+    own = lm.module.generation_config
+    names = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+    ends = sorted(lm.layout.eos_ids)
+    return GenerationConfig(
+        eos_token_id=ends[0] if len(ends) == 1 else ends,
+        # Old configurations say -1 for none.
+        **{name: id_ for name in names if (id_ := getattr(own, name, None)) not in (None, -1)},
+    )
 
 
 def _write_origin(lm: LanguageModel, folder: Path) -> None:

@@ -1,0 +1,66 @@
+"""The special tokens that a tokenizer itself puts around a text.
+
+Whether it names a BOS or an EOS says nothing of that: SmolLM2, Qwen and Yi name one and add none.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PROBES = ("a", "1", ".")
+# Flags by which other classes would put their own tokens around a text when they load.
+_FLAGS = ("add_bos_token", "add_eos_token")
+
+
+def added_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids that `tokenizer(text)` puts before and after a text's own, found by trying it."""
+    for probe in _PROBES:
+        encoded = tokenizer(probe, return_special_tokens_mask=True, verbose=False)
+        ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+        if 0 in added:
+            end = len(added) - added[::-1].index(0)
+            return tuple(ids[: added.index(0)]), tuple(ids[end:])
+    return (), ()
+
+
+def save_tokenizer(
+    tokenizer: "PreTrainedTokenizerBase",
+    prefix_ids: tuple[int, ...],
+    suffix_ids: tuple[int, ...],
+    folder: Path,
+) -> None:
+    """Writes a tokenizer whose `tokenizer(text)` puts exactly these ids around a text.
+
+    One that does so already is written as it is.
+    """
+    if added_ids(tokenizer) == (prefix_ids, suffix_ids):
+        tokenizer.save_pretrained(folder)
+        return
+    changed: Any = copy.deepcopy(tokenizer)
+    changed.backend_tokenizer.post_processor = _template(tokenizer, prefix_ids, suffix_ids)
+    changed.save_pretrained(folder)
+    # The classes of some families add what their flags say, not what tokenizer.json says.
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config = {name: value for name, value in config.items() if name not in _FLAGS}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _template(
+    tokenizer: "PreTrainedTokenizerBase", prefix_ids: tuple[int, ...], suffix_ids: tuple[int, ...]
+) -> Any:
+    from tokenizers import processors
+
+    names = {id_: str(tokenizer.convert_ids_to_tokens(id_)) for id_ in (*prefix_ids, *suffix_ids)}
+    before, after = ([names[id_] for id_ in ids] for ids in (prefix_ids, suffix_ids))
+    return processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", "$B", *after],
+        special_tokens=[(name, id_) for id_, name in names.items()],
+    )
