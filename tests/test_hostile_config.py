@@ -28,6 +28,7 @@ from rlhf.config.describe import leaf_fields, type_name
 from rlhf.config.loading import parse_yaml, to_yaml
 from rlhf.errors import InputError
 from rlhf.models.judges import RewardFn
+from rlhf.outputs import read_json
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 CLASSES = (
@@ -249,3 +250,10 @@ def test_a_reward_function_that_cannot_be_called_is_refused() -> None:
         RewardFn(lambda prompts: [])  # type: ignore[arg-type, misc]
     RewardFn(lambda *texts: [])
     RewardFn(lambda prompts, responses, **columns: [])
+
+
+def test_json_nested_too_deeply_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    assert read_json(tmp_path / "run.json") is None
+    problems, _ = loaded(PipelineConfig, {"vertex.labels": "[" * 100_000})
+    assert any(problem.startswith("vertex.labels: expected JSON") for problem in problems)

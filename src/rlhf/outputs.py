@@ -26,7 +26,7 @@ from rlhf.hardware import dtype_name
 from rlhf.lease import Lease, lease
 from rlhf.processes import temporary_folder
 from rlhf.storage import find_files, open_store, reason, storage_errors, upload
-from rlhf.untrusted import inner_names
+from rlhf.untrusted import inner_names, parse_json
 
 RUN_FILE = "run.json"
 RESULT_FILE = "metrics.json"
@@ -68,7 +68,7 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object from a file; None if it is missing or is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return value if isinstance(value, dict) else None

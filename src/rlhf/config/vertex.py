@@ -4,7 +4,6 @@ Names are those of Google's `rlhf_pipeline` and of Vertex's CustomJob where they
 thing. No field changes a result.
 """
 
-import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from pydantic import AfterValidator, field_validator
 from rlhf.config import cloud_names
 from rlhf.config.common import Schema, option
 from rlhf.config.describe import nearest
+from rlhf.untrusted import parse_json
 
 # Vertex's names, those of its TPUs apart; a test compares them with its client library's.
 ACCELERATORS = (
@@ -140,7 +140,7 @@ class VertexConfig(Schema):
     def _from_text(cls, value: Any) -> Any:
         """A flag can only bring text."""
         try:
-            labels = json.loads(value) if isinstance(value, str) else value
+            labels = parse_json(value) if isinstance(value, str) else value
         except (ValueError, RecursionError):
             raise ValueError(
                 f'expected JSON such as {{"team": "nlp"}}, got {value!r:.200}'
