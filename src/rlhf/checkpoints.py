@@ -158,7 +158,8 @@ def save_best(output_path: Path, tensors: Mapping[str, Tensor], best: Best) -> N
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(".trainable.tmp")
     here = _on_cpu(tensors)
-    metadata = {"best": json.dumps(plain(asdict(best))), "sha256": _digest(here)}
+    # One entry, because safetensors writes several in any order.
+    metadata = {"best": json.dumps(plain(asdict(best)) | {"sha256": _digest(here)})}
     try:
         save_file(here, temporary, metadata=metadata)
         settle(temporary)
@@ -172,8 +173,10 @@ def read_best(output_path: Path) -> Best | None:
     """Which evaluation the saved best tensors belong to; None if there are none."""
     try:
         with safe_open(output_path / BEST, framework="pt") as file:
-            return Best(**json.loads(file.metadata()["best"]))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            values = json.loads(file.metadata()["best"])
+            values.pop("sha256", None)
+            return Best(**values)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError):
         return None
 
 
@@ -186,9 +189,9 @@ def load_best(output_path: Path) -> dict[str, Tensor]:
     path = output_path / BEST
     try:
         with safe_open(path, framework="pt") as file:
-            expected = file.metadata()["sha256"]
+            expected = json.loads(file.metadata()["best"])["sha256"]
         tensors = load_file(path)
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
     if _digest(tensors) != expected:
         raise StorageError(f"{path} does not match its checksum; the same command makes it again")
