@@ -1,6 +1,7 @@
 """Scorers that are not ours: what classifiers read, and what callables may answer."""
 
 import json
+import random
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -101,6 +102,28 @@ def test_long_rows_lose_as_much_as_the_positions_ask(name: str, tmp_path: Path) 
     assert whole.shape == (1, limit)
     expected = model(whole, attention_mask=torch.ones_like(whole)).logits[0, 0].detach()
     torch.testing.assert_close(scores[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, RobertaConfig, BertConfig])
+def test_scores_in_bfloat16_are_told_apart(kind: type, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(small(kind, hidden_size=64))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("score.weight", "classifier.weight", "out_proj.weight")):
+                weight.normal_()
+    model.save_pretrained(tmp_path)
+    words_tokenizer("</s>").save_pretrained(tmp_path)
+    generator = random.Random(1)
+    texts = {" ".join(generator.choices(WORDS, k=12)) for _ in range(300)}
+    prompts = [PromptText("the ", ())] * len(texts)
+    exact, scores = (
+        SequenceClassifier(str(tmp_path), dtype=dtype).score(prompts, sorted(texts))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    # Rounded to bfloat16 at most half of them are different.
+    assert len(exact.bfloat16().unique()) < 0.5 * len(texts)
+    assert len(scores.unique()) > 0.95 * len(texts)
 
 
 def test_a_model_without_positions_has_no_limit() -> None:

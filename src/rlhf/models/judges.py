@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf.data.batching import chunks
 from rlhf.data.schema import PromptText
@@ -205,6 +205,7 @@ class SequenceClassifier:
         self.device = torch.device(device)
         self.model, self.tokenizer = _load_classifier(source, dtype, revision)
         self.model.to(self.device).eval().requires_grad_(False)
+        _score_in_float32(self.model)
         self.tokenizer.truncation_side = "left"
         # Left padding would shift the position ids that most classes count from the left edge.
         self.tokenizer.padding_side = "right"
@@ -261,6 +262,17 @@ class SequenceClassifier:
             end = -1 if self._ends_in_eos and not ended else None
             encoded.append({key: list(value)[:end] for key, value in row.items()})
         return encoded
+
+
+def _score_in_float32(model: Any) -> None:
+    """Have the layer that gives the score compute in float32: bfloat16 has too few numbers.
+
+    In bfloat16 scores near 4 are multiples of 1/32, and many responses would tie.
+    """
+    for part in model.modules():
+        if isinstance(part, nn.Linear) and part.out_features == 1:
+            part.float()
+            part.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
 def _ends_in_eos(model: Any, tokenizer: Any) -> bool:
