@@ -151,7 +151,7 @@ def test_tensors_of_embeddings_and_magnitudes_are_refused(arch: str, tmp_path: P
 
 def test_adapters_on_tied_heads_and_embeddings_are_refused(arch: str, tmp_path: Path) -> None:
     embedding = {"t5": "shared", "llama": "embed_tokens"}[arch]
-    for name, reason in (("lm_head", "shares its weight"), (embedding, "is no linear layer")):
+    for name, reason in (("lm_head", "the weight is shared"), (embedding, "not a linear layer")):
         save_plain(arch, tmp_path / name, target_modules=[*NAMES[arch], name])
         lm = make_lm(arch)
         with pytest.raises(InputError, match=rf"target_modules: .*{name} {reason}.*merge"):

@@ -46,7 +46,7 @@ def problem(arch: str, *names: str, untied: bool = False, **lora: Any) -> str:
 
 def test_a_tied_head_is_refused(arch: str) -> None:
     text = problem(arch, "lm_head")
-    assert "lora.target_modules: lm_head shares its weight with" in text
+    assert "lora.target_modules: lm_head cannot be adapted: the weight is shared with" in text
     assert QUERY[arch] in text
     assert "lm_head" not in text.partition("expected")[2]
 
@@ -62,11 +62,11 @@ def test_a_layer_that_another_module_holds_too_is_refused(arch: str) -> None:
     )
     second.weight = first.weight
     lm = FAMILIES[arch](module, make_tokenizer(arch))
-    with pytest.raises(InputError, match="shares its weight"):
+    with pytest.raises(InputError, match="the weight is shared"):
         lm.add_adapter("policy", LoRAConfig(rank=2))
     second.weight = nn.Parameter(torch.zeros(()))
     second.weight.data = first.weight.data  # one memory, two parameters
-    with pytest.raises(InputError, match="shares its weight"):
+    with pytest.raises(InputError, match="the weight is shared"):
         lm.add_adapter("policy", LoRAConfig(rank=2))
 
 
@@ -75,10 +75,13 @@ def test_everything_that_is_wrong_is_named_at_once(arch: str) -> None:
     norm = {"t5": "final_layer_norm", "llama": "norm"}[arch]
     text = problem(arch, QUERY[arch], "nonexistent", embedding, norm, "lm_head")
     assert text.count("\n") == 0
-    for name in ("'nonexistent' names no layer", f"{embedding} is no linear layer (Embedding)"):
+    for name in (
+        "'nonexistent' names no layer",
+        f"{embedding} cannot be adapted: not a linear layer (Embedding)",
+    ):
         assert name in text
-    assert f"{norm} is no linear layer" in text
-    assert "lm_head shares its weight" in text
+    assert f"{norm} cannot be adapted: not a linear layer" in text
+    assert "lm_head cannot be adapted: the weight is shared" in text
     assert f"'{QUERY[arch]}'" not in text
 
 

@@ -44,7 +44,7 @@ def target_problems(
     holders = _holders(model)
     matched = adapted_layers(model, config)
     every = [name for name, _ in _layers(model)]
-    problems = [text for name in names for text in _unmatched(name, every, matched)]
+    problems = [text for name in dict.fromkeys(names) for text in _unmatched(name, every, matched)]
     if not matched and not problems:
         problems = [f"{_shown(_targets(config))} names no layer of this model"]
     reasons: dict[str, list[str]] = {}
@@ -67,10 +67,10 @@ def _reason_against(
     name: str, layer: Any, holders: dict[int, list[str]], unread: Tensor | None
 ) -> str | None:
     if type(layer) is not nn.Linear:
-        return f"is no linear layer ({type(layer).__name__})"
+        return f"cannot be adapted: not a linear layer ({type(layer).__name__})"
     others = [holder for holder in holders[_key(layer.weight)] if holder != name]
     if others:
-        return f"shares its weight with {others[0]}, which would change too"
+        return f"cannot be adapted: the weight is shared with {others[0]}, which would change too"
     if unread is not None and _key(unread) == _key(layer.weight):
         return "is not used in this stage, so nothing would be trained there"
     return None
