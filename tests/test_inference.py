@@ -132,7 +132,9 @@ def test_rewards_equal_an_independent_rescoring(case: Case, result: InferenceRes
         if row["input_text"].startswith("[{"):
             continue
         prompt = PromptRenderer().render(fields)
-        both = scorer.score([prompt, prompt], [row["prediction"], row["baseline"]], 1)
+        texts = [row["prediction"], row["baseline"]]
+        ends = [row[name] == "eos" for name in ("finish_reason", "baseline_finish_reason")]
+        both = scorer.score([prompt, prompt], texts, 1, finished=ends)
         assert [row["reward"], row["baseline_reward"]] == pytest.approx(both.tolist(), abs=1e-4)
 
 
@@ -554,5 +556,6 @@ def test_a_judge_of_the_other_architecture(
     scorer = load_reward_model(str(judge.reward), device="cpu")
     row = read(result.predictions)[0]
     prompt = PromptRenderer().render(PromptFields(row["input_text"], (), None))
-    score = float(scorer.score([prompt], [row["prediction"]]))
+    ended = row["finish_reason"] == "eos"
+    score = float(scorer.score([prompt], [row["prediction"]], finished=[ended]))
     assert row["reward"] == pytest.approx(score, abs=1e-4)
