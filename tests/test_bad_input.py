@@ -39,7 +39,9 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
 def place(tmp_path: Path) -> Path:
     """A folder with a checkpoint, good rows, and an output that must stay as it is."""
     tiny_model("llama").save_pretrained(tmp_path / "base")
-    make_tokenizer("llama").save_pretrained(tmp_path / "base")
+    tokenizer = make_tokenizer("llama")
+    tokenizer.add_bos_token = True  # a prompt of one token has no room but for this
+    tokenizer.save_pretrained(tmp_path / "base")
     (tmp_path / "good.jsonl").write_bytes(
         lines(*({**PAIR, "input_text": f"{i}"} for i in range(4)))
     )

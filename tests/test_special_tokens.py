@@ -179,3 +179,14 @@ def test_conversations_are_what_apply_chat_template_makes(template: str, build: 
     assert len(short) == limit
     assert short.count(bos) == (template == WITH_BOS)
     assert tokeniser.prompt_lengths([prompt]) == [len(ids)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_without_bos_is_never_shortened_to_nothing(side: str) -> None:
+    tokenizer = make_tokenizer("llama")  # spells "3" as a space and a digit over one character
+    layout = FAMILIES["llama"].prompt_layout(tokenizer)
+    prompt = PromptRenderer().render(PromptFields("3", (), None))
+    own = tokenizer("3").input_ids
+    assert len(own) == 2
+    kept = own[1:] if side == "left" else own[:1]
+    assert Tokeniser(tokenizer, layout, 1, 8, side).prompt_ids(prompt) == kept

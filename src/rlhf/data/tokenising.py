@@ -329,6 +329,8 @@ class Tokeniser:
             if near not in dropped or not overlap(piece.offsets[near], piece.offsets[place]):
                 break
             dropped.add(place)
+        if len(dropped) == len(piece.ids) and not (self._prefix(prompt) or self.layout.suffix_ids):
+            dropped = set(order[:excess])  # half a character is better than a prompt of nothing
         return [id_ for place, id_ in enumerate(piece.ids) if place not in dropped]
 
     def _removable(self, prompt: PromptText, piece: Piece) -> list[int]:
