@@ -141,6 +141,8 @@ def test_checkpoints_of_a_finished_run_go_with_the_next_call(tmp_path: Path) -> 
     shutil.copytree(saved, tmp_path / "run" / "checkpoints")
     (tmp_path / "run" / ".metrics.json.tmp").write_text("{")
     (tmp_path / "run" / "best" / ".tmpAb12x_").write_text("safetensors leaves this")
+    for name in (".rlhf.lock", ".lease.json"):
+        (tmp_path / "run" / name).write_text("")
     (tmp_path / "run" / ".env").write_text("the user's own")
     before = (tmp_path / "run" / "metrics.json").read_bytes()
     assert LastTrainer(config).train() == metrics

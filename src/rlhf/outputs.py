@@ -23,7 +23,7 @@ from rlhf.config import StageConfig, config_to_yaml, result_fields
 from rlhf.disk import remove_unfinished, rename, settle
 from rlhf.errors import InputError
 from rlhf.hardware import dtype_name
-from rlhf.lease import Lease, lease
+from rlhf.lease import LOCK, Lease, lease
 from rlhf.processes import temporary_folder
 from rlhf.storage import find_files, open_store, reason, storage_errors, upload
 from rlhf.untrusted import inner_names, parse_json
@@ -386,6 +386,9 @@ class Run:
         with suppress(OSError):  # others may lend us a folder to read
             remove_unfinished(self.output.path)
         self.output.remove(*RESUMING)
+        if not self.output.remote and (self.output.path / LOCK).exists():
+            with suppress(InputError), self.held(look=False):  # a killed holder's files go
+                pass
         return read_json(self.output.path / RESULT_FILE) or {}
 
     def file(self, *names: str) -> str:
