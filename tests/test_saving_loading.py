@@ -101,6 +101,9 @@ def test_adapter_comes_back_and_belongs_to_its_base(arch: str, tmp_path: Path) -
     with pytest.raises(InputError, match="no adapter"):
         load_adapter(again, tmp_path, "x")
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"\x08" * 40)
+    with pytest.raises(InputError, match="does not match the checksum"):
+        load_adapter(make_lm(arch), tmp_path / "adapter", "reward")
+    (tmp_path / "adapter" / "rlhf.json").unlink()  # an adapter of plain peft
     with pytest.raises(InputError, match="cannot be read"):
         load_adapter(make_lm(arch), tmp_path / "adapter", "reward")
 

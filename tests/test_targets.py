@@ -161,7 +161,9 @@ def test_stages_refuse_before_they_load(
             reward_fn=lambda prompts, responses: [0.0],
         ),
     }
-    with pytest.raises(InputError, match=r"lora\.target_modules: 'nonexistent' .*; lm_head cannot be adapted"):
+    with pytest.raises(
+        InputError, match=r"lora\.target_modules: 'nonexistent' .*; lm_head cannot be adapted"
+    ):
         runs[stage]()
     assert not (tmp_path / "out").exists()
 
