@@ -178,12 +178,12 @@ def test_googles_parameters_go_with_flags(vertex, google_file, monkeypatch, caps
         (
             json.dumps(NOTEBOOK | {"ppo_config": {"save_every": 10**400}}),
             [],
-            ["ppo_config: cannot be sent to Vertex"],
+            ["ppo_config: save_every: expected integer, got one of more than 18 digits"],
         ),
         (
             json.dumps(NOTEBOOK | {"instruction": "\ud800"}),
             [],
-            ["instruction: cannot be sent to Vertex: 'utf-8' codec can't encode"],
+            ["instruction: expected text, got a text with half a character"],
         ),
         pytest.param(
             json.dumps(NOTEBOOK | {"eval_dataset": DEEP}),

@@ -183,7 +183,11 @@ def find_files(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
     filesystem.invalidate_cache()
     found = filesystem.find(root, detail=True)
     # Not those with which Google's console marks empty folders.
-    return {name: details for name, details in found.items() if details["type"] == "file"}
+    return {
+        name: details
+        for name, details in found.items()
+        if details["type"] == "file" and not name.endswith("/")
+    }
 
 
 @contextmanager

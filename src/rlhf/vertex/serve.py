@@ -10,10 +10,10 @@ time: for T5, which vLLM does not serve. For many users of a LLaMA, vLLM is fast
 import json
 import os
 import secrets
-import signal
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -25,7 +25,7 @@ from rlhf.config.common import StageConfig
 from rlhf.console import say
 from rlhf.data.schema import PromptText
 from rlhf.data.tokenising import Tokeniser
-from rlhf.errors import InputError
+from rlhf.errors import InputError, StoppedBySignal
 from rlhf.generation import generate_in_chunks, rollout_uniforms
 from rlhf.models.loading import check_limits, load_language_model, read_model_config
 
@@ -195,9 +195,12 @@ def command(model: str, prompt_sequence_length: int, target_sequence_length: int
 def main() -> int:
     """Serve until the process is ended; return its exit code."""
     quiet_third_parties()
-    # The kernel ignores it for process 1, which the server is in a container.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    return exit_code(lambda: command.main(standalone_mode=False))
+
+    def serve() -> None:
+        with suppress(StoppedBySignal):  # which is how a server ends
+            command.main(standalone_mode=False)
+
+    return exit_code(serve)
 
 
 if __name__ == "__main__":
