@@ -124,7 +124,7 @@ def test_one_text_has_one_score(
     again = load_reward_model(str(tmp_path / "reward"), device="cpu", dtype="float32")
     ends = rollout.finished.tolist()
     alone = again.score(rollout.prompt_texts, rollout.texts, finished=ends)
-    torch.testing.assert_close(scores, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-5)
     written = file_scores(tmp_path / "reward", rollout, tmp_path)
     assert scores.tolist() == pytest.approx(written, abs=1e-5)
     if judge != "full":
@@ -175,7 +175,7 @@ def test_any_sample_scores_as_its_text(
     assert isinstance(scorer, RewardModel)
     ids = plain_ids(arch, rollout)
     expected = scorer.score_tokens(*map(TokenBatch.from_lists, ids), batch_size=1)
-    torch.testing.assert_close(trainer.score(rollout), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trainer.score(rollout), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_predictions_score_as_inference_scored_them(arch: str, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_predictions_score_as_inference_scored_them(arch: str, tmp_path: Path) -
         )
     )  # fmt: skip
     for row, scored in zip(rows, read(output), strict=True):
-        assert scored["reward"] == pytest.approx(row["reward"], abs=1e-5)
+        assert scored["reward"] == pytest.approx(row["reward"], abs=1e-5, rel=1e-5)
 
 
 @pytest.mark.parametrize("end", [3, True, ["length"], {"a": 1}])
@@ -234,7 +234,7 @@ def test_other_limits_are_said_and_do_not_change_scores(arch: str, tmp_path: Pat
     )
     prompts, responses = tokeniser.prompts([text]), tokeniser.responses([answer])
     rollout = Rollout([text], prompts, responses, torch.tensor([True]), [answer])
-    torch.testing.assert_close(trainer.score(rollout), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trainer.score(rollout), expected, rtol=1e-5, atol=1e-5)
 
 
 # --- the exported classifier ---------------------------------------------------------------------
@@ -276,7 +276,7 @@ def test_the_exported_classifier_scores_as_the_reward_model(tmp_path: Path) -> N
     record = reward.record
     expected = reward.score(texts, answers, finished=finished) * record.scale + record.shift
     found = judge.score(texts, answers, finished=finished)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert float(found.std()) > 1e-3
     # Plain transformers, on text: the tokenizer puts BOS before and EOS behind it.
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -284,4 +284,4 @@ def test_the_exported_classifier_scores_as_the_reward_model(tmp_path: Path) -> N
     for prompt, answer in (("the cat sat", " a dog"), ("x", " to and"), ("a dog", "")):
         ids = tokenizer(prompt + answer, return_tensors="pt")
         whole = reward.score([PromptText(prompt, ())], [answer])[0] * record.scale + record.shift
-        torch.testing.assert_close(model(**ids).logits[0, 0].detach(), whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model(**ids).logits[0, 0].detach(), whole, rtol=1e-5, atol=1e-5)
