@@ -28,7 +28,7 @@ from rlhf.config.describe import leaf_fields, type_name
 from rlhf.config.loading import parse_yaml, to_yaml
 from rlhf.errors import InputError
 from rlhf.models.judges import RewardFn
-from rlhf.outputs import read_json
+from rlhf.untrusted import read_json
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 CLASSES = (

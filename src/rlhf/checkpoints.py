@@ -24,7 +24,8 @@ from torch import Tensor
 
 from rlhf.disk import checksum, rename, settle
 from rlhf.errors import StorageError
-from rlhf.outputs import plain, read_json, to_json, write_text
+from rlhf.outputs import plain, to_json, write_text
+from rlhf.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from rlhf.hardware import dtype_name
 from rlhf.lease import LOCK, Lease, lease
 from rlhf.processes import temporary_folder
 from rlhf.storage import find_files, open_store, reason, storage_errors, upload
-from rlhf.untrusted import inner_names, parse_json
+from rlhf.untrusted import inner_names, read_json
 
 RUN_FILE = "run.json"
 RESULT_FILE = "metrics.json"
@@ -63,15 +63,6 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None if it is missing or is not one."""
-    try:
-        value = parse_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def plain(value: Any) -> Any:

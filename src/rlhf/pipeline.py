@@ -20,11 +20,12 @@ from rlhf.errors import InputError
 from rlhf.inference import run_inference
 from rlhf.lease import lease
 from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
-from rlhf.outputs import RESULT_FILE, Output, join, read_json, to_json, write_text
+from rlhf.outputs import RESULT_FILE, Output, join, to_json, write_text
 from rlhf.ppo_trainer import train_ppo
 from rlhf.reward_model import train_reward_model
 from rlhf.sft import train_sft
 from rlhf.signals import stop_point
+from rlhf.untrusted import read_json
 
 STAGES: dict[str, Callable[[Any], Any]] = {
     "sft": train_sft,

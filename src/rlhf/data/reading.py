@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -59,15 +60,7 @@ def load_prompts(
     """
     scanned = scan_files(paths, renderer, name)
     wants = Wants(output="required" if require_output else "if present")
-    taken = select_rows(scanned, wants, name, on_bad_rows)
-    return PromptData(
-        scanned.table,
-        scanned.files,
-        taken.report,
-        taken.fingerprint,
-        taken.index,
-        scanned.token_counts,
-    )
+    return PromptData(*_data(scanned, wants, name, on_bad_rows))
 
 
 def load_preferences(
@@ -93,8 +86,13 @@ def load_preferences(
     """
     scanned = scan_files(paths, renderer, name)
     wants = Wants(pair="required", pass_over=candidates_optional, output="ignored")
+    return PreferenceData(*_data(scanned, wants, name, on_bad_rows))
+
+
+def _data(scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows) -> tuple[Any, ...]:
+    """What a data set is made of: the rows of a scan that a stage wants."""
     taken = select_rows(scanned, wants, name, on_bad_rows)
-    return PreferenceData(
+    return (
         scanned.table,
         scanned.files,
         taken.report,

@@ -21,6 +21,7 @@ from rlhf.errors import InputError
 from rlhf.models.remote import local_folder, recorded_base
 from rlhf.models.weights import fingerprint
 from rlhf.storage import find_files, is_remote, open_store, storage_errors
+from rlhf.untrusted import read_json
 
 WEIGHTS = "*.safetensors"
 # What loaders read besides weights.
@@ -167,7 +168,7 @@ def _local_content(folder: Path, weights: dict[str, str] | None = None) -> dict[
 
 def _recorded_content(record: Path) -> str:
     """What the base that a reward model's record names is made of, as far as it may be read."""
-    values = _object(record)
+    values = read_json(record) or {}
     name, revision = values.get("base_model"), values.get("revision")
     if not isinstance(name, str) or not name or not isinstance(revision, str | None):
         return ""
@@ -209,7 +210,7 @@ def _meaning(path: Path) -> str:
     """A hash of a file of settings: of JSON, what it says; of anything else, its bytes."""
     content = path.read_bytes()
     if path.suffix == ".json":
-        value = _object(path)
+        value = read_json(path)
         if value:
             return _hash_of_settings(value)
     return hashlib.sha256(content).hexdigest()
@@ -226,7 +227,7 @@ def _hash_of_settings(value: Mapping[str, Any]) -> str:
 
 def _written(folder: Path) -> dict[str, str]:
     """Names and checksums from rlhf.json; {} where there are none that can be read."""
-    files = _object(folder / ORIGIN).get("files")
+    files = (read_json(folder / ORIGIN) or {}).get("files")
     if not isinstance(files, dict):
         return {}
     return {
@@ -234,11 +235,3 @@ def _written(folder: Path) -> dict[str, str]:
         for name, value in files.items()
         if isinstance(value, str) and Path(name).name == name
     }
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
