@@ -12,9 +12,8 @@ import numpy as np
 
 from rlhf.config import ScoreConfig
 from rlhf.console import say, show
-from rlhf.data.files import expand_paths, read_json_lines
+from rlhf.data.files import MAX_PROBLEMS, expand_paths, read_json_lines
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.reading import MAX_PROBLEMS
 from rlhf.data.schema import PromptText, RowChecker
 from rlhf.errors import InputError
 from rlhf.evaluation import bootstrap_interval, evaluate_preferences

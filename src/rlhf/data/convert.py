@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.data.files import expand_paths, mend, open_file, read_json_lines
+from rlhf.data.files import MAX_PROBLEMS, expand_paths, mend, open_file, read_json_lines
 from rlhf.data.schema import RowChecker, add_names, describe, holds_something, named
 from rlhf.data.turns import (
     NoPreferenceError,
@@ -38,7 +38,6 @@ from rlhf.data.turns import (
 from rlhf.errors import InputError
 from rlhf.storage import whole_file
 
-MAX_PROBLEMS = 20
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _AUTHORS = {"Human": "user", "Assistant": "assistant"}
 _ANSWER = "\n\nAssistant:"

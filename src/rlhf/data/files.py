@@ -13,6 +13,7 @@ from rlhf import storage
 from rlhf.errors import InputError, closest
 from rlhf.storage import is_remote, locate, open_store, reason
 
+MAX_PROBLEMS = 20  # as many are told before they are only counted
 MAX_LINE_BYTES = 16 * 2**20
 # Half an emoji, where JavaScript or Java cut a text; neither Arrow nor a tokenizer takes it.
 _SURROGATE = re.compile("[\ud800-\udfff]")

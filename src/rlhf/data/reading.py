@@ -34,7 +34,6 @@ __all__ = [
 
 Paths = str | Sequence[str]
 
-MAX_PROBLEMS = 20
 _MOST_SCANS = 8  # each is a file on disk
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.data.files import JsonLine, read_json_lines
+from rlhf.data.files import MAX_PROBLEMS, JsonLine, read_json_lines
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.rows import Flag, RowTable, TableWriter
 from rlhf.data.schema import (
@@ -20,7 +20,6 @@ from rlhf.data.schema import (
     holds_something,
 )
 
-SHOWN = 20  # as many problems are told before they are only counted
 _MOST_SHAPES = 1000
 _MOST_KEYS = 64
 
@@ -189,11 +188,11 @@ class Faults:
         """
         key = (part, has_pair, bad_pair)
         self._counts[key] = self._counts.get(key, 0) + 1
-        return self._counts[key] <= SHOWN
+        return self._counts[key] <= MAX_PROBLEMS
 
     def add(self, row: int, part: str, texts: Sequence[str]) -> None:
         """Keeps the texts of one part of a row."""
-        self._texts[row, part] = list(texts[:SHOWN])
+        self._texts[row, part] = list(texts[:MAX_PROBLEMS])
 
     def of(self, row: int, parts: Sequence[str]) -> list[str]:
         """The texts of some parts of a row."""

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.data.duplicates import count_pairs
+from rlhf.data.files import MAX_PROBLEMS
 from rlhf.data.rows import Flag, ReadReport, take
-from rlhf.data.scanning import SHOWN, Scan
+from rlhf.data.scanning import Scan
 from rlhf.errors import InputError
 
 OnBadRows = Literal["error", "skip"]
@@ -105,7 +106,7 @@ def _select(
     scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows, fingerprint: bool
 ) -> Selection:
     report = ReadReport(name, len(scanned.files), unused=scanned.unused)
-    sums = _Sums(first=list(scanned.faults.whole_files[:SHOWN]))
+    sums = _Sums(first=list(scanned.faults.whole_files[:MAX_PROBLEMS]))
     sums.problems = len(scanned.faults.whole_files)
     digest = _Digest()
     columns = (*_PROMPT_COLUMNS, *(_PAIR_COLUMNS if wants.pair == "required" else ("references",)))
@@ -189,11 +190,11 @@ def _note_problems(
             else:
                 count += 1
         sums.problems += count
-        if len(sums.first) < SHOWN:
+        if len(sums.first) < MAX_PROBLEMS:
             where = f"{scanned.files[batch.column('file')[place].as_py()]}:"
             where += f"{batch.column('line')[place].as_py()}: "
             texts = scanned.faults.of(start + place, parts)
-            sums.first += [where + text for text in texts][: SHOWN - len(sums.first)]
+            sums.first += [where + text for text in texts][: MAX_PROBLEMS - len(sums.first)]
 
 
 # `candidate_0`, `candidate_1` and `choice` are missing.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rlhf.data.batching import TokenBatch, chunks
 from rlhf.data.counting import MARGIN, TokenCounter, surely_short
 from rlhf.data.encoding import ANCHORS, Piece, TextEncoder, overlap
+from rlhf.data.files import MAX_PROBLEMS
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.rows import RowData, prompt_of, take, text_sizes
 from rlhf.data.schema import Message, PromptFields, PromptText
@@ -233,7 +234,7 @@ class Tokeniser:
             for row, piece in zip(some, pieces, strict=True):
                 if self._shorten(row.prompt, piece) is None:
                     bad += 1
-                    if len(problems) < 20:
+                    if len(problems) < MAX_PROBLEMS:
                         problems.append(f"{row.source}: {self._too_small(row.prompt)}")
         if bad > len(problems):
             problems.append(f"… and {bad - len(problems)} more prompts")
