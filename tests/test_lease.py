@@ -149,6 +149,17 @@ def test_a_lease_of_another_machine_that_is_renewed_is_respected(
         thread.join()
 
 
+def test_a_note_that_is_just_being_written_is_a_note(tmp_path: Path) -> None:
+    """A file that is written in place is empty for a moment."""
+    path = tmp_path / "bucket" / "out" / NOTE
+    path.parent.mkdir(parents=True)
+    path.touch()
+    note = leases._PlainFile(fsspec.filesystem("file"), str(path))
+    assert note.read()[1]
+    assert note.write(b"{}", "") is None
+    assert path.read_bytes() == b""
+
+
 def changing(read: Callable[[Any], tuple[bytes, str | None]]) -> Any:
     def changed(self: Any) -> tuple[bytes, str | None]:
         note, version = read(self)

@@ -367,7 +367,8 @@ class _PlainFile:
         except FileNotFoundError:
             return b"", None
         note, _, version = content.rstrip(b"\n").rpartition(b"\n")
-        return note, version.decode("ascii", "replace")
+        # An empty file is a note that is being written just now, not the absence of one.
+        return note, version.decode("ascii", "replace") or "empty"
 
     def remove(self, version: str) -> None:
         """Remove it if it is this version."""
