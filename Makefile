@@ -27,13 +27,13 @@ quickstart: $(STAMP) ## all stages on the embedded corpus: make quickstart ARCH=
 # Two processes of one thread each: tiny models gain nothing from more.
 # isolated.py takes the network away, so that no test can come to need it.
 test: $(STAMP) ## all tests with coverage; make test ARGS="-m 'not slow'" for the fast ones
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/isolated.py -m pytest -m "" -n 2 --dist worksteal --cov --cov-report=term $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/support/isolated.py -m pytest -m "" -n 2 --dist worksteal --cov --cov-report=term $(ARGS)
 
 # What make test has shown for this CPU must hold for others: older instructions, two threads, an
 # order of the day that the first lines name.
 numerics: $(STAMP) ## the fast tests of tensors again, as on an older CPU and in another order
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 \
-		$(BIN)/python tests/isolated.py -m pytest -m "numerics and not slow" \
+		$(BIN)/python tests/support/isolated.py -m pytest -m "numerics and not slow" \
 		--shuffle $$(date +%j) $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy

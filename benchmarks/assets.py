@@ -28,14 +28,14 @@ from transformers import (
 import rlhf
 from rlhf.config import RewardModelConfig
 from rlhf.data.batching import rows_for_step
+from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptText
-from rlhf.data.tokenising import Tokeniser
-from rlhf.data.toy import vocabulary
+from rlhf.models.families import FAMILIES
 from rlhf.models.heads import ScalarHead
-from rlhf.models.language_model import FAMILIES
 from rlhf.models.loading import load_language_model
-from rlhf.models.roles import RewardModel
+from rlhf.models.reward_model import RewardModel
+from rlhf.quickstart.corpus import vocabulary
 from rlhf.reward_model import ADAPTER, make_record
 from shapes import MODELS, Lengths, Llama, Model
 
@@ -45,7 +45,7 @@ HELD_OUT_PAIRS = 16
 
 
 def make_model(model: Model, tokenizer: PreTrainedTokenizerBase, device: str) -> PreTrainedModel:
-    """A randomly initialised model with a vocabulary that may exceed the tokenizer's."""
+    """A randomly initialized model with a vocabulary that may exceed the tokenizer's."""
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(SEED)
     with torch.device(device):
@@ -81,7 +81,7 @@ def make_model(model: Model, tokenizer: PreTrainedTokenizerBase, device: str) ->
 
 def save_model(model: Model, folder: Path, device: str) -> PreTrainedTokenizerBase:
     """Writes weights (bfloat16 on a GPU, where fp32 would be too large) and a toy tokenizer."""
-    shipped = Path(rlhf.__file__).parent / "data" / "assets" / f"toy_{model.arch}"
+    shipped = Path(rlhf.__file__).parent / "quickstart" / "assets" / f"toy_{model.arch}"
     tokenizer = AutoTokenizer.from_pretrained(shipped)
     torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
     make_model(model, tokenizer, device).save_pretrained(folder)
@@ -94,14 +94,12 @@ class Texts:
     """Texts of as many tokens as one likes.
 
     Args:
-        tokeniser: Of the model.
+        codec: Of the model.
     """
 
-    def __init__(self, tokeniser: Tokeniser) -> None:
-        self.tokeniser = tokeniser
-        self._words = [
-            word for word in vocabulary() if len(tokeniser.response_ids(f" {word}")) == 2
-        ]
+    def __init__(self, codec: PromptCodec) -> None:
+        self.codec = codec
+        self._words = [word for word in vocabulary() if len(codec.response_ids(f" {word}")) == 2]
         self._source = random.Random(SEED)
 
     def of(self, tokens: int) -> str:
@@ -117,12 +115,12 @@ class Texts:
     def response(self, tokens: int) -> str:
         """A response; its EOS is one of its tokens."""
         text = self.of(tokens - 1)
-        assert len(self.tokeniser.response_ids(text)) == tokens
+        assert len(self.codec.response_ids(text)) == tokens
         return text
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids as our side reads them."""
-        return self.tokeniser.prompt_ids(PromptText(text, ((0, len(text)),)))
+        return self.codec.prompt_ids(PromptText(text, ((0, len(text)),)))
 
 
 def write_batches(folder: Path, texts: Texts, lengths: Lengths, batch: int, steps: int) -> None:
@@ -150,7 +148,7 @@ def write_pairs(folder: Path, texts: Texts, lengths: Lengths, batch: int) -> Non
         row = {"input_text": prompt, "candidate_0": pair[0], "candidate_1": pair[1], "choice": 0}
         rows.append(row)
         if number < PAIR_STEPS * batch:
-            chosen, rejected = (texts.tokeniser.response_ids(text) for text in pair)
+            chosen, rejected = (texts.codec.response_ids(text) for text in pair)
             prompt_ids = texts.prompt_ids(prompt)
             both = {"chosen_ids": prompt_ids + chosen, "rejected_ids": prompt_ids + rejected}
             ids.append(both)
@@ -185,7 +183,7 @@ def main(folder: Path, spec: dict[str, Any]) -> None:
     model, lengths = MODELS[spec["model"]], Lengths(**spec["lengths"])
     tokenizer = save_model(model, folder / "model", spec["device"])
     layout = FAMILIES[model.arch].prompt_layout(tokenizer)
-    texts = Texts(Tokeniser(tokenizer, layout, lengths.prompt, lengths.response))
+    texts = Texts(PromptCodec(tokenizer, layout, lengths.prompt, lengths.response))
     write_batches(folder, texts, lengths, spec["batch"], spec["steps"])
     if spec["pairs"]:
         write_pairs(folder, texts, lengths, spec["batch"])

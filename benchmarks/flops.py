@@ -113,7 +113,7 @@ def ppo_phases(
     lora: Lora,
     *,
     critic: str,
-    judge: Lora | None,
+    scorer: Lora | None,
     reference: bool,
     epochs: int,
 ) -> dict[str, float]:
@@ -124,7 +124,7 @@ def ppo_phases(
         rows: Lengths of all prompts and responses.
         lora: Adapters of policy and critic.
         critic: "adapter", or "head" on the policy's trunk.
-        judge: The reward model's adapter on the same base; None for a function.
+        scorer: The reward model's adapter on the same base; None for a function.
         reference: Whether KL to the reference is charged.
         epochs: Passes over the rollout.
     """
@@ -136,8 +136,8 @@ def ppo_phases(
         phases["rollout"] += pass_over(model, prompt, [response], lora, decoding=True).forward
         phases["experience"] += policy.forward
         phases["update"] += epochs * policy.training
-        if judge is not None:
-            phases["score"] += pass_over(model, prompt, [response], judge, head=False).forward
+        if scorer is not None:
+            phases["score"] += pass_over(model, prompt, [response], scorer, head=False).forward
         if reference:
             phases["experience"] += pass_over(model, prompt, [response], encode=encode).forward
         if critic == "adapter":

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.data import toy
+from rlhf.quickstart import corpus
 
 Row = dict[str, Any]
 LIMITS = ["--prompt_sequence_length", "512", "--target_sequence_length", "64"]
@@ -44,7 +44,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    toy_t5 = Path(toy.__file__).parent / "assets" / "toy_t5"
+    toy_t5 = Path(corpus.__file__).parent / "assets" / "toy_t5"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--base_model", default=str(toy_t5), help="for the dry run")
@@ -55,9 +55,9 @@ def parse() -> argparse.Namespace:
 def shapes(like: str | None) -> dict[str, list[Row]]:
     """Some rows of each shape, to be repeated."""
     short = toy_rows(2000)
-    posts = itertools.cycle(row["input_text"].removesuffix(toy.CUE) for row in short)
+    posts = itertools.cycle(row["input_text"].removesuffix(corpus.CUE) for row in short)
     long = [
-        row | {"input_text": " ".join(itertools.islice(posts, 7)) + toy.CUE}
+        row | {"input_text": " ".join(itertools.islice(posts, 7)) + corpus.CUE}
         for row in toy_rows(500)
     ]
     found = {"short": short, "long": long}
@@ -70,8 +70,8 @@ def shapes(like: str | None) -> dict[str, list[Row]]:
 def toy_rows(count: int) -> list[Row]:
     """Rows of the quickstart's corpus."""
     with tempfile.TemporaryDirectory() as folder:
-        toy.write_corpus(folder, 0, toy.CorpusSizes(preferences=count))
-        return toy.read_rows(Path(folder) / "preferences.jsonl")
+        corpus.write_corpus(folder, 0, corpus.CorpusSizes(preferences=count))
+        return corpus.read_rows(Path(folder) / "preferences.jsonl")
 
 
 def write(path: Path, rows: list[Row], count: int) -> int:

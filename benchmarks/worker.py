@@ -53,7 +53,7 @@ class Session:
         Raises:
             Finished: There is no next one.
         """
-        synchronise()
+        synchronize()
         if seconds is None:
             seconds = time.perf_counter() - self._start
         self.answer({"seconds": seconds, "phases": dict(phases or {}), "facts": dict(facts or {})})
@@ -69,7 +69,7 @@ class Session:
         self._answers.flush()
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     """Waits for the GPU, if this process uses one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

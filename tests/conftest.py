@@ -23,11 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from object_store import ObjectStore, running_store
-from tiny import make_tokenizer
-from tiny import tiny_model as make_model
+from support.object_store import ObjectStore, running_store
+from support.tiny import make_tokenizer
+from support.tiny import tiny_model as make_model
 
-from rlhf.models.language_model import FAMILIES, LanguageModel
+from rlhf.models.families import FAMILIES
+from rlhf.models.language_model import LanguageModel
 
 # `dtype: auto` is float32 in tests on every machine; tests of bfloat16 ask for it.
 torch.cpu.get_capabilities = dict
@@ -132,7 +133,7 @@ def object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ob
 @pytest.fixture
 def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Vertex's API, credentials of nobody, and files that nobody looks into."""
-    from submission import fake_api  # and with it Google's client library
+    from support.submission import fake_api  # and with it Google's client library
 
     yield from fake_api(monkeypatch)
 
@@ -140,7 +141,7 @@ def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 @pytest.fixture
 def run_file(tmp_path: Path) -> str:
     """A configuration for `rlhf vertex submit`."""
-    from submission import YAML
+    from support.submission import YAML
 
     path = tmp_path / "run.yaml"
     path.write_text(YAML, encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import make_tokenizer, tiny_model
+from support.tiny import make_tokenizer, tiny_model
 
 from rlhf.cli import main
 

@@ -94,10 +94,10 @@ def test_a_prompt_that_two_responses_share_is_read_once() -> None:
 
 def test_ppo_phases_follow_the_configuration() -> None:
     def phases(**changes: object) -> dict[str, float]:
-        fields = {"critic": "adapter", "judge": None, "reference": True, "epochs": 4} | changes
+        fields = {"critic": "adapter", "scorer": None, "reference": True, "epochs": 4} | changes
         return flops.ppo_phases(LLAMA, [(100, 10)], flops.Lora(8), **fields)
 
-    assert phases()["score"] == 0 < phases(judge=flops.Lora(8))["score"]
+    assert phases()["score"] == 0 < phases(scorer=flops.Lora(8))["score"]
     assert phases(epochs=2)["update"] == phases()["update"] / 2
     assert phases(critic="head")["update"] < 0.6 * phases()["update"]
     assert phases(reference=False)["experience"] < phases()["experience"]

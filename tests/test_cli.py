@@ -27,7 +27,7 @@ COMMANDS = {
     "score": (ScoreConfig, "run_score"),
 }
 PPO = ["ppo", "--base_model", "base", "--output_dir", "out", "--prompt_dataset", "rows.jsonl"]
-JUDGED = [*PPO, "--reward_model_path", "judge"]
+SCORED = [*PPO, "--reward_model_path", "scorer"]
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_missing_fields_are_named_on_stderr_with_exit_code_2(command, capsys, ca
 
 def test_flags_reach_the_stage(called):
     flags = "--kl-coeff=0.05 --lora.rank 4 --dry-run --gradient_checkpointing=false --seed 7"
-    assert main([*JUDGED, *flags.split(), "--target_kl", "null"]) == 0
+    assert main([*SCORED, *flags.split(), "--target_kl", "null"]) == 0
     [(function, config, options)] = called
     assert function == "train_ppo"
     assert (config.kl_coeff, config.lora.rank, config.seed) == (0.05, 4, 7)
@@ -83,8 +83,8 @@ def test_flags_reach_the_stage(called):
 
 
 def test_a_flag_given_twice_makes_a_list_where_one_is_meant(called):
-    assert main([*JUDGED, "--prompt_dataset", "more.jsonl", "--log_with", "none"]) == 0
-    assert main([*JUDGED, "--lora.target_modules", "q_proj"]) == 0
+    assert main([*SCORED, "--prompt_dataset", "more.jsonl", "--log_with", "none"]) == 0
+    assert main([*SCORED, "--lora.target_modules", "q_proj"]) == 0
     [(_, first, _), (_, second, _)] = called
     assert first.prompt_dataset == ["rows.jsonl", "more.jsonl"]
     assert first.log_with == []
@@ -94,7 +94,7 @@ def test_a_flag_given_twice_makes_a_list_where_one_is_meant(called):
 def test_flags_win_over_the_file(called, tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("kl_coeff: 1e-1\nnum_epochs: 3\nlora: {rank: 2}\ncritic: head\n")
-    assert main([*JUDGED, "--config", str(path), "--train_steps", "9", "--lora.alpha", "1"]) == 0
+    assert main([*SCORED, "--config", str(path), "--train_steps", "9", "--lora.alpha", "1"]) == 0
     [(_, config, _)] = called
     assert (config.kl_coeff, config.critic, config.train_steps) == (0.1, "head", 9)
     assert (config.lora.rank, config.lora.alpha) == (2, 1.0)
@@ -127,8 +127,8 @@ def test_every_problem_is_one_unwrapped_line(called, capsys):
     ("arguments", "said"),
     [
         (["pppo"], "ppo"),
-        ([*JUDGED, "--seed"], "--seed"),
-        ([*JUDGED, "--config", "none.yaml"], "none.yaml: cannot be read"),
+        ([*SCORED, "--seed"], "--seed"),
+        ([*SCORED, "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["run", "--ppo.kl_coef", "1"], "did you mean `--ppo.kl_coeff`?"),
         (["--colour"], "--colour"),
     ],
@@ -151,7 +151,7 @@ def test_what_stages_raise_becomes_an_exit_code(error, code, said, monkeypatch, 
         raise error
 
     monkeypatch.setitem(vars(rlhf), "train_ppo", stage)
-    assert main(JUDGED) == code
+    assert main(SCORED) == code
     captured = capsys.readouterr().err
     assert said in captured
     assert "Traceback" not in captured
@@ -163,7 +163,7 @@ def test_anything_else_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setitem(vars(rlhf), "train_ppo", stage)
     with pytest.raises(ZeroDivisionError):
-        main(JUDGED)
+        main(SCORED)
 
 
 def test_reward_fn_is_imported_from_the_current_folder(called, tmp_path, monkeypatch, capsys):
@@ -185,7 +185,7 @@ def test_reward_fn_is_imported_from_the_current_folder(called, tmp_path, monkeyp
     }.items():
         assert main([*PPO, "--reward_fn", address]) == 2
         assert said in capsys.readouterr().err
-    assert main([*JUDGED, "--reward_fn", "my_rewards:short"]) == 2
+    assert main([*SCORED, "--reward_fn", "my_rewards:short"]) == 2
     assert "not both" in capsys.readouterr().err
     assert main(["sft", "--reward_fn", "my_rewards:short"]) == 2
 
@@ -224,7 +224,7 @@ def test_data_commands(tmp_path, capsys):
 
 
 def test_quickstart_takes_architecture_folder_and_seed(monkeypatch):
-    from rlhf import quickstart
+    from rlhf.quickstart import run as quickstart
 
     calls = []
     monkeypatch.setattr(quickstart, "run_quickstart", lambda **options: calls.append(options))

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf.cli import main
 from rlhf.console import SteadyStream, complain, say, show
-from rlhf.tracking import ProgressLine
+from rlhf.training.tracking import ProgressLine
 from rlhf.untrusted import printable, without_secrets
 
 ROWS = '{"input_text": "the cat"}\n' * 2000

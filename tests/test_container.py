@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from dockerfile import ROOT, SKIPPED, Build, ignored, stages
+from support.dockerfile import ROOT, SKIPPED, Build, ignored, stages
 
 import rlhf
 
@@ -72,7 +72,7 @@ def test_copied_files_exist_and_are_not_ignored() -> None:
         "src/rlhf/__pycache__",
     ):
         assert ignored(Path(kept_out)), kept_out
-    assert not ignored(Path("src/rlhf/data/assets/t5"))
+    assert not ignored(Path("src/rlhf/quickstart/assets/t5"))
 
 
 def stand_ins(folder: Path) -> dict[str, str]:

@@ -17,17 +17,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import doc_tables
 import google.auth
 import pytest
 from google.auth.exceptions import DefaultCredentialsError
-from object_store import running_store
-from tiny import make_tokenizer, tiny_model
+from support import doc_tables
+from support.object_store import running_store
+from support.tiny import make_tokenizer, tiny_model
 
 import rlhf
 from rlhf import pipeline
 from rlhf.cli import main
-from rlhf.predictions import Prediction
+from rlhf.inference.predictions import Prediction
 from rlhf.vertex import machines
 from rlhf.vertex.conversion import to_config
 from rlhf.vertex.failure import Failure
@@ -82,13 +82,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def localised(text: str, folder: Path) -> str:
+def localized(text: str, folder: Path) -> str:
     text = text.replace("google/flan-t5-small", str(folder / "t5"))
     return text.replace("meta-llama/Llama-3.2-1B", str(folder / "llama"))
 
 
 def run(command: str, folder: Path) -> None:
-    words = shlex.split(localised(command, folder))
+    words = shlex.split(localized(command, folder))
     assert words[0] == "rlhf", command
     arguments = [*words[1:], *SHORT.get(words[1], [])]
     assert main(arguments) == 0, command
@@ -101,7 +101,7 @@ def test_readme_from_top_to_bottom(workplace: Path, monkeypatch: pytest.MonkeyPa
         if command.startswith("rlhf ") and not command.startswith("rlhf vertex "):
             run(command, workplace)
     for number, block in enumerate(blocks(ROOT / "README.md", "python")):
-        code = localised(block, workplace)
+        code = localized(block, workplace)
         short = r"\1 train_steps=2, target_sequence_length=4, prompt_sequence_length=64,"
         code = re.sub(r"(output_dir=\"[^\"]+\",)", short, code)
         script = workplace / f"block{number}.py"
@@ -143,7 +143,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_metric_of_ppo_is_explained(tmp_path: Path) -> None:
-    from test_ppo import make_trainer
+    from support.ppo import make_trainer
 
     text = (ROOT / "docs" / "metrics.md").read_text()
     metrics = make_trainer("llama", tmp_path).step()
@@ -153,7 +153,7 @@ def test_every_metric_of_ppo_is_explained(tmp_path: Path) -> None:
 
 
 def test_every_metric_of_inference_is_explained(tmp_path: Path) -> None:
-    from rlhf.predictions import Prediction, prediction_metrics
+    from rlhf.inference.predictions import Prediction, prediction_metrics
 
     text = (ROOT / "docs" / "metrics.md").read_text()
     row = Prediction("in", "a b", "a c", "a b", 1.0, 0.5, 0.1, 0.1, 3, 2, 2, "eos", "eos")
@@ -353,7 +353,7 @@ def test_the_t5_recipe_is_what_the_image_does() -> None:
 
 
 def test_the_requests_that_are_shown_are_answered() -> None:
-    from rlhf.quickstart import ASSETS
+    from rlhf.quickstart.run import ASSETS
     from rlhf.vertex.serve import Predictor
 
     [request] = [json.loads(b) for b in blocks(VERTEX, "json") if '"instances"' in b]
@@ -388,7 +388,7 @@ def test_keys_builds_and_restarts_are_explained() -> None:
 
 def test_tables_of_vertex_are_what_the_code_gives() -> None:
     text = VERTEX.read_text()
-    assert doc_tables.with_tables(text) == text, "python tests/doc_tables.py"
+    assert doc_tables.with_tables(text) == text, "python tests/support/doc_tables.py"
 
 
 def test_the_failure_that_is_explained_is_the_one_that_is_written() -> None:

@@ -13,7 +13,7 @@ from rouge_score import rouge_scorer
 
 from rlhf import evaluation
 from rlhf.errors import InputError
-from rlhf.local_metrics import metric_script, module_metrics
+from rlhf.inference.local_metrics import metric_script, module_metrics
 
 numbers = st.lists(st.floats(-20, 20), min_size=1, max_size=30)
 pairs_of_numbers = st.lists(

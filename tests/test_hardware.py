@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import LastTrainer, stop_at, toy_config
+from support.toy_trainer import LastTrainer, stop_at, toy_config
 
 from rlhf.config import PPOConfig, RewardModelConfig
 from rlhf.errors import InputError, StoppedBySignal
@@ -151,5 +151,5 @@ def test_stages_run_in_bfloat16_under_auto(
         assert torch.tensor(trainer.step()[loss]).isfinite()
         assert trainer.skipped_updates == 0
         with lm.using(None), torch.no_grad():
-            inputs = ppo.tokeniser.prompts([ppo.prompts[0].prompt])
+            inputs = ppo.codec.prompts([ppo.prompts[0].prompt])
             assert lm.prefill(inputs, 1)[1].dtype == torch.bfloat16

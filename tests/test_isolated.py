@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("isolated.py")
+SCRIPT = Path(__file__).parent / "support" / "isolated.py"
 REACH_OUT = """
 import os, socket
 print(os.environ.get("RLHF_ISOLATED"), os.environ["NO_GCE_CHECK"], os.getuid())

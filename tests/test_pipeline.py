@@ -9,7 +9,7 @@ import yaml
 from rlhf import pipeline
 from rlhf.config import PipelineConfig
 from rlhf.errors import InputError, StoppedBySignal
-from rlhf.lease import lease
+from rlhf.files.lease import lease
 from rlhf.pipeline import run_pipeline
 
 WORDS = "the cat sat and the dog ran to a post"

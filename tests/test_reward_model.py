@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_same_gradients
 from safetensors.torch import load_file
-from tiny import make_tokenizer, randomise_lora, tiny_model
+from support.numerics import assert_same_gradients
+from support.tiny import make_tokenizer, randomise_lora, tiny_model
 
 from rlhf.config import LoRAConfig, RewardModelConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.data.pairs import Pairs
 from rlhf.data.schema import PreferenceRow, PromptText
 from rlhf.errors import InputError, StoppedBySignal
-from rlhf.models.roles import RewardModel, load_reward_model
+from rlhf.models.reward_model import RewardModel, load_reward_model
 from rlhf.reward_model import RewardModelTrainer, train_reward_model
 
 WORDS = ["cat", "dog", "sat", "ran", "the", "a", "post"]
@@ -87,9 +87,9 @@ def metric_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def scores_of(folder: Path) -> torch.Tensor:
-    judge = load_reward_model(str(folder), device="cpu")
+    scorer = load_reward_model(str(folder), device="cpu")
     texts = ["the cat sat", "9"]
-    return judge.score([PromptText(text, ((0, len(text)),)) for text in texts], [" 9 dog", ""])
+    return scorer.score([PromptText(text, ((0, len(text)),)) for text in texts], [" 9 dog", ""])
 
 
 def test_learns_a_preference(config: RewardModelConfig) -> None:
@@ -100,11 +100,11 @@ def test_learns_a_preference(config: RewardModelConfig) -> None:
     assert result.metrics["eval/pairs"] == 10
     assert result.metrics["reward_model/loss"] < 0.3
     folder = Path(result.output_dir)
-    judge = load_reward_model(result.output_dir, device="cpu")
+    scorer = load_reward_model(result.output_dir, device="cpu")
     held = preferences(60, seed=5)
     prompts = [PromptText(r["input_text"], ((0, len(r["input_text"])),)) for r in held]
-    chosen = judge.score(prompts, [row[f"candidate_{row['choice']}"] for row in held])
-    rejected = judge.score(prompts, [row[f"candidate_{1 - row['choice']}"] for row in held])
+    chosen = scorer.score(prompts, [row[f"candidate_{row['choice']}"] for row in held])
+    rejected = scorer.score(prompts, [row[f"candidate_{1 - row['choice']}"] for row in held])
     assert (chosen > rejected).float().mean() > 0.9
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert samples[-1]["chosen_score"] > samples[-1]["rejected_score"]
@@ -115,7 +115,7 @@ def test_learns_a_preference(config: RewardModelConfig) -> None:
         code.replace("path/to/this/folder", result.output_dir).replace("print(", "scores = list("),
         names := {},
     )
-    expected = judge.score([PromptText("your prompt", ((0, 11),))], ["a response"])
+    expected = scorer.score([PromptText("your prompt", ((0, 11),))], ["a response"])
     assert names["scores"] == expected.tolist()
 
 
@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_mean_over_pairs(config: RewardModelConfig) -
     found = []
     for micro in (1, 3, 16):
         trainer = with_random_adapter(config.model_copy(update={"micro_batch_size": micro}))
-        metrics = trainer.accumulate_gradients(Pairs.from_rows(rows, trainer.reward.tokeniser))
+        metrics = trainer.accumulate_gradients(Pairs.from_rows(rows, trainer.reward.codec))
         grads = {name: p.grad.clone() for name, p in trainer.parameters.items()}
         found.append((metrics, grads))
     reference_loss, reference = slow_gradients(trainer, rows)
@@ -154,13 +154,13 @@ def slow_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """One row and one candidate at a time, the formula written out."""
     trainer.optimizer.zero_grad()
-    reward, tokeniser = trainer.reward, trainer.reward.tokeniser
+    reward, codec = trainer.reward, trainer.reward.codec
     with reward.lm.using(reward.adapter):
         total = torch.zeros(())
         for row in rows:
-            prompt = TokenBatch.from_lists([tokeniser.prompt_ids(row.prompt)])
+            prompt = TokenBatch.from_lists([codec.prompt_ids(row.prompt)])
             chosen, rejected = (
-                reward.raw_scores(prompt, TokenBatch.from_lists([tokeniser.response_ids(text)]))
+                reward.raw_scores(prompt, TokenBatch.from_lists([codec.response_ids(text)]))
                 for text in (row.chosen, row.rejected)
             )
             z = chosen - rejected - (row.margin or 0.0)
@@ -209,45 +209,45 @@ def test_stopped_and_resumed_run_equals_one_that_was_not(
 
 
 @pytest.mark.parametrize("kind", ["mean", "mean_std", "none"])
-def test_scores_are_normalised_on_demonstrations(
+def test_scores_are_normalized_on_demonstrations(
     config: RewardModelConfig, tmp_path: Path, kind: str
 ) -> None:
     rows = [{"input_text": f"post {n}", "output_text": f" {'cat ' * (n % 4)}9"} for n in range(40)]
     demonstrations = write_rows(tmp_path / "demonstrations.jsonl", rows)
     update = {"normalization": kind, "normalization_dataset": demonstrations}
     train_reward_model(config.model_copy(update=update))
-    judge = load_reward_model(config.output_dir, device="cpu")
-    assert isinstance(judge, RewardModel)
+    scorer = load_reward_model(config.output_dir, device="cpu")
+    assert isinstance(scorer, RewardModel)
     prompts = [PromptText(row["input_text"], ((0, len(row["input_text"])),)) for row in rows]
-    scores = judge.score(prompts, [row["output_text"] for row in rows])
+    scores = scorer.score(prompts, [row["output_text"] for row in rows])
     if kind == "none":
-        assert (judge.record.shift, judge.record.scale) == (0.0, 1.0)
+        assert (scorer.record.shift, scorer.record.scale) == (0.0, 1.0)
         return
-    assert judge.record.shift != 0
+    assert scorer.record.shift != 0
     assert abs(scores.mean()) < 1e-4
     assert (abs(scores.std(correction=0) - 1) < 1e-4) == (kind == "mean_std")
 
 
 @pytest.mark.parametrize("normalization", ["mean", "mean_std"])
-def test_normalising_again_changes_nothing(config: RewardModelConfig, normalization: str) -> None:
+def test_normalizing_again_changes_nothing(config: RewardModelConfig, normalization: str) -> None:
     config.normalization = normalization
     trainer = RewardModelTrainer(config)
     trainer.step()
-    trainer.normalise()
+    trainer.normalize()
     once = trainer.reward.record
     scores = trainer._reference_scores()
     assert float(scores.mean()) == pytest.approx(0, abs=1e-5)
     assert once.shift != 0
-    trainer.normalise()
+    trainer.normalize()
     assert trainer.reward.record == once
 
 
-def test_scores_are_normalised_on_candidates_by_default(config: RewardModelConfig) -> None:
+def test_scores_are_normalized_on_candidates_by_default(config: RewardModelConfig) -> None:
     train_reward_model(config)
-    judge = load_reward_model(config.output_dir, device="cpu")
+    scorer = load_reward_model(config.output_dir, device="cpu")
     rows = preferences(200)
     prompts = [PromptText(r["input_text"], ((0, len(r["input_text"])),)) for r in rows]
-    scores = [judge.score(prompts, [row[f"candidate_{n}"] for row in rows]) for n in (0, 1)]
+    scores = [scorer.score(prompts, [row[f"candidate_{n}"] for row in rows]) for n in (0, 1)]
     assert abs(torch.cat(scores).mean()) < 0.1  # the held-out twentieth was not among them
 
 
@@ -277,9 +277,9 @@ def test_the_best_weights_are_exported(
     update = {"eval_every": 1, "train_steps": 6, "normalization": "none"}
     metrics = train_reward_model(config.model_copy(update=update), callbacks=[remember]).metrics
     assert (metrics["best_step"], metrics["best"], metrics["eval/log_loss"]) == (3, 0.2, 0.2)
-    judge = load_reward_model(config.output_dir, device="cpu", dtype="float32")
-    assert isinstance(judge, RewardModel)
-    exported = dict(judge.lm.named_trainable("reward")) | {"head.weight": judge.head.weight}
+    scorer = load_reward_model(config.output_dir, device="cpu", dtype="float32")
+    assert isinstance(scorer, RewardModel)
+    exported = dict(scorer.lm.named_trainable("reward")) | {"head.weight": scorer.head.weight}
     assert exported.keys() == seen[2].keys()
     for name, tensor in exported.items():
         assert torch.equal(tensor, seen[2][name]), name

@@ -9,8 +9,8 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from cases import Case, make_case, read
-from tiny import make_tokenizer
+from support.cases import Case, make_case, read
+from support.tiny import make_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from rlhf import score
@@ -18,7 +18,7 @@ from rlhf.config import ScoreConfig
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import Message, PromptFields, PromptText
 from rlhf.errors import InputError
-from rlhf.models.roles import RECORD_FILE, load_reward_model
+from rlhf.models.reward_model import RECORD_FILE, load_reward_model
 from rlhf.score import ScoreResult, run_score
 
 ROWS: list[dict[str, Any]] = [

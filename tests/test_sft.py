@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_same_gradients
 from safetensors.torch import load_file
-from test_training import lines, stop_at, without_timing
+from support.numerics import assert_same_gradients
+from support.toy_trainer import lines, stop_at, without_timing
 
 from rlhf.config import SFTConfig
 from rlhf.errors import InputError, StoppedBySignal
@@ -174,7 +174,7 @@ assert "rlhf" not in sys.modules
 def test_references_of_a_row_take_turns(tiny_checkpoint: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "one.jsonl", [{"input_text": "a", "output_text": ["cat", "dog"]}])
     trainer = SFTTrainer(sft_config(tiny_checkpoint, data, tmp_path / "run", batch_size=4))
-    texts = [trainer.tokeniser.decode(ids) for ids in trainer.next_batch().responses.tolists()]
+    texts = [trainer.codec.decode(ids) for ids in trainer.next_batch().responses.tolists()]
     assert [text.strip() for text in texts] == ["cat", "dog", "cat", "dog"]
 
 

@@ -11,23 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, make_case
 from safetensors.torch import load_file
-from test_ppo import count_letters
-from tiny import make_tokenizer, tiny_model
+from support.cases import Case, make_case
+from support.ppo import count_letters
+from support.tiny import make_tokenizer, tiny_model
 
-import rlhf.inference
+import rlhf.inference.stage
 import rlhf.pipeline
-from rlhf import optimization, ppo_trainer, reward_model, score, sft
+from rlhf import ppo_trainer, reward_model, score, sft
 from rlhf.cli import main
 from rlhf.config import PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.errors import StoppedBySignal
-from rlhf.models.actors import Critic
-from rlhf.models.language_model import FAMILIES, LanguageModel
-from rlhf.models.roles import RewardModel
+from rlhf.models.families import FAMILIES
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.reward_model import RewardModel
+from rlhf.ppo.roles import Critic
 from rlhf.ppo_trainer import PPOTrainer
 from rlhf.reward_model import RewardModelTrainer
 from rlhf.sft import SFTTrainer
+from rlhf.training import optimizer as optimization
 
 COMMON: dict[str, Any] = {
     "batch_size": 4, "micro_batch_size": 2, "train_steps": 4, "learning_rate": 3e-3,
@@ -244,8 +246,8 @@ def command(name: str, case: Case, folder: Path) -> list[str]:
         ("reward-model", reward_model, "save_sequence_classifier"),  # in the export
         ("ppo", ppo_trainer, "load_bases"),
         ("ppo", ppo_trainer, "save_merged"),
-        ("infer", rlhf.inference, "load_models"),
-        ("infer", rlhf.inference, "samples_markdown"),  # all is predicted
+        ("infer", rlhf.inference.stage, "load_models"),
+        ("infer", rlhf.inference.stage, "samples_markdown"),  # all is predicted
         ("score", score, "load_reward_model"),
         ("score", RewardModel, "scores"),
         ("run", rlhf.pipeline, "free_memory"),  # between two stages

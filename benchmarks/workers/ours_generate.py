@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import flops
-from rlhf import generation, ppo_trainer
+from rlhf import ppo_trainer
 from rlhf.config import LoRAConfig, StageConfig
 from rlhf.data.batching import TokenBatch
+from rlhf.models import generation
 from rlhf.models.loading import load_language_model
 from shapes import MODELS
-from worker import Session, synchronise
+from worker import Session, synchronize
 from workers.common import read_batches
 from workers.ours_ppo import force_lengths
 
@@ -37,7 +38,7 @@ def main(spec: dict[str, Any], session: Session) -> None:
         uniforms = ppo_trainer.rollout_uniforms(0, draw, range(len(prompts)), tokens)
         with lm.using(adapter):
             result = generation.generate(lm, prompts, max_new_tokens=tokens, uniforms=uniforms)
-        synchronise()
+        synchronize()
         assert result.responses.ids.shape[1] == tokens
         return time.perf_counter() - start
 

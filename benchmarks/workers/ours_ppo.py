@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 import flops
-from rlhf import generation, ppo_trainer
+from rlhf import ppo_trainer
 from rlhf.config import PPOConfig
+from rlhf.models import generation
+from rlhf.models.families import FAMILIES
 from rlhf.models.heads import ScalarHead
-from rlhf.models.language_model import FAMILIES
-from rlhf.models.roles import RewardModel
-from rlhf.optimization import GroupedAdamW
+from rlhf.models.reward_model import RewardModel
+from rlhf.training.optimizer import GroupedAdamW
 from shapes import MODELS
 from worker import Session
 from workers.common import flops_lora, read_batches, training_fields
@@ -30,15 +31,15 @@ BELOW_ONE = 1 - 2**-24
 def main(spec: dict[str, Any], session: Session) -> None:
     """Makes steps of a `PPOTrainer`."""
     folder, lengths = Path(spec["folder"]), spec["lengths"]
-    judge = folder / f"reward-{spec['side']}"
+    scorer = folder / f"reward-{spec['side']}"
     config = PPOConfig(
         prompt_dataset=str(folder / "prompts.jsonl"),
         output_dir=str(folder / f"policy-{spec['side']}"),
-        reward_model_path=str(judge) if judge.is_dir() else None,
+        reward_model_path=str(scorer) if scorer.is_dir() else None,
         **training_fields(spec),
     )
     batches = read_batches(folder)
-    trainer = ppo_trainer.PPOTrainer(config, reward_fn=None if judge.is_dir() else count_words)
+    trainer = ppo_trainer.PPOTrainer(config, reward_fn=None if scorer.is_dir() else count_words)
     eos = trainer.policy.lm.layout.eos_id
     force_lengths([batch["lengths"] for batch in batches] if lengths["real"] else None, eos)
     facts = {
@@ -57,7 +58,7 @@ def main(spec: dict[str, Any], session: Session) -> None:
 
 
 def share_outside_model_calls(trainer: ppo_trainer.PPOTrainer) -> float:
-    """What an iteration spends on other things than forward, backward and optimiser.
+    """What an iteration spends on other things than forward, backward and optimizer.
 
     Such as sampling, rewards, advantages, batches, texts and Python between the calls, and adding
     the adapter into the weights for the rollout. It is another warm-up, of the first step.
@@ -117,7 +118,7 @@ def iteration_flops(
         rows,
         lora,
         critic=config.critic,
-        judge=lora if isinstance(trainer.scorer, RewardModel) else None,
+        scorer=lora if isinstance(trainer.scorer, RewardModel) else None,
         reference=config.kl_coeff > 0,
         epochs=config.ppo_epochs,
     )

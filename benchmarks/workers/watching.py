@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
-from worker import synchronise
+from worker import synchronize
 
 
 class Watch:
@@ -31,12 +31,12 @@ class Watch:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 return function(*args, **kwargs)
-            synchronise()
+            synchronize()
             self._inside, start = True, time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                synchronise()
+                synchronize()
                 self.seconds += time.perf_counter() - start
                 self._inside = False
 
@@ -51,8 +51,8 @@ def seconds_inside(
     with ExitStack() as stack:
         for owner, name in methods:
             stack.enter_context(patch.object(owner, name, watch.wrap(getattr(owner, name))))
-        synchronise()
+        synchronize()
         start = time.perf_counter()
         work()
-        synchronise()
+        synchronize()
         return time.perf_counter() - start, watch.seconds

@@ -28,8 +28,8 @@ from rlhf.config import (
 )
 from rlhf.config.loading import unreadable_character
 from rlhf.console import SayHandler, complain, say, show, steady_streams
-from rlhf.disk import disk_problem
 from rlhf.errors import InputError, NumericalError, StoppedBySignal, StorageError
+from rlhf.files.disk import disk_problem
 from rlhf.flags import (
     CONTEXT,
     PLAIN_CONTEXT,
@@ -109,7 +109,7 @@ _stage("score", ScoreConfig, "run_score", "Write the reward scores of a file's r
 )
 def quickstart(arch: Literal["t5", "llama"], output_dir: str | None, seed: int) -> None:
     """Run all stages on an embedded corpus, without network and GPU, in minutes."""
-    from rlhf.quickstart import run_quickstart
+    from rlhf.quickstart.run import run_quickstart
 
     run_quickstart(arch=arch, output_dir=output_dir, seed=seed)
 
@@ -226,7 +226,7 @@ def data() -> None:
 )
 def check(files: tuple[str, ...], **options: Any) -> None:
     """Validate files (paths, globs, gs:// addresses) and describe what is in them."""
-    from rlhf.data.check import check_files
+    from rlhf.reports.data_check import check_files
 
     show("\n".join(check_files(list(files), **options).lines()))
 

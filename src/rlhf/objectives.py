@@ -18,14 +18,14 @@ def pairwise_loss(
 ) -> Tensor:
     """Bradley–Terry loss of each pair, −log σ(r_c − r_r − margin) + c·(r_c + r_r)².
 
-    Ouyang et al. 2022, eq. 1; margin after Touvron et al. 2023, eq. 2; the centring term after
+    Ouyang et al. 2022, eq. 1; margin after Touvron et al. 2023, eq. 2; the centering term after
     Eisenstein et al. 2023, since the first term leaves the scores' common level free.
 
     Args:
         chosen: (B,) scores of the preferred responses.
         rejected: (B,) scores of the others.
         margin: (B,) by how much the chosen one should win at least.
-        centering: Weight c of the centring term.
+        centering: Weight c of the centering term.
 
     Returns:
         (B,) losses.
@@ -72,7 +72,7 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coeff: float) 
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), every response terminal.
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), every response terminal.
 
     δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γλ A_{t+1}, with V = A = 0 past the end.
 

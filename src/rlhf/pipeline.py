@@ -17,10 +17,11 @@ from rlhf.console import say, show
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_preferences, load_prompts, read_once, split_holdout
 from rlhf.errors import InputError
+from rlhf.files.lease import lease
+from rlhf.files.output import RESULT_FILE, Output, path_in
+from rlhf.files.text import to_json, write_text
 from rlhf.inference import run_inference
-from rlhf.lease import lease
 from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
-from rlhf.outputs import RESULT_FILE, Output, join, to_json, write_text
 from rlhf.ppo_trainer import train_ppo
 from rlhf.reward_model import train_reward_model
 from rlhf.sft import train_sft
@@ -206,11 +207,11 @@ def hold_out_rows(config: PipelineConfig) -> PipelineConfig:
     if not held_out:
         say("pipeline: a single prompt, so nothing can be held out; inference runs on it")
         return config
-    folder = join(config.output_dir, "data")
+    folder = path_in(config.output_dir, "data")
     files = {}
     output = Output(folder)
     for name, part in (("preferences", train), ("held_out", held_out)):
-        files[name] = join(folder, f"{name}.jsonl")
+        files[name] = path_in(folder, f"{name}.jsonl")
         write_text(
             output.path / f"{name}.jsonl", (f"{line.decode()}\n" for line in part.raw_lines())
         )

@@ -1,4 +1,4 @@
-"""KL-penalised proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019)."""
+"""KL-penalized proximal policy optimization (Schulman et al. 2017; Ziegler et al. 2019)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,26 @@ from rlhf import objectives
 from rlhf.config import PPOConfig
 from rlhf.console import say, show
 from rlhf.data.batching import chunks, micro_batches, permutation, rows_for_step
+from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import PromptData, load_prompts
 from rlhf.data.schema import PromptRow
-from rlhf.data.tokenising import Tokeniser
 from rlhf.errors import InputError
-from rlhf.experience import (
+from rlhf.files.local_copy import recorded_base
+from rlhf.files.run_folder import Run, Status
+from rlhf.files.storage import exists
+from rlhf.models.content import weights_fingerprint
+from rlhf.models.generation import generate_in_chunks, rollout_uniforms
+from rlhf.models.reward_model import (
+    RewardModel,
+    check_reward_model,
+    limit_lines,
+    load_reward_model,
+    read_record,
+)
+from rlhf.models.saving import save_adapter, save_merged
+from rlhf.models.scorers import RewardFn, RewardFunction, Scorer
+from rlhf.ppo.experience import (
     Experience,
     Minibatch,
     Rollout,
@@ -27,25 +41,11 @@ from rlhf.experience import (
     rollout_metrics,
     rollout_samples,
 )
-from rlhf.generation import generate_in_chunks, rollout_uniforms
-from rlhf.inputs import StageInputs
-from rlhf.models.actors import load_bases, make_critic, make_policy, make_reference
-from rlhf.models.card import write_card
-from rlhf.models.content import weights_fingerprint
-from rlhf.models.judges import RewardFn, RewardFunction, Scorer
-from rlhf.models.remote import recorded_base
-from rlhf.models.roles import (
-    RewardModel,
-    check_judge,
-    limit_lines,
-    load_reward_model,
-    read_record,
-)
-from rlhf.models.saving import save_adapter, save_merged
-from rlhf.outputs import Run, Status
+from rlhf.ppo.roles import load_bases, make_critic, make_policy, make_reference
+from rlhf.reports.model_card import write_card
 from rlhf.signals import stop_point
-from rlhf.storage import exists
-from rlhf.training import Callback, ParameterGroup, Trainer
+from rlhf.training.inputs import StageInputs
+from rlhf.training.trainer import Callback, ParameterGroup, Trainer
 
 # A minibatch whose mean probability ratio is beyond this has left the region PPO is about.
 RATIO_LIMIT = 10.0
@@ -110,8 +110,8 @@ def train_ppo(
         from rlhf.models.memory import dry_run_report
 
         rows = len(inputs.prompts)
-        judge = None if _is_made_later(config) else other_base(config)
-        show(dry_run_report("ppo", config, rows, inputs.lines, reward_base=judge))
+        scorer = None if _is_made_later(config) else other_base(config)
+        show(dry_run_report("ppo", config, rows, inputs.lines, reward_base=scorer))
         return PPOResult(config.output_dir, {})
     if inputs.run.status is Status.FINISHED:
         say(f"ppo: already finished in {config.output_dir}")
@@ -147,13 +147,15 @@ def read_inputs(
     inputs = StageInputs(config, model, tokenizer)
     prompts = inputs.read(load_prompts, "prompt_dataset")
     eval_prompts = inputs.read(load_prompts, "eval_dataset")
-    judge = weights_fingerprint(config.reward_model_path) if config.reward_model_path else ""
+    scorer = weights_fingerprint(config.reward_model_path) if config.reward_model_path else ""
     run = inputs.finish(
-        "ppo", reward_model_path=judge, optimizer=(trainer or PPOTrainer).optimizer_settings()
+        "ppo", reward_model_path=scorer, optimizer=(trainer or PPOTrainer).optimizer_settings()
     )
     assert prompts is not None
     if config.reward_model_path and not _is_made_later(config):
-        check_judge(config.reward_model_path, inputs.renderer, prompts.report.conversations > 0)
+        check_reward_model(
+            config.reward_model_path, inputs.renderer, prompts.report.conversations > 0
+        )
         inputs.lines += limit_lines(config.reward_model_path, config)
     return Inputs(inputs.tokenizer, inputs.renderer, prompts, eval_prompts, inputs.lines, run)
 
@@ -219,7 +221,7 @@ class PPOTrainer(Trainer):
             rows, width = config.effective_rollout_batch_size, config.prompt_sequence_length
             lm.compile_decoding(rows, width)
         self.device = lm.device
-        self.tokeniser = Tokeniser(
+        self.codec = PromptCodec(
             inputs.tokenizer,
             lm.layout,
             config.prompt_sequence_length,
@@ -243,7 +245,7 @@ class PPOTrainer(Trainer):
         with self.phase("experience"):
             experience, stats = self.make_experience(rollout, scores)
         with self.phase("update"):
-            updates = self.optimise(experience)
+            updates = self.optimize(experience)
         coefficient = None if self.reference is None else self.kl_controller.value
         metrics = rollout_metrics(rollout, experience, stats, coefficient) | updates
         self.log_samples(rollout_samples(rollout, stats, SAMPLES_PER_STEP))
@@ -268,7 +270,7 @@ class PPOTrainer(Trainer):
         """
         config = self.config
         texts = [row.prompt for row in rows]
-        prompts = self.tokeniser.prompts(texts).to(self.device)
+        prompts = self.codec.prompts(texts).to(self.device)
         limit = config.target_sequence_length
         draw = (0, "evaluation") if evaluation else (self.step_index, "rollout")
         with self.policy.active() as lm:
@@ -282,7 +284,7 @@ class PPOTrainer(Trainer):
                 uniforms=rollout_uniforms(config.seed, draw[0], range(len(rows)), limit, draw[1]),
                 min_response_length=config.min_response_length,
             )
-        responses = [self.tokeniser.decode(ids) for ids in generation.responses.tolists()]
+        responses = [self.codec.decode(ids) for ids in generation.responses.tolists()]
         return Rollout(
             texts,
             prompts,
@@ -293,7 +295,7 @@ class PPOTrainer(Trainer):
         )
 
     def score(self, rollout: Rollout) -> Tensor:
-        """(B,) fp32 scores of the judge, with what a missing EOS costs."""
+        """(B,) fp32 scores of the scorer, with what a missing EOS costs."""
         stop_point()
         texts = (rollout.prompt_texts, rollout.texts, self.config.effective_micro_batch_size)
         finished = rollout.finished.tolist()
@@ -340,14 +342,14 @@ class PPOTrainer(Trainer):
         """One a minibatch."""
         return self.config.ppo_epochs * self.config.num_minibatches
 
-    def optimise(self, experience: Experience) -> dict[str, float]:
+    def optimize(self, experience: Experience) -> dict[str, float]:
         """All epochs over the rollout; ends early when the policy has moved too far."""
         config, log = self.config, UpdateLog()
         size = len(experience) // config.num_minibatches
         for epoch in range(config.ppo_epochs):
             order = permutation(len(experience), "minibatches", config.seed, self.step_index, epoch)
             for rows in chunks(order, size):
-                minibatch = self.accumulate_gradients(experience.select(rows))
+                minibatch = self.accumulate_gradients(experience.select_rows(rows))
                 log.add(minibatch)
                 if config.target_kl is not None and minibatch.kl > 1.5 * config.target_kl:
                     self.optimizer.zero_grad(set_to_none=True)
@@ -364,7 +366,7 @@ class PPOTrainer(Trainer):
         total = Minibatch(tokens=count)
         for rows in micro_batches(minibatch.tokens, *self.config.micro_batch_limits):
             stop_point()
-            total = total + self._backward(minibatch.select(rows), count)
+            total = total + self._backward(minibatch.select_rows(rows), count)
         self.count_tokens(count + int(minibatch.prompts.lengths.sum()))
         return total
 
@@ -389,7 +391,7 @@ class PPOTrainer(Trainer):
                 loss = loss + config.vf_coef * value.total
             (loss / count).backward()
         if not self.critic.on_policy_trunk:
-            with self.critic.actor.active() as lm:
+            with self.critic.role.active() as lm:
                 value = self._value_loss(lm.response_states(micro.prompts, micro.responses), micro)
                 (config.vf_coef * value.total / count).backward()
         log_ratio = (new.logprobs.detach() - micro.logprobs)[mask]

@@ -23,19 +23,19 @@ from rlhf.data.reading import (
 )
 from rlhf.data.schema import PreferenceRow
 from rlhf.evaluation import evaluate_preferences
-from rlhf.inputs import StageInputs
-from rlhf.models.card import write_card
-from rlhf.models.classifier import save_sequence_classifier
+from rlhf.files.run_folder import Run, Status
 from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
-from rlhf.models.roles import RewardModel, RewardRecord
+from rlhf.models.reward_model import RewardModel, RewardRecord
+from rlhf.models.sequence_classifier import save_sequence_classifier
 from rlhf.objectives import pairwise_loss
-from rlhf.optimization import ParameterGroup
-from rlhf.outputs import Run, Status
+from rlhf.reports.model_card import write_card
 from rlhf.signals import stop_point
-from rlhf.training import Callback, Trainer
+from rlhf.training.inputs import StageInputs
+from rlhf.training.optimizer import ParameterGroup
+from rlhf.training.trainer import Callback, Trainer
 from rlhf.untrusted import without_secrets
 
 ADAPTER = "reward"
@@ -67,7 +67,7 @@ class Inputs:
         renderer: Makes prompts' texts.
         train: Pairs to learn from.
         held_out: Pairs to evaluate on; may be empty where there is a single prompt.
-        demonstrations: Reference responses for the normalisation, if given.
+        demonstrations: Reference responses for the normalization, if given.
         lines: What reading came upon, for people.
         run: The output folder.
     """
@@ -161,7 +161,7 @@ class RewardModelTrainer(Trainer):
         callbacks: Called after every step.
 
     Attributes:
-        reward: The reward model; its scores are raw until `export` has normalised them.
+        reward: The reward model; its scores are raw until `export` has normalized them.
     """
 
     stage: ClassVar[str] = "reward_model"
@@ -217,10 +217,10 @@ class RewardModelTrainer(Trainer):
         return [ParameterGroup("reward_model", named, rate, norm)]
 
     def make_step(self) -> dict[str, float]:
-        """One optimiser step on `batch_size` pairs."""
+        """One optimizer step on `batch_size` pairs."""
         size, seed = self.config.batch_size, self.config.seed
         rows = rows_for_step(self.num_rows, size, self.step_index, seed)
-        pairs = Pairs.from_rows([self.inputs.train[row] for row in rows], self.reward.tokeniser)
+        pairs = Pairs.from_rows([self.inputs.train[row] for row in rows], self.reward.codec)
         with self.phase("update"):
             metrics = self.accumulate_gradients(pairs)
             metrics |= self.apply_gradients()
@@ -236,7 +236,7 @@ class RewardModelTrainer(Trainer):
         totals = torch.zeros(4, device=self.reward.lm.device)
         for rows in micro_batches(pairs.tokens, *self.config.micro_batch_limits):
             stop_point()
-            totals += self._backward(pairs.select(rows).to(totals.device), len(pairs))
+            totals += self._backward(pairs.select_rows(rows).to(totals.device), len(pairs))
         names = ("loss", "accuracy", "margin", "score")
         means = (totals / len(pairs)).tolist()
         return {f"reward_model/{name}": mean for name, mean in zip(names, means, strict=True)}
@@ -260,7 +260,7 @@ class RewardModelTrainer(Trainer):
         chosen, rejected, lengths = [], [], []
         for block in chunks(range(len(held_out)), EVALUATION_BLOCK):
             rows = [held_out[row] for row in block]
-            pairs = Pairs.from_rows(rows, self.reward.tokeniser)
+            pairs = Pairs.from_rows(rows, self.reward.codec)
             size = self.config.effective_micro_batch_size
             first, second = self.reward.score_pairs(pairs, size)
             if block[0] == 0:
@@ -278,19 +278,19 @@ class RewardModelTrainer(Trainer):
         )
         return result.metrics("eval/")
 
-    def normalise(self) -> None:
+    def normalize(self) -> None:
         """Makes the mean score of reference responses 0 (and the standard deviation 1)."""
         if self.config.normalization == "none":
             return
-        self.reward.normalise(0.0, 1.0)  # the constants are of raw scores, the second time too
+        self.reward.normalize(0.0, 1.0)  # the constants are of raw scores, the second time too
         scores = self._reference_scores().double()
         spread = float(scores.std(correction=0))
         scales = self.config.normalization == "mean_std" and spread > 0
-        self.reward.normalise(float(scores.mean()), spread if scales else 1.0)
+        self.reward.normalize(float(scores.mean()), spread if scales else 1.0)
 
     def export(self) -> dict[str, float]:
-        """Normalises and writes the reward model."""
-        self.normalise()
+        """Normalizes and writes the reward model."""
+        self.normalize()
         reward, folder = self.reward, self.output_path
         reward.save(folder)
         classifier = folder / "sequence_classifier"
@@ -342,7 +342,7 @@ class RewardModelTrainer(Trainer):
 def make_record(
     config: RewardModelConfig, lm: LanguageModel, renderer: PromptRenderer
 ) -> RewardRecord:
-    """What `reward_model.json` says before the normalisation is known."""
+    """What `reward_model.json` says before the normalization is known."""
     try:
         installed = version("rlhf-ppo")
     except PackageNotFoundError:

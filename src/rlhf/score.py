@@ -12,24 +12,24 @@ import numpy as np
 
 from rlhf.config import ScoreConfig
 from rlhf.console import say, show
-from rlhf.data.files import MAX_PROBLEMS, expand_paths, read_json_lines
+from rlhf.data.json_lines import MAX_PROBLEMS, expand_paths, read_json_lines
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptText, RowChecker
 from rlhf.errors import InputError
 from rlhf.evaluation import bootstrap_interval, evaluate_preferences
+from rlhf.files.local_copy import local_folder
+from rlhf.files.storage import is_remote, locate, open_store, whole_file
 from rlhf.hardware import pick_device
-from rlhf.models.judges import Scorer
-from rlhf.models.remote import local_folder
-from rlhf.models.roles import (
+from rlhf.inference.predictions import json_line
+from rlhf.models.reward_model import (
     RECORD_FILE,
     RewardModel,
     RewardRecord,
-    check_judge,
+    check_reward_model,
     load_reward_model,
 )
-from rlhf.predictions import json_line
-from rlhf.storage import is_remote, locate, open_store, whole_file
-from rlhf.tracking import ProgressLine
+from rlhf.models.scorers import Scorer
+from rlhf.training.tracking import ProgressLine
 
 STAGE = "score"
 # The first of these that a row without candidates has is what is scored.
@@ -89,7 +89,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
     _check_output(config.output, files)
     renderer = _renderer(config)
     total, skipped = _check_rows(files, renderer, config.on_bad_rows)
-    check_judge(config.reward_model_path, renderer)
+    check_reward_model(config.reward_model_path, renderer)
     scorer = load_reward_model(config.reward_model_path, device=config.device, dtype=config.dtype)
     if isinstance(scorer, RewardModel):
         record = scorer.record

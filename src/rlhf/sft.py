@@ -12,17 +12,17 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import SFTConfig
 from rlhf.console import say, show
 from rlhf.data.batching import TokenBatch, chunks, micro_batches, rows_for_step
+from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.reading import PromptData, load_prompts
 from rlhf.data.schema import PromptRow
-from rlhf.data.tokenising import Tokeniser
-from rlhf.generation import generate
-from rlhf.inputs import StageInputs
-from rlhf.models.card import write_card
+from rlhf.files.run_folder import Run, Status
+from rlhf.models.generation import generate
 from rlhf.models.loading import load_language_model
 from rlhf.models.saving import save_adapter, save_merged
-from rlhf.outputs import Run, Status
+from rlhf.reports.model_card import write_card
 from rlhf.signals import stop_point
-from rlhf.training import Callback, ParameterGroup, Trainer
+from rlhf.training.inputs import StageInputs
+from rlhf.training.trainer import Callback, ParameterGroup, Trainer
 
 ADAPTER = "sft"
 # With ten evaluations a run, more would cost more than the training of a small data set.
@@ -80,9 +80,9 @@ class Demonstrations:
         """(B,) tokens that the model reads for each row."""
         return self.prompts.lengths + self.responses.lengths
 
-    def select(self, rows: Sequence[int]) -> "Demonstrations":
+    def select_rows(self, rows: Sequence[int]) -> "Demonstrations":
         """The given rows, trimmed to the longest of them."""
-        return Demonstrations(self.prompts.select(rows), self.responses.select(rows))
+        return Demonstrations(self.prompts.select_rows(rows), self.responses.select_rows(rows))
 
     def to(self, device: torch.device | str) -> "Demonstrations":
         """The same rows on another device."""
@@ -163,7 +163,7 @@ class SFTTrainer(Trainer):
     Attributes:
         lm: The model.
         adapter: Name of the adapter that is trained; None trains all weights.
-        tokeniser: Text to ids and back.
+        codec: Text to ids and back.
     """
 
     stage: ClassVar[str] = "sft"
@@ -197,7 +197,7 @@ class SFTTrainer(Trainer):
         if config.lora.rank > 0:
             self.adapter = ADAPTER
             self.lm.add_adapter(ADAPTER, config.lora, seed=config.seed)
-        self.tokeniser = Tokeniser(
+        self.codec = PromptCodec(
             self.inputs.tokenizer,
             self.lm.layout,
             config.prompt_sequence_length,
@@ -216,7 +216,7 @@ class SFTTrainer(Trainer):
         return [ParameterGroup("policy", named, rate, norm)]
 
     def make_step(self) -> dict[str, float]:
-        """One optimiser step on `batch_size` demonstrations."""
+        """One optimizer step on `batch_size` demonstrations."""
         batch = self.next_batch()
         with self.phase("update"):
             loss = self.accumulate_gradients(batch)
@@ -233,13 +233,13 @@ class SFTTrainer(Trainer):
             row = self.inputs.train[number]
             chosen.append(row)
             responses.append(row.references[(number + place // rows) % len(row.references)])
-        return self.tokenise(chosen, responses)
+        return self.tokenize(chosen, responses)
 
-    def tokenise(self, rows: Sequence[PromptRow], responses: Sequence[str]) -> Demonstrations:
+    def tokenize(self, rows: Sequence[PromptRow], responses: Sequence[str]) -> Demonstrations:
         """Texts to ids, on the model's device."""
         batch = Demonstrations(
-            self.tokeniser.prompts([row.prompt for row in rows]),
-            self.tokeniser.responses(responses),
+            self.codec.prompts([row.prompt for row in rows]),
+            self.codec.responses(responses),
         )
         return batch.to(self.lm.device)
 
@@ -254,7 +254,7 @@ class SFTTrainer(Trainer):
         for rows in micro_batches(batch.tokens, *self.config.micro_batch_limits):
             stop_point()
             with self.lm.using(self.adapter):
-                nll = self.negative_log_likelihood(batch.select(rows))
+                nll = self.negative_log_likelihood(batch.select_rows(rows))
                 (nll / count).backward()
             total += nll.detach()
         return total.item() / count
@@ -277,14 +277,14 @@ class SFTTrainer(Trainer):
             for block in chunks(range(min(len(held_out), EVALUATION_ROWS)), size):
                 stop_point()
                 some = [held_out[number] for number in block]
-                batch = self.tokenise(some, [row.references[0] for row in some])
+                batch = self.tokenize(some, [row.references[0] for row in some])
                 total += self.negative_log_likelihood(batch).item()
                 count += int(batch.responses.lengths.sum())
         loss = total / count
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
     def _sample(self, rows: Sequence[PromptRow]) -> None:
-        prompts = self.tokeniser.prompts([row.prompt for row in rows]).to(self.lm.device)
+        prompts = self.codec.prompts([row.prompt for row in rows]).to(self.lm.device)
         limit = self.config.target_sequence_length
         generation = generate(self.lm, prompts, max_new_tokens=limit, temperature=0.0)
         answers = generation.responses.tolists()
@@ -292,7 +292,7 @@ class SFTTrainer(Trainer):
             [
                 {
                     "prompt": row.prompt.text,
-                    "response": self.tokeniser.decode(answer),
+                    "response": self.codec.decode(answer),
                     "reference": row.references[0],
                     "prompt_tokens": prompt_tokens,
                     "response_tokens": len(answer),
@@ -307,7 +307,7 @@ class SFTTrainer(Trainer):
         """Writes adapter/ and merged/, and says what merging cost."""
         folder, rows = self.output_path, self.inputs.held_out or self.inputs.train
         some = rows[: self.config.effective_micro_batch_size]
-        probe = self.tokenise(some, [row.references[0] for row in some])
+        probe = self.tokenize(some, [row.references[0] for row in some])
         with self.lm.inference():
             if self.adapter is not None:
                 save_adapter(self.lm, self.adapter, folder / "adapter")

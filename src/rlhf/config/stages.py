@@ -70,7 +70,7 @@ class RewardModelConfig(TrainingConfig):
 
 
 class PPOConfig(TrainingConfig):
-    """Proximal policy optimisation against a reward model (Schulman et al. 2017)."""
+    """Proximal policy optimization against a reward model (Schulman et al. 2017)."""
 
     base_rate: ClassVar[str | None] = "ppo"
     default_train_steps: ClassVar[int | None] = 200
@@ -111,7 +111,7 @@ class PPOConfig(TrainingConfig):
     )
     ppo_epochs: int = option(4, "Passes over each rollout.", ge=1, le=10_000)
     num_minibatches: int = option(
-        1, "Optimiser steps per pass; divides batch_size.", ge=1, le=MOST_ROWS
+        1, "Optimizer steps per pass; divides batch_size.", ge=1, le=MOST_ROWS
     )
     rollout_batch_size: int | None = option(
         None,
@@ -127,7 +127,7 @@ class PPOConfig(TrainingConfig):
     )
     gamma: float = option(1.0, "Discount per token.", gt=0, le=1)
     gae_lambda: float = option(
-        0.95, "Lambda of generalised advantage estimation (Schulman et al. 2015).", ge=0, le=1
+        0.95, "Lambda of generalized advantage estimation (Schulman et al. 2015).", ge=0, le=1
     )
     clip_range: float = option(0.2, "Clip of the probability ratio.", gt=0, le=LARGEST_WEIGHT)
     value_clip_range: float = option(0.2, "Clip of the change of a value.", gt=0, le=LARGEST_WEIGHT)

@@ -1,1 +1,1 @@
-"""Rows of text and of tokens: reading, checking, rendering, tokenising, batching."""
+"""Rows of text and of tokens: reading, checking, rendering, tokenizing, batching."""

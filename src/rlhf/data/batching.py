@@ -46,7 +46,7 @@ class TokenBatch:
         """(B, L) bool, true on real tokens. From lengths: PAD can be a legal, sampled id."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
-    def select(self, rows: Tensor | Sequence[int]) -> "TokenBatch":
+    def select_rows(self, rows: Tensor | Sequence[int]) -> "TokenBatch":
         """The given rows in the given order, trimmed to the longest of them."""
         index = torch.as_tensor(rows, dtype=torch.long, device=self.ids.device)
         lengths = self.lengths[index]
@@ -72,7 +72,7 @@ class TokenBatch:
         return TokenBatch(torch.cat(ids), torch.cat([b.lengths for b in batches]))
 
 
-def join(prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+def join_rows(prompts: TokenBatch, responses: TokenBatch) -> Tensor:
     """Writes each response right after its prompt. Returns (B, L) ids, right-padded."""
     lengths = prompts.lengths + responses.lengths
     ids = prompts.ids.new_zeros(len(prompts), int(lengths.max()))

@@ -24,8 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.data.files import MAX_PROBLEMS, expand_paths, mend, open_file, read_json_lines
-from rlhf.data.schema import RowChecker, add_names, describe, holds_something, named
+from rlhf.data.json_lines import MAX_PROBLEMS, expand_paths, mend, open_file, read_json_lines
+from rlhf.data.schema import RowChecker, add_names, holds_something, in_words, named
 from rlhf.data.turns import (
     NoPreferenceError,
     RowError,
@@ -36,7 +36,7 @@ from rlhf.data.turns import (
     split_answers,
 )
 from rlhf.errors import InputError
-from rlhf.storage import whole_file
+from rlhf.files.storage import whole_file
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _AUTHORS = {"Human": "user", "Assistant": "assistant"}
@@ -93,7 +93,7 @@ def convert(
     Args:
         source_path: JSON Lines or JSON arrays: path, glob, fsspec address, or a list of these.
         output_path: Local path or fsspec address of the file to write; replaced if it exists.
-        layout: See the module's text; "auto" recognises it by the first row.
+        layout: See the module's text; "auto" recognizes it by the first row.
 
     Raises:
         InputError: For an unknown layout, missing files and all rows that are not of the layout.
@@ -108,9 +108,9 @@ def convert(
         for place, value, problem in _values(files):
             try:
                 if problem or not isinstance(value, dict):
-                    raise RowError(problem or f"is {describe(value)}, expected a JSON object")
+                    raise RowError(problem or f"is {in_words(value)}, expected a JSON object")
                 if report.layout == "auto":
-                    report.layout = _recognise(value)
+                    report.layout = _recognize(value)
                 row, used = _LAYOUTS[report.layout](value)
                 _check(row)
             except NoPreferenceError:
@@ -166,7 +166,7 @@ def _array(path: str) -> tuple[list[Any] | None, str]:
     return (items, "") if items else (None, "is an empty array, expected objects")
 
 
-def _recognise(row: Row) -> str:
+def _recognize(row: Row) -> str:
     """The layout of a row, by its fields."""
     if "summaries" in row:
         return "tldr_comparisons"
@@ -283,16 +283,16 @@ def _complete(row: Row, prompt: str | list[Row] | None) -> tuple[Row, set[str]]:
 def _from_tldr(row: Row) -> _Converted:
     info, summaries = row.get("info"), row.get("summaries")
     if not isinstance(info, dict):
-        raise RowError(f"info: is {describe(info)}, expected an object with post")
+        raise RowError(f"info: is {in_words(info)}, expected an object with post")
     if not isinstance(summaries, list) or len(summaries) != 2:
-        raise RowError(f"summaries: is {describe(summaries)}, expected a list of two")
+        raise RowError(f"summaries: is {in_words(summaries)}, expected a list of two")
     texts = [summary.get("text") if isinstance(summary, dict) else None for summary in summaries]
     for number, text in enumerate(texts):
         if not isinstance(text, str):
-            raise RowError(f"summaries[{number}].text: is {describe(text)}, expected text")
+            raise RowError(f"summaries[{number}].text: is {in_words(text)}, expected text")
     name = "post" if info.get("post") is not None else "article"  # the CNN/DM rows
     if not isinstance(info.get(name), str):
-        raise RowError(f"info.post: is {describe(info.get('post'))}, expected text")
+        raise RowError(f"info.post: is {in_words(info.get('post'))}, expected text")
     heads = (("subreddit", "SUBREDDIT: r/"), ("title", "TITLE: "))
     parts = [head + info[key] for key, head in heads if isinstance(info.get(key), str)]
     text = "\n\n".join([*parts, f"POST: {info[name]}", "TL;DR:"]) if parts else info[name]
@@ -329,7 +329,7 @@ def _from_hh(row: Row) -> _Converted:
 def _field(row: Row, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
-        raise RowError(f"{name}: is {describe(value) if name in row else 'missing'}, expected text")
+        raise RowError(f"{name}: is {in_words(value) if name in row else 'missing'}, expected text")
     return value
 
 

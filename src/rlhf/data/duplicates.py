@@ -28,6 +28,6 @@ def count_pairs(hashes: Sequence[NDArray[np.uint64]]) -> tuple[int, int]:
     """
     pairs = np.sort(np.concatenate(hashes)) if hashes else np.zeros(0, np.uint64)
     again = pairs[1:] == pairs[:-1]
-    # In order, the two choices of a pair are neighbours.
+    # In order, the two choices of a pair are neighbors.
     either = (pairs[1:] ^ pairs[:-1]) == 1
     return int(again.sum()), int(either.sum())

@@ -12,7 +12,7 @@ from rlhf.data.schema import PromptText, Span
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Texts to stand before a response while it is tokenised; the first one that the tokenizer does not
+# Texts to stand before a response while it is tokenized; the first one that the tokenizer does not
 # merge with the response is used. They differ in kind, so one always fits.
 ANCHORS = ("\n", ":", "a", "1", ".", "\u00e9")
 _FILLER = "\ue000"

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rlhf.data.batching import TokenBatch
+from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.schema import PreferenceRow
-from rlhf.data.tokenising import Tokeniser
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Pairs:
     margin: Tensor
 
     @classmethod
-    def from_rows(cls, rows: Sequence[PreferenceRow], tokeniser: Tokeniser) -> "Pairs":
-        """Tokenises rows, on the CPU."""
+    def from_rows(cls, rows: Sequence[PreferenceRow], codec: PromptCodec) -> "Pairs":
+        """Tokenizes rows, on the CPU."""
         return cls(
-            tokeniser.prompts([row.prompt for row in rows]),
-            tokeniser.responses([row.chosen for row in rows]),
-            tokeniser.responses([row.rejected for row in rows]),
+            codec.prompts([row.prompt for row in rows]),
+            codec.responses([row.chosen for row in rows]),
+            codec.responses([row.rejected for row in rows]),
             torch.tensor([row.margin or 0.0 for row in rows], dtype=torch.float32),
         )
 
@@ -45,12 +45,12 @@ class Pairs:
         """(B,) tokens that a model reads for each pair, its prompt once."""
         return self.prompts.lengths + self.chosen.lengths + self.rejected.lengths
 
-    def select(self, rows: Sequence[int]) -> "Pairs":
+    def select_rows(self, rows: Sequence[int]) -> "Pairs":
         """The given pairs in the given order, trimmed to the longest of them."""
         return Pairs(
-            self.prompts.select(rows),
-            self.chosen.select(rows),
-            self.rejected.select(rows),
+            self.prompts.select_rows(rows),
+            self.chosen.select_rows(rows),
+            self.rejected.select_rows(rows),
             self.margin[list(rows)],
         )
 

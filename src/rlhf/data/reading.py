@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.data.files import expand_paths
+from rlhf.data.json_lines import expand_paths
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.rows import PreferenceData, PromptData, ReadReport
 from rlhf.data.scanning import Scan, scan
-from rlhf.data.selection import OnBadRows, Wants, group_rows, numbers, select_rows
-from rlhf.storage import is_remote, open_store
+from rlhf.data.selection import OnBadRows, Wants, column_values, group_rows, rows_wanted
+from rlhf.files.storage import is_remote, open_store
 
 __all__ = [
     "OnBadRows",
@@ -90,7 +90,7 @@ def load_preferences(
 
 def _data(scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows) -> tuple[Any, ...]:
     """What a data set is made of: the rows of a scan that a stage wants."""
-    taken = select_rows(scanned, wants, name, on_bad_rows)
+    taken = rows_wanted(scanned, wants, name, on_bad_rows)
     return (
         scanned.table,
         scanned.files,
@@ -119,7 +119,7 @@ def split_holdout(
     from rlhf.data.batching import permutation  # torch: not for those who only check files
 
     batches = preferences.batches(("prompt_hash",))
-    group_of = group_rows([numbers(batch, "prompt_hash") for batch in batches])
+    group_of = group_rows([column_values(batch, "prompt_hash") for batch in batches])
     sizes = np.bincount(group_of)
     wanted = min(limit, max(1, round(fraction * len(preferences))))
     held: list[int] = []
@@ -135,8 +135,8 @@ def split_holdout(
         held.append(int(sizes.argmin()))
     held_out = np.isin(group_of, held)
     return (
-        preferences.select(np.flatnonzero(~held_out)),
-        preferences.select(np.flatnonzero(held_out)),
+        preferences.select_rows(np.flatnonzero(~held_out)),
+        preferences.select_rows(np.flatnonzero(held_out)),
     )
 
 

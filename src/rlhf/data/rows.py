@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from rlhf.data.duplicates import pair_hash, text_hash
 from rlhf.data.schema import Candidates, PreferenceRow, PromptRow, PromptText, named
-from rlhf.processes import temporary_folder
+from rlhf.files.owners import temporary_folder
 
 RowT = TypeVar("RowT", PromptRow, PreferenceRow)
 
@@ -218,7 +218,7 @@ class RowData(Sequence[RowT], Generic[RowT]):
         for batch in self.batches(("raw",)):
             yield from batch.column("raw").to_pylist()
 
-    def select(self, rows: Sequence[int] | NDArray[np.int64]) -> Self:
+    def select_rows(self, rows: Sequence[int] | NDArray[np.int64]) -> Self:
         """The given rows in the given order, on the same file."""
         chosen = np.asarray(rows, dtype=np.int64)
         digest = hashlib.sha256(self.fingerprint.encode() + chosen.tobytes()).hexdigest()

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.data.files import MAX_PROBLEMS, JsonLine, read_json_lines
+from rlhf.data.json_lines import MAX_PROBLEMS, JsonLine, read_json_lines
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.rows import Flag, RowTable, TableWriter
 from rlhf.data.schema import (
@@ -16,8 +16,8 @@ from rlhf.data.schema import (
     PromptText,
     RowChecker,
     add_names,
-    describe,
     holds_something,
+    in_words,
 )
 
 _MOST_SHAPES = 1000
@@ -247,7 +247,7 @@ def scan(files: Sequence[str], renderer: PromptRenderer, keep_lines: bool = Fals
 
 def _add_fault(line: JsonLine, files: Sequence[str], faults: Faults, writer: TableWriter) -> None:
     """A line that holds no object."""
-    problem = line.problem or f"is {describe(line.value)}, expected a JSON object"
+    problem = line.problem or f"is {in_words(line.value)}, expected a JSON object"
     flags = Flag.BAD_LINE
     if line.whole_file:
         flags |= Flag.WHOLE_FILE

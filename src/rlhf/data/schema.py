@@ -175,7 +175,7 @@ class RowChecker:
         value = self.row["output_text"]
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts):
-            self._wrong("output_text", f"is {describe(value)}", "text or a list of texts")
+            self._wrong("output_text", f"is {in_words(value)}", "text or a list of texts")
             return []
         if required and not texts:
             self._wrong("output_text", "is an empty list", "text (the answer to learn)")
@@ -229,7 +229,7 @@ class RowChecker:
         value = self.row[name]
         if isinstance(value, str):
             return value
-        self._wrong(name, f"is {describe(value)}", "text")
+        self._wrong(name, f"is {in_words(value)}", "text")
         return None
 
     def _optional_text(self, name: str) -> str | None:
@@ -242,7 +242,7 @@ class RowChecker:
         value = self.row["choice"]
         if type(value) in (int, str) and value in (0, 1, "0", "1"):
             return int(value)
-        self._wrong("choice", f"is {describe(value)}", "0 or 1, the preferred candidate")
+        self._wrong("choice", f"is {in_words(value)}", "0 or 1, the preferred candidate")
         return 0
 
     def _margin(self) -> float | None:
@@ -254,13 +254,13 @@ class RowChecker:
                 return float(value)
         except OverflowError:  # an integer of hundreds of digits
             pass
-        self._wrong("margin", f"is {describe(value)}", "a finite number")
+        self._wrong("margin", f"is {in_words(value)}", "a finite number")
         return None
 
     def _messages(self) -> tuple[Message, ...]:
         value = self.row["messages"]
         if not isinstance(value, list) or not value:
-            self._wrong("messages", f"is {describe(value)}", "a list of turns")
+            self._wrong("messages", f"is {in_words(value)}", "a list of turns")
             return ()
         before = len(self.problems)
         turns = [self._message(number, turn) for number, turn in enumerate(value)]
@@ -272,15 +272,15 @@ class RowChecker:
     def _message(self, number: int, turn: Any) -> Message | None:
         place = f"messages[{number}]"
         if not isinstance(turn, dict):
-            self._wrong(place, f"is {describe(turn)}", "an object with author and content")
+            self._wrong(place, f"is {in_words(turn)}", "an object with author and content")
             return None
         author = turn.get("role") if turn.get("author") is None else turn["author"]
         content = turn.get("content")
         if author not in AUTHORS:
-            what = "is missing" if author is None else f"is {describe(author)}"
+            what = "is missing" if author is None else f"is {in_words(author)}"
             self._wrong(f"{place}.author", what, "user, assistant or system")
         if not isinstance(content, str):
-            what = f"is {describe(content)}" if "content" in turn else "is missing"
+            what = f"is {in_words(content)}" if "content" in turn else "is missing"
             self._wrong(f"{place}.content", what, "text")
         elif author == "user" and not content.strip():
             self._wrong(f"{place}.content", "is blank", "text")
@@ -352,8 +352,8 @@ def _shorten(text: str) -> str:
     return "".join(char if char.isprintable() else "\ufffd" for char in shown)
 
 
-def describe(value: Any) -> str:
-    """A JSON value in words that a person recognises in the file."""
+def in_words(value: Any) -> str:
+    """A JSON value in words that a person recognizes in the file."""
     if value is None:
         return "null"
     if isinstance(value, bool):

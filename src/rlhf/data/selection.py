@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.data.duplicates import count_pairs
-from rlhf.data.files import MAX_PROBLEMS
+from rlhf.data.json_lines import MAX_PROBLEMS
 from rlhf.data.rows import Flag, ReadReport, take
 from rlhf.data.scanning import Scan
 from rlhf.errors import InputError
@@ -80,7 +80,7 @@ class _Sums:
     pairs: list[NDArray[np.uint64]] = field(default_factory=list)
 
 
-def select_rows(
+def rows_wanted(
     scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows, fingerprint: bool = True
 ) -> Selection:
     """Takes the rows that a stage wants.
@@ -111,7 +111,7 @@ def _select(
     digest = _Digest()
     columns = (*_PROMPT_COLUMNS, *(_PAIR_COLUMNS if wants.pair == "required" else ("references",)))
     for start, batch in scanned.table.scan():
-        kept = _judge(batch, start, wants, scanned, report, sums)
+        kept = _decide(batch, start, wants, scanned, report, sums)
         if fingerprint and len(kept):
             digest.add(take(batch.select(columns), kept))
     report.rows = sum(map(len, sums.index))
@@ -123,11 +123,11 @@ def _select(
     return Selection(index, report, digest.hexdigest())
 
 
-def _judge(
+def _decide(
     batch: Any, start: int, wants: Wants, scanned: Scan, report: ReadReport, sums: _Sums
 ) -> NDArray[np.int64]:
     """Counts what is in a batch. Returns the places of the rows that are kept."""
-    flags = numbers(batch, "flags")
+    flags = column_values(batch, "flags")
 
     def have(bits: int) -> NDArray[np.bool_]:
         return flags & bits != 0
@@ -152,10 +152,10 @@ def _judge(
     report.identical += int(identical.sum())
     report.conversations += int((kept & have(Flag.CONVERSATION)).sum())
     if wants.pair != "ignored":
-        report.blank_candidates += int(numbers(batch, "blank_candidates")[kept].sum())
-        sums.pairs.append(numbers(batch, "pair_hash")[kept & has_pair])
+        report.blank_candidates += int(column_values(batch, "blank_candidates")[kept].sum())
+        sums.pairs.append(column_values(batch, "pair_hash")[kept & has_pair])
     if wants.output != "ignored":
-        report.blank_references += int(numbers(batch, "blank_references")[kept].sum())
+        report.blank_references += int(column_values(batch, "blank_references")[kept].sum())
     if bad.any():
         _note_problems(batch, start, np.flatnonzero(bad), wants, scanned, sums)
     places = np.flatnonzero(kept)
@@ -172,8 +172,10 @@ def _note_problems(
     sums: _Sums,
 ) -> None:
     """Counts the problems of bad rows, and keeps the first ones."""
-    flags = numbers(batch, "flags")
-    counts = {part: numbers(batch, f"{part}_problems") for part in ("pair", "prompt", "output")}
+    flags = column_values(batch, "flags")
+    counts = {
+        part: column_values(batch, f"{part}_problems") for part in ("pair", "prompt", "output")
+    }
     for place in places.tolist():
         row = int(flags[place])
         parts = wants.parts(row)
@@ -215,7 +217,7 @@ def _raise_if_bad(
         raise InputError([*sums.first, *counts, f"{report.name}: no valid row is left"])
 
 
-def numbers(batch: Any, column: str) -> NDArray[Any]:
+def column_values(batch: Any, column: str) -> NDArray[Any]:
     """A column of numbers without nulls."""
     values: NDArray[Any] = batch.column(column).to_numpy(zero_copy_only=False)
     return values

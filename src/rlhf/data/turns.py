@@ -6,7 +6,7 @@ and text are, spaces around the text aside.
 
 from typing import Any
 
-from rlhf.data.schema import describe
+from rlhf.data.schema import in_words
 
 Row = dict[str, Any]
 
@@ -29,7 +29,7 @@ def split_answers(
         last = conversation[-1]
         if not isinstance(last, dict) or not isinstance(_content(last), str):
             raise RowError(
-                f"{name}[-1]: is {describe(last)}, expected a turn with role and content"
+                f"{name}[-1]: is {in_words(last)}, expected a turn with role and content"
             )
     chosen, rejected = checked_turns(chosen, "chosen"), checked_turns(rejected, "rejected")
     answers = [conversation[-1] for conversation in (chosen, rejected)]
@@ -86,7 +86,7 @@ def history_turns(history: list[Any]) -> list[Row]:
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
         ):
             raise RowError(
-                f"history[{number}]: is {describe(pair)}, expected two texts, question and answer"
+                f"history[{number}]: is {in_words(pair)}, expected two texts, question and answer"
             )
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return turns
@@ -99,7 +99,7 @@ def checked_turns(values: list[Any], name: str) -> list[Row]:
         content = _content(turn) if isinstance(turn, dict) else None
         if not isinstance(content, str):
             raise RowError(
-                f"{name}[{number}]: is {describe(turn)}, expected a turn with role and content"
+                f"{name}[{number}]: is {in_words(turn)}, expected a turn with role and content"
             )
         turns.append({**turn, "content": content})
     return turns

@@ -16,11 +16,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.disk import cache_folder, checksum
 from rlhf.errors import InputError
-from rlhf.models.remote import local_folder, recorded_base
-from rlhf.models.weights import fingerprint
-from rlhf.storage import find_files, is_remote, open_store, storage_errors
+from rlhf.files.disk import cache_folder, checksum
+from rlhf.files.local_copy import local_folder, recorded_base
+from rlhf.files.storage import find_files, is_remote, open_store, storage_errors
+from rlhf.models.weights import loaded_fingerprint
 from rlhf.untrusted import read_json
 
 WEIGHTS = "*.safetensors"
@@ -89,7 +89,7 @@ def weights_fingerprint(path: str, revision: str | None = None) -> str:
 def model_fingerprint(model: Any) -> str:
     """Return a hash of a model given as an object: its weights and its settings."""
     settings = json.loads(json.dumps(model.config.to_dict(), default=str))
-    return f"{fingerprint(model)}-{_hash_of_settings(settings)[:8]}"
+    return f"{loaded_fingerprint(model)}-{_hash_of_settings(settings)[:8]}"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -58,7 +58,7 @@ class DecodeState:
         groups = (value if isinstance(value, tuple) else (value,) for value in values)
         return [value for group in groups for value in group if isinstance(value, Tensor)]
 
-    def select(self, rows: Tensor) -> None:
+    def keep(self, rows: Tensor) -> None:
         """Keeps the given rows of the batch and forgets the others."""
         for name in ("keys", "values", "prompt_keys", "prompt_values"):
             setattr(self, name, tuple(layer[rows] for layer in getattr(self, name)))

@@ -13,7 +13,7 @@ class ScalarHead(nn.Module):
 
     Lives outside peft, so switching adapters can neither freeze nor duplicate it. It has no
     trained bias: pairwise preferences cannot determine one. `offset` is a constant that carries a
-    reward model's normalisation into a critic.
+    reward model's normalization into a critic.
 
     Args:
         hidden_size: D.

@@ -17,23 +17,21 @@ from transformers import (
 )
 
 from rlhf.config import RewardModelConfig, StageConfig, TrainingConfig
-from rlhf.data.tokenising import PromptLayout
+from rlhf.data.prompt_codec import PromptLayout
 from rlhf.errors import InputError
+from rlhf.files.local_copy import local_folder
+from rlhf.files.storage import is_remote
 from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.attention import SDPA_FLOAT32
+from rlhf.models.checkpoint_files import check_checkpoint, check_config, count_stored
 from rlhf.models.content import check_written
-from rlhf.models.files import check_config, check_files, count_stored
+from rlhf.models.encoder_decoder import EncoderDecoderModel
+from rlhf.models.families import FAMILIES
 from rlhf.models.heap import keep_freed_memory
-from rlhf.models.language_model import (
-    FAMILIES,
-    EncoderDecoderModel,
-    LanguageModel,
-)
-from rlhf.models.remote import local_folder
+from rlhf.models.language_model import LanguageModel
 from rlhf.models.special_ids import special_id_problems
 from rlhf.models.targets import target_problems
 from rlhf.models.weights import cast_weights, quiet_transformers
-from rlhf.storage import is_remote
 
 SUPPORTED = "rlhf trains T5 (also v1.1 and Flan) and LLaMA models"
 
@@ -45,7 +43,7 @@ def read_model_config(base_model: str, revision: str | None = None) -> Pretraine
         InputError: No such checkpoint, or neither T5 nor LLaMA.
     """
     source = _existing(base_model, weights=False)
-    check_files(source, f"base_model: {base_model}", revision)
+    check_checkpoint(source, f"base_model: {base_model}", revision)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # each check of transformers raises its own

@@ -1,6 +1,6 @@
 """How much memory a stage will take, from config.json alone: what `--dry_run` reports.
 
-Weights, adapters and optimiser state are counted exactly, on a model without storage. Activations
+Weights, adapters and optimizer state are counted exactly, on a model without storage. Activations
 and caches are estimates to see whether a run can fit, good to a factor of about two: kernels,
 fragmentation and the length of real rows decide the rest.
 """
@@ -20,7 +20,7 @@ from rlhf.config import (
     TrainingConfig,
 )
 from rlhf.hardware import pick_device, pick_dtype
-from rlhf.models.language_model import FAMILIES
+from rlhf.models.families import FAMILIES
 from rlhf.models.loading import read_model_config, without_storage
 from rlhf.models.logprobs import LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_CPU
 from rlhf.models.lora import MERGED_AT_ONCE
@@ -106,7 +106,7 @@ def memory_per_role(
 
 
 def _weights(config: StageConfig, counts: Counts, width: int) -> dict[str, int]:
-    """Bytes of weights, gradients and optimiser state; `width` bytes a frozen number."""
+    """Bytes of weights, gradients and optimizer state; `width` bytes a frozen number."""
     frozen = {"frozen base": counts.base * width}
     adapter, head = counts.adapter * TRAINED_BYTES, counts.head * TRAINED_BYTES
     if not isinstance(config, TrainingConfig):
@@ -126,11 +126,11 @@ def _weights(config: StageConfig, counts: Counts, width: int) -> dict[str, int]:
         }
     if isinstance(config, PPOConfig):
         own = adapter if config.critic == "adapter" else 0
-        judge = counts.adapter * 4 + counts.head * 4 if config.reward_model_path else 0
+        scorer = counts.adapter * 4 + counts.head * 4 if config.reward_model_path else 0
         return frozen | {
             "policy adapter": adapter,
             "critic": own + head,
-            "reward adapter": judge,
+            "reward adapter": scorer,
         }
     if isinstance(config, RewardModelConfig):
         return frozen | {"reward adapter": adapter, "reward head": head}

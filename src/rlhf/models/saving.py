@@ -14,8 +14,8 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from rlhf.data.batching import TokenBatch
 from rlhf.data.special_tokens import save_tokenizer
-from rlhf.disk import settle
 from rlhf.errors import InputError
+from rlhf.files.disk import settle
 from rlhf.models.content import ORIGIN, check_written, written_checksums
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.merging import kl_of_merging, plain_weights, write_weights

@@ -13,7 +13,7 @@ from transformers.utils import logging
 _AT_ONCE = 2**24  # weights that are copied for hashing
 
 
-def fingerprint(module: PreTrainedModel) -> str:
+def loaded_fingerprint(module: PreTrainedModel) -> str:
     """A short hash of all weights, the same in fp32 and bf16: tells one base from another.
 
     Adapters on it do not count. It takes about half a second for 10⁹ weights.

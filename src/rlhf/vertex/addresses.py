@@ -4,7 +4,7 @@ import os
 import re
 
 from rlhf.config import PipelineConfig, cloud_names
-from rlhf.storage import as_url
+from rlhf.files.storage import as_url
 
 # It becomes part of folder and job names.
 LONGEST_RUN_NAME = 100

@@ -139,10 +139,10 @@ def to_parameters(config: PipelineConfig) -> dict[str, Any]:
                 rest[field] = value
         values[name] = rest
     if {"base_model", "revision"} & set(config.reward_model):
-        judge = config.stage_config("reward_model")
-        values["reward_model_reference"] = judge.base_model or config.base_model
-        if judge.revision:
-            values["reward_model_revision"] = judge.revision
+        scorer = config.stage_config("reward_model")
+        values["reward_model_reference"] = scorer.base_model or config.base_model
+        if scorer.revision:
+            values["reward_model_revision"] = scorer.revision
     if problems:
         raise InputError(problems)
     return values

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.errors import InputError
-from rlhf.storage import as_url, open_store, storage_errors
+from rlhf.files.storage import as_url, open_store, storage_errors
 
 
 def write_file(path: str, text: str) -> None:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from rlhf.errors import InputError
-from rlhf.outputs import Output, join
-from rlhf.storage import as_url, open_store
+from rlhf.files.output import Output, path_in
+from rlhf.files.storage import as_url, open_store
 from rlhf.vertex.executor import write_file
 
 FAILURE_FILE = "failure.json"
@@ -55,7 +55,7 @@ class Failure:
     details: str = ""
 
 
-def fingerprint(arguments: list[str]) -> str:
+def arguments_hash(arguments: list[str]) -> str:
     """Tell a restart of a job (same arguments) from a new submission (other output files)."""
     return hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:16]
 
@@ -68,7 +68,7 @@ def repeated_failure(folder: str, attempt: str) -> Failure | None:
     return earlier if earlier.checkpoint == newest_checkpoint(folder) else None
 
 
-def describe(error: BaseException, folder: str, attempt: str) -> Failure:
+def describe_failure(error: BaseException, folder: str, attempt: str) -> Failure:
     """Say why an attempt failed and whether a restart can help.
 
     Bad input and too little memory are permanent. Anything else (a network that broke down, even
@@ -134,7 +134,7 @@ def _transient(error: BaseException | None) -> bool:
 def read_failure(folder: str) -> Failure | None:
     """The failure that a stage's folder holds, if any."""
     try:
-        filesystem, path = open_store(as_url(join(folder, FAILURE_FILE)))
+        filesystem, path = open_store(as_url(path_in(folder, FAILURE_FILE)))
         filesystem.invalidate_cache()
         return Failure(**json.loads(filesystem.cat_file(path)))
     except Exception:  # missing, half, or out of reach: every store raises its own
@@ -144,11 +144,11 @@ def read_failure(folder: str) -> Failure | None:
 def write_failure(folder: str, failure: Failure) -> None:
     """Leave a failure in a stage's folder."""
     text = json.dumps(asdict(failure), indent=2, ensure_ascii=False) + "\n"
-    write_file(join(folder, FAILURE_FILE), text)
+    write_file(path_in(folder, FAILURE_FILE), text)
 
 
 def clear_failure(folder: str) -> None:
     """Remove an earlier attempt's failure after success."""
-    filesystem, path = open_store(as_url(join(folder, FAILURE_FILE)))
+    filesystem, path = open_store(as_url(path_in(folder, FAILURE_FILE)))
     if filesystem.exists(path):
         filesystem.rm_file(path)

@@ -12,7 +12,7 @@ from google.cloud.aiplatform_v1.types import JobState, PipelineState, PipelineTa
 
 from rlhf.config import PipelineConfig
 from rlhf.console import say
-from rlhf.outputs import join
+from rlhf.files.output import path_in
 from rlhf.vertex.failure import TIME_FORMAT, read_failure
 
 POLL_SECONDS = 30.0
@@ -128,7 +128,7 @@ def why(resource: Any, config: PipelineConfig) -> list[str]:
         if stage not in names:
             continue
         validation = stage == "validate"
-        folder = join(config.output_dir, stage) if validation else config.stage_dir(stage)
+        folder = path_in(config.output_dir, stage) if validation else config.stage_dir(stage)
         custom_job = _custom_job(stage, config, resource)
         found = read_failure(folder)
         # One of an earlier submission says nothing about this one.

@@ -21,16 +21,16 @@ from rlhf.config import PipelineConfig
 from rlhf.config.pipeline import STAGE_CLASSES
 from rlhf.console import say
 from rlhf.errors import InputError, StoppedBySignal, together
-from rlhf.outputs import join
+from rlhf.files.output import path_in
+from rlhf.files.storage import as_url, open_store
 from rlhf.pipeline import STAGES, check_inputs
-from rlhf.storage import as_url, open_store
 from rlhf.vertex import failure
 from rlhf.vertex.addresses import LONGEST_RUN_NAME
 from rlhf.vertex.cloud import export_huggingface_token, register_model
 from rlhf.vertex.conversion import problems_in_the_cloud, to_config
 from rlhf.vertex.executor import Task, write_file
 from rlhf.vertex.machines import Machine, fit
-from rlhf.vertex.summary import markdown, numbers
+from rlhf.vertex.summary import finite_numbers, markdown
 
 DEPLOY_NOTE = (
     "deploy_model: nothing is deployed, because an endpoint costs money until it is deleted; "
@@ -116,7 +116,7 @@ def check_writable(folder: str) -> None:
     Raises:
         InputError: The job's identity may not write there.
     """
-    probe = join(folder, ".rlhf-write-test")
+    probe = path_in(folder, ".rlhf-write-test")
     try:
         write_file(probe, "")
         filesystem, path = open_store(as_url(probe))
@@ -149,15 +149,15 @@ def run_stage(stage: str, task: Task) -> None:
         if task.inputs.get("deploy_model"):
             notes.append(DEPLOY_NOTE)
     if stage == "inference":
-        task.values["output_prediction_gcs_path"] = join(folder, "predictions.jsonl")
-    task.metadata["metrics"] = numbers(metrics)
+        task.values["output_prediction_gcs_path"] = path_in(folder, "predictions.jsonl")
+    task.metadata["metrics"] = finite_numbers(metrics)
     task.write_artifact("summary", markdown(stage, folder, metrics, notes))
     failure.clear_failure(folder)
 
 
 def _ppo_outputs(config: Any, task: Task) -> dict[str, str]:
     """Where the tuned model is, and its entry in the Model Registry if one was asked for."""
-    model_path = join(config.output_dir, "merged")
+    model_path = path_in(config.output_dir, "merged")
     resource = ""
     if task.inputs.get("serving_container_image"):
         resource = register_model(
@@ -171,14 +171,14 @@ def _ppo_outputs(config: Any, task: Task) -> dict[str, str]:
         )
     return {
         "output_model_path": model_path,
-        "output_adapter_path": join(config.output_dir, "adapter") if config.lora.rank else "",
+        "output_adapter_path": path_in(config.output_dir, "adapter") if config.lora.rank else "",
         "model_resource_name": resource,
         "endpoint_resource_name": "",
     }
 
 
 def _predictions(config: PipelineConfig) -> str:
-    return as_url(join(config.stage_dir("inference"), "predictions.jsonl"))
+    return as_url(path_in(config.stage_dir("inference"), "predictions.jsonl"))
 
 
 def _folder(stage: str, task: Task) -> str:
@@ -186,7 +186,7 @@ def _folder(stage: str, task: Task) -> str:
     try:
         if stage == "validate":
             directory, name = task.inputs["output_directory"], task.inputs["run_name"]
-            return join(as_url(directory), name, "validate") if directory and name else ""
+            return path_in(as_url(directory), name, "validate") if directory and name else ""
         return str(json.loads(task.inputs["config"])["output_dir"])
     except (KeyError, ValueError):
         return ""
@@ -194,7 +194,7 @@ def _folder(stage: str, task: Task) -> str:
 
 def _attempt(stage: str, task: Task) -> None:
     """Run the task unless it is known to fail again; leave `failure.json` if it does."""
-    folder, attempt = _folder(stage, task), failure.fingerprint(sys.argv)
+    folder, attempt = _folder(stage, task), failure.arguments_hash(sys.argv)
     if folder and stage != "validate" and (earlier := failure.repeated_failure(folder, attempt)):
         raise InputError(
             [
@@ -214,7 +214,7 @@ def _attempt(stage: str, task: Task) -> None:
         raise
     except BaseException as error:
         if folder:
-            _leave(folder, failure.describe(error, folder, attempt))
+            _leave(folder, failure.describe_failure(error, folder, attempt))
         raise
     task.answer()
 

@@ -7,7 +7,7 @@ from google.auth.exceptions import GoogleAuthError
 from google.cloud.aiplatform_v1.types import ListPipelineJobsRequest, PipelineState
 
 from rlhf.errors import InputError
-from rlhf.storage import as_url
+from rlhf.files.storage import as_url
 
 _LIVING = (
     PipelineState.PIPELINE_STATE_QUEUED,

@@ -213,10 +213,10 @@ def _on_a_device(
     if stage_config.dtype == "auto":
         dtype = "bfloat16" if bfloat16 else "float32"
         stage_config = stage_config.model_copy(update={"dtype": dtype})
-    judge = None
+    scorer = None
     if stage == "ppo":
         reward = on_the_given_base(config, "reward_model")
         if (reward.base_model, reward.revision) != (stage_config.base_model, stage_config.revision):
-            judge = read_model_config(reward.base_model, reward.revision)
+            scorer = read_model_config(reward.base_model, reward.revision)
     model = read_model_config(stage_config.base_model or "", stage_config.revision)
-    return model, stage_config, judge
+    return model, stage_config, scorer

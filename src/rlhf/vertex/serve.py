@@ -23,10 +23,10 @@ import torch
 from rlhf.cli import exit_code, quiet_third_parties
 from rlhf.config.common import StageConfig
 from rlhf.console import say
+from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.schema import PromptText
-from rlhf.data.tokenising import Tokeniser
 from rlhf.errors import InputError, StoppedBySignal
-from rlhf.generation import generate_in_chunks, rollout_uniforms
+from rlhf.models.generation import generate_in_chunks, rollout_uniforms
 from rlhf.models.loading import check_limits, load_language_model, read_model_config
 
 # Vertex takes requests up to 1.5 MB.
@@ -58,7 +58,7 @@ class Predictor:
         )
         self.lm = load_language_model(config, trainable=False)
         self.limit = response_limit
-        self.tokeniser = Tokeniser(self.lm.tokenizer, self.lm.layout, prompt_limit, response_limit)
+        self.codec = PromptCodec(self.lm.tokenizer, self.lm.layout, prompt_limit, response_limit)
         self._one_at_a_time = threading.Lock()
 
     @torch.no_grad()
@@ -79,14 +79,14 @@ class Predictor:
         with self._one_at_a_time:
             made = generate_in_chunks(
                 self.lm,
-                self.tokeniser.prompts(prompts).to(self.lm.device),
+                self.codec.prompts(prompts).to(self.lm.device),
                 chunk_size=ROWS_AT_ONCE,
                 max_new_tokens=limit,
                 temperature=temperature,
                 uniforms=rollout_uniforms(seed, 0, range(len(texts)), limit, "serving"),
             )
         rows = zip(made.responses.ids.tolist(), made.responses.lengths.tolist(), strict=True)
-        return self.tokeniser.decode_rows([ids[:length] for ids, length in rows])
+        return self.codec.decode_rows([ids[:length] for ids, length in rows])
 
     def _parameters(self, given: Any) -> tuple[int, float, int]:
         """Return most tokens, temperature (0 is greedy) and seed."""

@@ -21,8 +21,8 @@ from rlhf.config import PipelineConfig, TrainingConfig, VertexConfig
 from rlhf.config.loading import merged, nested, validation_problems
 from rlhf.console import say, show
 from rlhf.errors import InputError, together
+from rlhf.files.storage import as_url, find_files, open_store
 from rlhf.pipeline import check_inputs
-from rlhf.storage import as_url, find_files, open_store
 from rlhf.vertex import TEMPLATE, default_image
 from rlhf.vertex.addresses import PIPELINE_ROOT, not_in_the_cloud
 from rlhf.vertex.conversion import to_config, to_parameters

@@ -5,13 +5,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.outputs import Output
-from rlhf.predictions import table_cell
+from rlhf.files.output import Output
+from rlhf.inference.predictions import table_cell
 
 SHOWN_ROWS = 8
 
 
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers among a stage's metrics, under names that KFP's Metrics takes."""
     return {
         name.replace("/", "_"): float(value)
@@ -42,7 +42,7 @@ def markdown(stage: str, folder: str, metrics: Mapping[str, Any], notes: list[st
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
-    rows = [f"| {_cell(name)} | {value:.6g} |" for name, value in numbers(metrics).items()]
+    rows = [f"| {_cell(name)} | {value:.6g} |" for name, value in finite_numbers(metrics).items()]
     return "\n".join(["| metric | value |", "| --- | --- |", *rows])
 
 

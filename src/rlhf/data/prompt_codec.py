@@ -1,0 +1,387 @@
+"""Text to ids exactly as the policy reads prompts and emits responses, and back.
+
+What a special token looks like in text means that token only in what surrounds the user's text
+(`PromptText` outside its spans); in user text and in responses it is plain text. Nothing here pads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf.data.batching import TokenBatch, chunks
+from rlhf.data.counting import MARGIN, TokenCounter, surely_short
+from rlhf.data.encoding import ANCHORS, Piece, TextEncoder, overlap
+from rlhf.data.json_lines import MAX_PROBLEMS
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.rows import RowData, prompt_of, take, text_sizes
+from rlhf.data.schema import Message, PromptFields, PromptText
+from rlhf.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NO_TOKENS = "input_text: the tokenizer makes no token of it, expected text that it knows"
+_COUNT_ROWS = 512
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """What surrounds text when it becomes ids.
+
+    Attributes:
+        prefix_ids: Put before a prompt (BOS, where the tokenizer itself adds it), unless a chat
+            template wrote it.
+        suffix_ids: Put after a prompt, also after a truncated one (EOS for T5's encoder).
+        response_continues_text: True if the response goes on in the prompt's text, so that its
+            first token must not get the dummy space of a text's beginning.
+        eos_id: Appended to responses.
+        eos_ids: All ids that end a response (tokenizer and generation config).
+    """
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    response_continues_text: bool
+    eos_id: int
+    eos_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class PromptLengths:
+    """How long the prompts of a data set are, and what the limit does to them.
+
+    Attributes:
+        count: Number of prompts.
+        shortened: How many of them lose tokens to the limit.
+        longest: Tokens of the longest prompt before truncation.
+        limit: The limit.
+    """
+
+    count: int
+    shortened: int
+    longest: int
+    limit: int
+
+    def line(self) -> str:
+        """The same in words."""
+        return (
+            f"{self.shortened} of {self.count} prompts are shortened to {self.limit} tokens "
+            f"(the longest has {self.longest})"
+        )
+
+
+class PromptCodec:
+    """Turns prompts and responses into ids as one model reads and emits them.
+
+    Args:
+        tokenizer: A fast Hugging Face tokenizer (character offsets are needed).
+        layout: What the model wants around a prompt and after a response.
+        prompt_limit: Most tokens of a prompt, `layout`'s prefix and suffix included.
+        response_limit: Most tokens of a response, the end-of-sequence token included.
+        truncation_side: "left" drops the oldest text of a long prompt, "right" the newest.
+
+    Raises:
+        InputError: If the tokenizer cannot tell character offsets.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        layout: PromptLayout,
+        prompt_limit: int,
+        response_limit: int,
+        truncation_side: str = "left",
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise InputError(
+                f"base_model: the tokenizer of {tokenizer.name_or_path or 'the model'} has no "
+                "tokenizer.json; save it with transformers' PreTrainedTokenizerFast first"
+            )
+        self.tokenizer = tokenizer
+        self.layout = layout
+        self.prompt_limit = prompt_limit
+        self.response_limit = response_limit
+        self.truncation_side = truncation_side
+        self._encoder = TextEncoder(tokenizer)
+        self._decode_anchor = self._find_decode_anchor() if layout.response_continues_text else []
+
+    @cached_property
+    def _counter(self) -> TokenCounter:
+        return TokenCounter(self.tokenizer, self._encoder)
+
+    def prompt_ids(self, prompt: PromptText) -> list[int]:
+        """Ids of one prompt, at most `prompt_limit`; see `prompt_rows`."""
+        return self.prompt_rows([prompt])[0]
+
+    def prompt_rows(self, prompts: Sequence[PromptText]) -> list[list[int]]:
+        """Ids of prompts with the layout's prefix and suffix, spans shortened by whole tokens.
+
+        Raises:
+            InputError: If what must be kept of a prompt does not fit.
+        """
+        rows = []
+        for prompt, piece in zip(prompts, self._encoder.prompts(prompts), strict=True):
+            kept = self._shorten(prompt, piece)
+            if kept is None:
+                raise InputError(self._too_small(prompt))
+            rows.append([*self._prefix(prompt), *kept, *self.layout.suffix_ids])
+            if not rows[-1]:
+                raise InputError(NO_TOKENS)
+        return rows
+
+    def response_ids(self, text: str, finished: bool = True) -> list[int]:
+        """Ids of one response, at most `response_limit`; see `response_rows`."""
+        return self.response_rows([text], [finished])[0]
+
+    def response_rows(
+        self, texts: Sequence[str], finished: Sequence[bool] | None = None
+    ) -> list[list[int]]:
+        """Ids of responses: the one rule for ends, in training and for whatever scores.
+
+        A finished response ends in the tokenizer's EOS, whichever EOS the policy sampled, unless
+        the limit cuts it off; one that was cut ends in none.
+
+        Args:
+            texts: The responses.
+            finished: Whether each ended by itself; by default all did.
+        """
+        rows = self._whole_responses(texts)
+        ends = [True] * len(rows) if finished is None else finished
+        return [
+            [*row, *([self.layout.eos_id] if ended else ())][: self.response_limit]
+            for row, ended in zip(rows, ends, strict=True)
+        ]
+
+    def prompt_lengths(self, prompts: Sequence[PromptText]) -> list[int]:
+        """Tokens of prompts before truncation, prefix and suffix included."""
+        return [
+            len(piece.ids) + self.prompt_limit - self._room(prompt)
+            for prompt, piece in zip(prompts, self._encoder.prompts(prompts), strict=True)
+        ]
+
+    def response_lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of responses before truncation, EOS included."""
+        return [len(row) + 1 for row in self._whole_responses(texts)]
+
+    def count_prompts(self, rows: RowData[Any]) -> NDArray[np.int64]:
+        """`prompt_lengths` of all rows."""
+        return self._counts(rows, 0) + self.prompt_limit - self._room()
+
+    def count_responses(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """`response_lengths` of any number of texts."""
+        counter = self._counter
+        continues = self.layout.response_continues_text
+        counts = counter.continuations(texts) if continues else counter.literal(texts)
+        return np.array(counts, np.int64) + 1
+
+    def prompts(self, prompts: Sequence[PromptText]) -> TokenBatch:
+        """`prompt_rows` as a batch (B, P)."""
+        return TokenBatch.from_lists(self.prompt_rows(prompts))
+
+    def responses(self, texts: Sequence[str], finished: Sequence[bool] | None = None) -> TokenBatch:
+        """`response_rows` as a batch (B, R)."""
+        return TokenBatch.from_lists(self.response_rows(texts, finished))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of one response: EOS and what follows dropped, special tokens skipped."""
+        return self.decode_rows([ids])[0]
+
+    def decode_rows(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of responses; see `decode`."""
+        # Decoders drop the first token's space; behind an anchor the response has none to lose.
+        texts = self._decode([self._decode_anchor, *map(self._until_eos, rows)])
+        return [text[len(texts[0]) :] for text in texts[1:]] if self._decode_anchor else texts[1:]
+
+    def check_template(self, renderer: PromptRenderer, conversations: bool = False) -> None:
+        """Checks that the limit leaves room for some input beside the fixed text.
+
+        Args:
+            renderer: The renderer of the prompts.
+            conversations: Whether the data have `messages`, so that the chat template counts too.
+
+        Raises:
+            InputError: If not a single token of input fits.
+        """
+        word = "a"
+        fields = [PromptFields(word, (), None)]
+        if conversations:
+            fields.append(PromptFields(None, (Message("user", word),), None))
+        for prompt, piece in zip(
+            prompts := [renderer.render(one) for one in fields],
+            self._encoder.prompts(prompts),
+            strict=True,
+        ):
+            if len(piece.ids) > self._room(prompt):
+                raise InputError(self._too_small(prompt))
+
+    def check_prompts(self, rows: RowData[Any]) -> PromptLengths:
+        """Counts the prompts that the limit shortens.
+
+        Raises:
+            InputError: For prompts of which more must be kept than fits, with their lines.
+        """
+        room = self._room()
+        counts = self._counts(rows, room)
+        bad = 0
+        problems: list[str] = []
+        doubts = np.flatnonzero(self._in_doubt(rows, counts))
+        for places in chunks(doubts.tolist(), _COUNT_ROWS):
+            some = [rows[place] for place in places]
+            pieces = self._encoder.prompts([row.prompt for row in some])
+            for row, piece in zip(some, pieces, strict=True):
+                if self._shorten(row.prompt, piece) is None:
+                    bad += 1
+                    if len(problems) < MAX_PROBLEMS:
+                        problems.append(f"{row.source}: {self._too_small(row.prompt)}")
+        if bad > len(problems):
+            problems.append(f"… and {bad - len(problems)} more prompts")
+        if problems:
+            raise InputError(problems)
+        longest = int(counts.max(initial=0)) + self.prompt_limit - room
+        return PromptLengths(len(rows), int((counts > room).sum()), longest, self.prompt_limit)
+
+    def _counts(self, rows: RowData[Any], limit: int) -> NDArray[np.int64]:
+        """Tokens of the rows' prompts; of those that surely have at most `limit`, perhaps less."""
+        counter = self._counter
+        known = rows.token_counts.setdefault(counter.identity, _Counts(len(rows.table)))
+        without_prefix = np.zeros(len(rows), bool)  # what their template wrote is in the counts
+        start = 0
+        for batch in rows.batches(("text", "template_bos", "spans", "reserve")):
+            stored = rows.stored[start : start + batch.num_rows]
+            templated = batch.column("template_bos").is_valid().to_numpy(zero_copy_only=False)
+            without_prefix[start : start + batch.num_rows] = templated
+            start += batch.num_rows
+            short = surely_short(batch.column("text"), limit, counter)
+            missing = np.flatnonzero(~short & (known.counts[stored] < 0))
+            for part in np.array_split(missing, -(-len(missing) // _COUNT_ROWS) or 1):
+                if len(part):
+                    columns = take(batch, part).to_pydict()
+                    values = zip(*columns.values(), strict=True)
+                    prompts = [prompt_of(dict(zip(columns, one, strict=True))) for one in values]
+                    known.counts[stored[part]] = counter.prompts(prompts)
+        counts: NDArray[np.int64] = np.maximum(known.counts[rows.stored], 0).astype(np.int64)
+        return np.maximum(counts - without_prefix * len(self.layout.prefix_ids), 0)
+
+    def _in_doubt(self, rows: RowData[Any], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether what must be kept of a long prompt could be more than fits."""
+        doubts: list[NDArray[np.bool_]] = [np.zeros(0, bool)]
+        for batch in rows.batches(("text", "spans", "reserve")):
+            characters, size = text_sizes(batch.column("text"))
+            fixed = characters - sum(_covered(batch.column(name)) for name in ("spans", "reserve"))
+            # A character is at most its bytes; a normalizer may make several characters of one.
+            most = np.where(characters == size, fixed, 32 * fixed) + MARGIN
+            self._look_at_beginnings(batch, characters, most)
+            doubts.append((most > self._room()) | (not self._counter.one_per_character))
+        return (counts > self._room()) & np.concatenate(doubts)
+
+    def _look_at_beginnings(
+        self, batch: Any, characters: NDArray[np.int64], most: NDArray[np.int64]
+    ) -> None:
+        """Sets `most` where only a beginning must be kept, which is the same in all such rows."""
+        counted: dict[int, int] = {}
+        for place in np.flatnonzero(most > self._room()).tolist():
+            spans = batch.column("spans")[place].as_py()
+            reserve = batch.column("reserve")[place].as_py()
+            if not reserve and len(spans) == 2 and spans[1] == characters[place]:
+                start = spans[0]
+                if start not in counted:
+                    beginning = PromptText(batch.column("text")[place].as_py()[:start], ())
+                    counted[start] = self._counter.prompts([beginning])[0] + MARGIN
+                most[place] = counted[start]
+
+    def _whole_responses(self, texts: Sequence[str]) -> list[list[int]]:
+        if self.layout.response_continues_text:
+            return self._encoder.continuations(texts)
+        return [piece.ids for piece in self._encoder.literal(texts)]
+
+    def _prefix(self, prompt: PromptText) -> tuple[int, ...]:
+        """What is put before a prompt; a chat template has written its own."""
+        return self.layout.prefix_ids if prompt.template_bos is None else ()
+
+    def _room(self, prompt: PromptText | None = None) -> int:
+        """Tokens of a prompt's own that fit; without one, behind the layout's prefix."""
+        prefix = self.layout.prefix_ids if prompt is None else self._prefix(prompt)
+        return self.prompt_limit - len(prefix) - len(self.layout.suffix_ids)
+
+    def _too_small(self, prompt: PromptText) -> str:
+        piece = self._encoder.prompts([prompt])[0]
+        fixed = len(piece.ids) - len(self._removable(prompt, piece))
+        needed = fixed + self.prompt_limit - self._room(prompt)
+        return (
+            f"prompt_sequence_length: is {self.prompt_limit}, expected more than {needed}, which "
+            "the instruction, the chat template and special tokens take alone"
+        )
+
+    def _shorten(self, prompt: PromptText, piece: Piece) -> list[int] | None:
+        """The ids that fit, or None if what must be kept does not fit."""
+        excess = len(piece.ids) - self._room(prompt)
+        if excess <= 0:
+            return piece.ids
+        order = self._removable(prompt, piece)
+        if excess > len(order):
+            return None
+        dropped = set(order[:excess])
+        # Tokens that are bytes of one character go together.
+        for place in order[excess:]:
+            near = place - 1 if self.truncation_side == "left" else place + 1
+            if near not in dropped or not overlap(piece.offsets[near], piece.offsets[place]):
+                break
+            dropped.add(place)
+        if len(dropped) == len(piece.ids) and not (self._prefix(prompt) or self.layout.suffix_ids):
+            dropped = set(order[:excess])  # half a character is better than a prompt of nothing
+        return [id_ for place, id_ in enumerate(piece.ids) if place not in dropped]
+
+    def _removable(self, prompt: PromptText, piece: Piece) -> list[int]:
+        """Places of tokens that truncation may drop, the first to go first."""
+        order: list[int] = []
+        for spans in (prompt.spans, prompt.reserve):
+            places = [
+                place
+                for place, offset in enumerate(piece.offsets)
+                if any(start <= offset[0] < offset[1] <= end for start, end in spans)
+            ]
+            order += places if self.truncation_side == "left" else places[::-1]
+        return order
+
+    def _until_eos(self, ids: Sequence[int]) -> list[int]:
+        ends = (place for place, id_ in enumerate(ids) if id_ in self.layout.eos_ids)
+        kept = list(ids)[: next(ends, len(ids))]
+        return [*self._decode_anchor, *kept]
+
+    def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        return list(
+            self.tokenizer.batch_decode(
+                [list(row) for row in rows],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+        )
+
+    def _find_decode_anchor(self) -> list[int]:
+        """Ids of a visible text that decoding neither changes nor joins to what follows."""
+        for anchor in ANCHORS[1:]:
+            ids = self._encoder.literal([anchor])[0].ids
+            if self._decode([ids])[0].strip() == anchor:
+                return ids
+        return []
+
+
+class _Counts:
+    """Tokens of all prompts of a table, -1 where they are not known yet."""
+
+    def __init__(self, size: int) -> None:
+        self.counts = np.full(size, -1, np.int32)
+
+
+def _covered(spans: Any) -> NDArray[np.int64]:
+    """(N,) characters in the ranges of an Arrow column of [start, end, start, end, …]."""
+    ends = spans.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+    ends[::2] *= -1
+    sums = np.concatenate([[0], np.cumsum(ends)])
+    lengths = spans.value_lengths().to_numpy(zero_copy_only=False)
+    places = np.concatenate([[0], np.cumsum(lengths)])
+    covered: NDArray[np.int64] = np.diff(sums[places])
+    return covered

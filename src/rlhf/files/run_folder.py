@@ -1,0 +1,265 @@
+"""A stage's folder: new, half done or finished, and whose it is."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import StageConfig, config_to_yaml, result_fields
+from rlhf.errors import InputError
+from rlhf.files import storage
+from rlhf.files.disk import remove_unfinished, settle
+from rlhf.files.lease import LOCK, Lease, lease
+from rlhf.files.output import PARTIAL_SUMS, RESULT_FILE, RESUMING, RUN_FILE, Output, path_in
+from rlhf.files.text import to_json, write_text
+from rlhf.hardware import dtype_name
+from rlhf.untrusted import read_json
+
+CONFIG_FILE = "config.yaml"
+
+
+class Status(Enum):
+    """What `output_dir` holds of the run that is asked for."""
+
+    FRESH = "nothing worth keeping"
+    CONTINUE = "an unfinished run with something saved"
+    FINISHED = "the whole run"
+
+
+@dataclass
+class Run:
+    """One stage's run and the folder it lives in.
+
+    Attributes:
+        config: The stage's configuration.
+        output: The folder.
+        identity: What determines the results: stage, configuration fields, data fingerprints.
+        config_text: The resolved configuration as YAML.
+        saved: Patterns of files that are worth continuing from.
+        status: What was found.
+        lease: The right to write there, while it is held.
+    """
+
+    config: StageConfig
+    output: Output
+    identity: Mapping[str, Any]
+    config_text: str
+    saved: Sequence[str]
+    status: Status = Status.FRESH
+    lease: Lease | None = None
+
+    @contextmanager
+    def held(self, *, look: bool = True) -> Iterator[None]:
+        """Holds the folder's lease for the time of a block, unless this run does so already.
+
+        Args:
+            look: Whether to look again at what the folder holds, now that nobody else writes.
+
+        Raises:
+            InputError: Somebody else holds it, or has made something else of the folder.
+        """
+        if self.lease is not None:
+            yield
+            return
+        with lease(self.output.folder, f"rlhf {self.identity['stage']}") as held:
+            self.lease, self.output.guard = held, held.check
+            try:
+                if look:
+                    self.look()
+                yield
+            finally:
+                self.lease, self.output.guard = None, None
+
+    def look(self) -> None:
+        """Finds out what the folder holds; writes nothing there.
+
+        Raises:
+            InputError: See `prepare_output`.
+        """
+        folder, names = self.output.folder, self.output.names()
+        self.output.refetch(RUN_FILE, RESULT_FILE)
+        finished = bool((read_json(self.output.path / RESULT_FILE) or {}).get("finished"))
+        begun = any(fnmatch(name, pattern) for name in names for pattern in self.saved)
+        earlier = self._recorded_identity(names)
+        if names and self.config.resume == "never":
+            raise InputError(
+                f"output_dir: {folder} is not empty and resume is never; choose another "
+                "output_dir, empty the folder, or set resume to auto"
+            )
+        if earlier is None and names and RUN_FILE not in names and not self._only_config(names):
+            raise InputError(
+                f"output_dir: {folder} holds files of no run of rlhf ({names[0]}, …); "
+                "choose another output_dir or empty the folder"
+            )
+        if earlier is None and finished:
+            raise InputError(
+                f"output_dir: {folder} holds a finished run whose {RUN_FILE} is damaged, so nobody "
+                f"can tell what it was made of; restore {RUN_FILE} or choose another output_dir"
+            )
+        if earlier is not None and (finished or begun):
+            _refuse_changes(self.config, earlier, self.identity)
+        # Without any record, what was begun is damaged as a whole: it starts anew.
+        begun = begun and earlier is not None
+        self.status = Status.FINISHED if finished else Status.CONTINUE if begun else Status.FRESH
+
+    def start(self) -> None:
+        """Writes what the run is made of, whose it is before all else."""
+        remove_unfinished(self.output.path)
+        write_text(self.output.path / RUN_FILE, to_json(self.identity))
+        write_text(self.output.path / CONFIG_FILE, self.config_text)
+        self.output.publish()
+
+    def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes metrics.json, the mark of a finished run, after everything else is in place."""
+        result = {**metrics, "finished": True}
+        if not self.output.remote:
+            settle(self.output.path)
+        write_text(self.output.path / RESULT_FILE, to_json(result))
+        self.output.publish()
+        self.output.remove(*RESUMING)
+        return result
+
+    def conclude(self) -> dict[str, Any]:
+        """Removes what a kill left behind in a finished run's folder.
+
+        Returns:
+            The final metrics.
+        """
+        with suppress(OSError):  # others may lend us a folder to read
+            remove_unfinished(self.output.path)
+        self.output.remove(*RESUMING)
+        if not self.output.remote and (self.output.path / LOCK).exists():
+            with suppress(InputError), self.held(look=False):  # a killed holder's files go
+                pass
+        return read_json(self.output.path / RESULT_FILE) or {}
+
+    def file(self, *names: str) -> str:
+        """Where the user finds something of this run."""
+        return path_in(self.output.folder, *names)
+
+    def _recorded_identity(self, names: Sequence[str]) -> Mapping[str, Any] | None:
+        """What the run there is made of, by run.json or, where that is damaged, by what it saved.
+
+        Checkpoints and inference's checksums say it too.
+        """
+        states = [name for name in names if fnmatch(name, "checkpoints/step-*/state.json")]
+        for name in (RUN_FILE, *sorted(states, reverse=True), PARTIAL_SUMS):
+            self.output.fetch(name)
+            if (found := _identity_in(self.output.path / name)) is not None:
+                return found
+        return None
+
+    def _only_config(self, names: Sequence[str]) -> bool:
+        """True if all there is is the configuration that this run would write."""
+        if list(names) != [CONFIG_FILE]:
+            return False
+        self.output.fetch(CONFIG_FILE)
+        path = self.output.path / CONFIG_FILE
+        return path.read_text(encoding="utf-8", errors="replace") == self.config_text
+
+
+def _identity_in(path: Path) -> Mapping[str, Any] | None:
+    """A run's identity from run.json, a checkpoint's state, or the first of several JSON lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    for part in (text, text.partition("\n")[0]):
+        with suppress(ValueError):
+            value = json.loads(part)
+            value = value.get("run", value) if isinstance(value, dict) else None
+            if isinstance(value, dict) and isinstance(value.get("fields"), dict):
+                return value
+    return None
+
+
+def prepare_output(
+    config: StageConfig,
+    data_fingerprints: Mapping[str, str],
+    *,
+    stage: str,
+    saved: Sequence[str] = ("checkpoints/step-*/manifest.json",),
+) -> Run:
+    """Decides what to do with `output_dir`; writes nothing.
+
+    The same result-affecting fields and data continue, or repeat the answer. Others are refused,
+    unless the earlier attempt failed before it had saved anything.
+
+    Args:
+        config: A stage's configuration.
+        data_fingerprints: Content hash of each data set (and of anything else that counts).
+        stage: Name of the stage.
+        saved: Patterns of files that are worth continuing from.
+
+    Raises:
+        InputError: If the folder holds another run, files of no run, or anything at all with
+            `resume: never`; if it cannot be written.
+    """
+    contents = {f"{name} (content)": value for name, value in data_fingerprints.items()}
+    resolved = config.model_copy(update={"dtype": dtype_name(config.dtype, config.device)})
+    fields = {**result_fields(resolved), **contents}
+    identity = json.loads(json.dumps({"stage": stage, "fields": fields}, default=str))
+    output = Output(config.output_dir)
+    if not output.remote:
+        _check_writable(output.path)
+    run = Run(config, output, identity, config_to_yaml(resolved), saved)
+    run.look()
+    return run
+
+
+def _check_writable(path: Path) -> None:
+    """Refuses a folder that is none, or in which nothing can be written."""
+    if path.is_file():
+        raise InputError(f"output_dir: {path} is a file; expected a folder")
+    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    if not existing.is_dir():
+        raise InputError(f"output_dir: cannot write to {path}: {existing} is no folder")
+    finished = (path / RESULT_FILE).is_file()  # may be somebody else's, to be read only
+    if not finished and not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"output_dir: cannot write to {path}: no permission for {existing}")
+
+
+def _refuse_changes(
+    config: StageConfig, earlier: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    folder = config.output_dir
+    if earlier.get("stage") != now["stage"]:
+        raise InputError(
+            f"output_dir: {folder} holds a run of {earlier.get('stage')}, not of {now['stage']}; "
+            "choose another output_dir"
+        )
+    old, new = earlier.get("fields", {}), now["fields"]
+    changed = [
+        name
+        for name in {**old, **new}
+        if _addresses(old.get(name)) != _addresses(new.get(name)) and not _is_moved(name, old, new)
+    ]
+    if changed:
+        changes = {n: f"{n}: changed from {old.get(n)!r} to {new.get(n)!r}" for n in changed}
+        if "dtype" in changes and config.dtype == "auto" and old.get("dtype") != "auto":
+            changes["dtype"] += (
+                f", which is what auto means on this machine; give {old.get('dtype')} to continue"
+            )
+        raise InputError(
+            [
+                *changes.values(),
+                f"output_dir: {folder} holds a run made with the old values; choose another "
+                "output_dir, or empty the folder",
+            ]
+        )
+
+
+def _is_moved(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """True for the address of something that is the same at its new place."""
+    content = f"{'base_model' if name == 'revision' else name} (content)"
+    return bool(old.get(content)) and old.get(content) == new.get(content)
+
+
+def _addresses(value: Any) -> str:
+    """The value as JSON, with one way to write what is in a bucket."""
+    return json.dumps(value).replace(f'"{storage.MOUNT}/', '"gs://')

@@ -1,0 +1,214 @@
+"""Where paths lead: this machine, a bucket, or a bucket that is mounted as a folder.
+
+The only place that knows how object stores are reached. Retries are the store's library's own:
+gcsfs repeats a request five times, with growing pauses, after 408, 429, 500 to 504 and broken
+connections. What it leaves open is set here: timeouts, checksums of uploads, stale listings.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from rlhf.errors import InputError, StoppedBySignal, StorageError
+from rlhf.files.disk import rename
+from rlhf.files.owners import remove_abandoned, temporary, temporary_name
+
+# Where Vertex mounts all buckets that a job may read.
+MOUNT = "/gcs"
+READ_BUFFER = 2**20
+SECONDS_TO_CONNECT, SECONDS_OF_SILENCE, SECONDS_A_REQUEST = 30, 60, 1800
+
+
+def locate(path: str) -> str:
+    """The path under which something is found from here.
+
+    `/gcs/bucket/x`, as Vertex writes addresses, is `gs://bucket/x` where that bucket is not
+    mounted; every other path is what it was.
+    """
+    bucket = path.removeprefix(f"{MOUNT}/").split("/")[0]
+    if not bucket or os.path.isdir(f"{MOUNT}/{bucket}"):
+        return path
+    return as_url(path)
+
+
+def as_url(path: str) -> str:
+    """`gs://bucket/x` for `/gcs/bucket/x`, mounted or not; every other path is what it was."""
+    return f"gs://{path.removeprefix(f'{MOUNT}/')}" if path.startswith(f"{MOUNT}/") else path
+
+
+def is_remote(path: str) -> bool:
+    """True for what is not read and written as a local file: gs://bucket/rows.jsonl."""
+    return "://" in locate(path)
+
+
+def exists(path: str) -> bool:
+    """True if there is a file or a folder with something in it.
+
+    Raises:
+        StorageError: If the store cannot tell.
+    """
+    if not is_remote(path):
+        return os.path.exists(path)
+    filesystem, root = open_store(path)
+    with storage_errors(f"{path} cannot be read"):
+        try:
+            return bool(find_files(filesystem, root))
+        except FileNotFoundError:  # the whole bucket
+            return False
+
+
+def open_store(path: str, **options: Any) -> tuple[Any, str]:
+    """The file system of an address, and the address as that file system writes it.
+
+    Args:
+        path: An fsspec URL, or a path.
+        **options: Of the file system.
+
+    Raises:
+        ImportError: The file system's package is not installed.
+        ValueError: There is no such file system.
+    """
+    import fsspec
+
+    path = locate(path)
+    if path.startswith(("gs://", "gcs://")):
+        import aiohttp
+
+        # gcsfs 2026.10 sets no limit at all: a connection that went silent would hang forever.
+        # Silence counts as a broken connection, which is retried.
+        options = {
+            "requests_timeout": aiohttp.ClientTimeout(
+                total=SECONDS_A_REQUEST,
+                sock_connect=SECONDS_TO_CONNECT,
+                sock_read=SECONDS_OF_SILENCE,
+            ),
+            **options,
+        }
+    filesystem, root = fsspec.core.url_to_fs(path, **options)
+    return filesystem, str(root)
+
+
+def upload(filesystem: Any, local: str, remote: str) -> None:
+    """Writes a local file to a store, as a whole and, where the store can tell, checked."""
+    if "gs" in filesystem.protocol:
+        # An object needs no folder, and gcsfs would ask for the bucket, which takes a permission
+        # that writing does not.
+        filesystem.put_file(local, remote, consistency="md5")
+    else:
+        filesystem.makedirs(str(PurePosixPath(remote).parent), exist_ok=True)
+        filesystem.put_file(local, remote)
+
+
+@contextmanager
+def whole_file(path: str, field: str) -> Iterator[IO[bytes]]:
+    """A file to write that appears under its name only when it is complete.
+
+    What a killed process left of it is removed by the next one that writes it.
+
+    Args:
+        path: Where to, local or in a store.
+        field: Configuration field that names it, for messages.
+
+    Raises:
+        InputError: It cannot be made there.
+        StorageError: The store failed.
+    """
+    if is_remote(path):
+        try:
+            filesystem, root = open_store(path)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"{field}: {path} cannot be written: {error}") from error
+        with temporary("upload") as folder:
+            with (folder / "rows").open("wb") as file:
+                yield file
+            with storage_errors(f"{field}: {path} cannot be written"):
+                upload(filesystem, str(folder / "rows"), root)
+        return
+    target = Path(path)
+    partial = target.with_name(temporary_name(f".{target.name}"))
+    try:
+        if target.is_dir():
+            raise InputError(f"{field}: {path} is a folder, expected a file")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(target.parent, f".{target.name}-")
+        file = partial.open("wb")
+    except OSError as error:
+        raise InputError(f"{field}: {path} cannot be written: {reason(error)}") from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        rename(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _Readable(io.RawIOBase):
+    """A store's file whose errors, of which each store raises its own kinds, are of one kind."""
+
+    def __init__(self, file: IO[bytes], what: str) -> None:
+        super().__init__()
+        self._file, self._what = file, what
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with storage_errors(self._what):
+            content = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_stored(filesystem: Any, root: str) -> IO[bytes]:
+    """Opens a file in a store for reading; its errors are StorageErrors.
+
+    The buffer has what fsspec 2026.9's own files lack: lines up to a length.
+    """
+    file = _Readable(filesystem.open(root, "rb"), f"{root} could not be read to its end")
+    return io.BufferedReader(file, READ_BUFFER)
+
+
+def find_files(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
+    """Details of all files below a folder, by their paths in the store."""
+    # File systems and their listings are kept for the life of the process; others write too.
+    filesystem.invalidate_cache()
+    found = filesystem.find(root, detail=True)
+    # Not those with which Google's console marks empty folders.
+    return {
+        name: details
+        for name, details in found.items()
+        if details["type"] == "file" and not name.endswith("/")
+    }
+
+
+@contextmanager
+def storage_errors(what: str, hint: str = "") -> Iterator[None]:
+    """Gives the errors of a store, each of which raises its own kinds, one kind and a meaning.
+
+    Args:
+        what: What went wrong if something does: "output_dir: cannot write gs://bucket/x".
+        hint: What to do.
+
+    Raises:
+        StorageError: For every error of the store.
+    """
+    try:
+        yield
+    except (InputError, StoppedBySignal):
+        raise
+    except Exception as error:
+        raise StorageError(f"{what}: {reason(error)}{hint and f'; {hint}'}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, or its name if it says nothing, as timeouts do."""
+    return str(error) or type(error).__name__

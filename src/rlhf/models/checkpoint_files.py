@@ -1,0 +1,203 @@
+"""Which files of a checkpoint a loader would open, and whether they are what they should be.
+
+Looked at before transformers is: it opens whatever the index, config.json or an adapter names, and
+builds a model of whatever size config.json says.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.utils import cached_file
+
+from rlhf.errors import InputError
+from rlhf.untrusted import inner_names, parse_json
+
+INDEX = "model.safetensors.index.json"
+_DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer_config.json", INDEX)
+# safetensors' own limit.
+_LONGEST_HEADER = 100_000_000
+# (smallest, largest) of the sizes in config.json, of T5 and LLaMA; largest: far beyond any model.
+_SIZES: dict[str, tuple[int, int]] = {
+    "vocab_size": (1, 2**24),
+    "hidden_size": (1, 2**18),
+    "num_hidden_layers": (1, 2000),
+    "num_attention_heads": (1, 4096),
+    "num_key_value_heads": (1, 4096),
+    "num_layers": (1, 2000),
+    "num_heads": (1, 4096),
+    "d_model": (1, 2**18),
+    "head_dim": (1, 2**16),
+    "intermediate_size": (1, 2**20),
+    "max_position_embeddings": (1, 2**31),
+    "num_decoder_layers": (1, 2000),
+    "d_kv": (1, 2**16),
+    "d_ff": (1, 2**20),
+    "relative_attention_num_buckets": (4, 2**16),
+    "relative_attention_max_distance": (2, 2**31),
+}
+_SELDOM = frozenset({"head_dim", "num_key_value_heads", "num_decoder_layers"})  # may be null
+_EPSILONS = ("rms_norm_eps", "layer_norm_epsilon")
+
+
+def check_checkpoint(name: str, where: str, revision: str | None = None) -> None:
+    """Refuse a checkpoint that would have anything but safetensors files of its own opened.
+
+    Args:
+        name: Local folder, or Hub id.
+        where: What names it, for messages.
+        revision: Of a Hub id.
+
+    Raises:
+        InputError: A JSON file is none, the index names other files, or the folder is an adapter.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        try:
+            index = cached_file(
+                name, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False
+            )
+        except Exception:  # no such name, no network: reading config.json says so
+            return
+        if index is not None:
+            _shards(Path(index), where)
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{where}: the folder has an adapter_config.json, so it is an adapter; give the folder "
+            "of its base, or merged/"
+        )
+    for description in _DESCRIPTIONS:
+        if (folder / description).is_file():
+            values = _json_object(folder / description, where)
+            if description == "config.json" and (problems := _wrong_sizes(values, where)):
+                raise InputError(problems)
+    if (folder / INDEX).is_file():
+        _shards(folder / INDEX, where)
+
+
+def count_stored(folder: Path, where: str) -> int | None:
+    """Count the numbers in the weights of a local folder, by their headers; None without weights.
+
+    Raises:
+        InputError: A file is missing, damaged or cut short.
+    """
+    whole = folder / "model.safetensors"
+    if whole.is_file():
+        return _count([whole], where)
+    if not (folder / INDEX).is_file():
+        return None
+    return _count([folder / shard for shard in _shards(folder / INDEX, where)], where)
+
+
+def _count(files: Iterable[Path], where: str) -> int:
+    return sum(
+        math.prod(tensor["shape"])
+        for file in files
+        for name, tensor in _header(file, where).items()
+        if name != "__metadata__"
+    )
+
+
+def _shards(index: Path, where: str) -> list[str]:
+    """Return the names of the files that an index lists, each a safetensors file beside it."""
+    files = _json_object(index, where).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise InputError(f"{where}: {INDEX}: weight_map: expected tensor names with their files")
+    names = inner_names(sorted(set(files.values())), f"{where}: {INDEX}")
+    for name in names:
+        if "/" in name or not name.endswith(".safetensors"):
+            raise InputError(
+                f"{where}: {INDEX} names {name!r}; only .safetensors files beside it are loaded, "
+                "other formats can run code: save the model again with save_pretrained"
+            )
+    return names
+
+
+def _json_object(path: Path, where: str) -> dict[str, Any]:
+    try:
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: {path.name} cannot be read: {error!s:.200}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {path.name}: expected one JSON object")
+    return value
+
+
+def _header(path: Path, where: str) -> dict[str, Any]:
+    """Read what a safetensors file says of its tensors."""
+    broken = f"{where}: {path.name} is damaged or cut short"
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
+                raise InputError(f"{broken}: its header does not fit into it; get it again")
+            header: dict[str, Any] = parse_json(file.read(length))
+        ends = [0]
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                ends.append(int(tensor["data_offsets"][1]))
+                if any(type(number) is not int or number < 0 for number in tensor["shape"]):
+                    raise ValueError(f"tensor {name!r:.80} has no shape")
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise InputError(f"{broken}: {error!s:.200}; get it again") from error
+    if max(ends) != size - 8 - length:
+        raise InputError(
+            f"{broken}: it has {size} bytes, its header says {max(ends) + 8 + length}; get it again"
+        )
+    return header
+
+
+def check_config(config: PretrainedConfig, where: str) -> None:
+    """Refuse a config.json of T5 or LLaMA that no model can be built from.
+
+    Raises:
+        InputError: All that is wrong with it.
+    """
+    given = {name: getattr(config, name) for name in _SIZES if hasattr(config, name)}
+    problems = _wrong_sizes(given, where)
+    where = f"{where}: config.json"
+    for name in _EPSILONS:
+        value = getattr(config, name, 1e-6)
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            problems.append(f"{where}: {name}: expected a number from 0 to 1, got {value!r:.80}")
+    if not problems:
+        problems += [f"{where}: {problem}" for problem in _misfits(config)]
+    for name in ("quantization_config", "transformers_weights", "auto_map"):
+        if getattr(config, name, None):
+            problems.append(f"{where}: {name} is not supported; save a plain model")
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        problems.append(
+            f"{where}: attn_implementation: expected eager or sdpa, got "
+            f"{config._attn_implementation!r:.80}"
+        )
+    if problems:
+        raise InputError(problems)
+
+
+def _wrong_sizes(values: Mapping[str, Any], where: str) -> list[str]:
+    return [
+        f"{where}: config.json: {name}: expected {low} to {high}, got {values[name]!r:.80}"
+        for name, (low, high) in _SIZES.items()
+        if name in values
+        and not (values[name] is None and name in _SELDOM)
+        and not (type(values[name]) is int and low <= values[name] <= high)
+    ]
+
+
+def _misfits(config: PretrainedConfig) -> list[str]:
+    heads, hidden = int(config.num_attention_heads or 0), int(config.hidden_size or 0)
+    problems: list[str] = []
+    if config.is_encoder_decoder:
+        return problems
+    if hidden % heads and not getattr(config, "head_dim", None):
+        problems.append(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    if heads % shared:
+        problems.append(
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {shared}"
+        )
+    return problems

@@ -1,0 +1,207 @@
+"""The rollout engine: decoding with stateless sampling.
+
+Every sampled token is the inverse CDF of its distribution at one uniform number, which belongs to
+(seed, iteration, row, token). So a resumed run needs no random state, and neither the composition
+of a batch, its chunks nor the number of processes changes a sample.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf.data.batching import TokenBatch, chunks, seeded_generator
+from rlhf.errors import NumericalError
+from rlhf.models.language_model import LanguageModel
+from rlhf.signals import stop_point
+
+# Tokens of the vocabulary that sampling sums up at once.
+BLOCK = 256
+# Finished rows leave the batch when this share of it is left: dropping them copies the cache.
+DROP_AT = 0.75
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Responses as they were sampled, never decoded and encoded again.
+
+    Attributes:
+        responses: Up to `max_new_tokens` tokens, cut after the first EOS (which is kept).
+        finished: (B,) bool, true where the response ends with EOS, false where the limit cut it.
+        logprobs: (B, R) fp32, what decoding itself gave each sampled token; 0 past the end, and
+            everywhere in greedy decoding.
+    """
+
+    responses: TokenBatch
+    finished: Tensor
+    logprobs: Tensor
+
+
+def rollout_uniforms(
+    seed: int, iteration: int, rows: range, max_new_tokens: int, purpose: str = "rollout"
+) -> Tensor:
+    """Return the uniform numbers in [0, 1) of some rows of an iteration.
+
+    Args:
+        seed: The run's seed.
+        iteration: PPO step, or any other number that names the draw.
+        rows: Global row numbers.
+        max_new_tokens: R.
+        purpose: What is sampled for; other purposes draw other numbers.
+
+    Returns:
+        (len(rows), R) fp32, each row a function of (purpose, seed, iteration, row) alone.
+    """
+    draws = [
+        torch.rand(max_new_tokens, generator=seeded_generator(purpose, seed, iteration, row))
+        for row in rows
+    ]
+    return torch.stack(draws) if draws else torch.empty(0, max_new_tokens)
+
+
+def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.
+
+    First the block of tokens in which that happens, then the token in it: sums over the whole
+    vocabulary, but cumulative sums over one block only.
+
+    Args:
+        logits: (B, V) fp32, temperature applied.
+        uniforms: (B,) in [0, 1).
+
+    Returns:
+        (B,) token ids; a token of probability 0 is never drawn.
+    """
+    weights = logits.softmax(-1)
+    blocks = torch.nn.functional.pad(weights, (0, -weights.shape[1] % BLOCK)).unflatten(
+        1, (-1, BLOCK)
+    )
+    sums = blocks.sum(-1)
+    cdf = sums.cumsum(-1)
+    target = uniforms[:, None] * cdf[:, -1:]
+    block = _first_beyond(cdf, target)
+    before = cdf.gather(1, block) - sums.gather(1, block)
+    inner = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1)
+    tokens = block * BLOCK + _first_beyond(inner, (target - before).clamp(min=0))
+    return tokens[:, 0].clamp(max=weights.shape[1] - 1)  # NaN again
+
+
+def _first_beyond(cdf: Tensor, target: Tensor) -> Tensor:
+    """(B, 1) first index whose cumulative sum exceeds the target, else the last with any mass."""
+    found = torch.searchsorted(cdf, target, right=True)
+    last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())
+    # Sums of NaN are beyond every target: such an index would end a GPU's whole context.
+    return torch.minimum(found, last).clamp(max=cdf.shape[1] - 1)
+
+
+def generate(
+    lm: LanguageModel,
+    prompts: TokenBatch,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    uniforms: Tensor | None = None,
+    min_response_length: int = 0,
+) -> Generation:
+    """Decodes one response per prompt with whatever adapter is active.
+
+    The checkpoint's own sampling settings (top-k, top-p, repetition penalty) do not apply, and no
+    id is banned.
+
+    Args:
+        lm: The model.
+        prompts: B prompts.
+        max_new_tokens: R, the most tokens of a response, EOS included.
+        temperature: Divides the logits; 0 is greedy.
+        uniforms: (B, R) numbers from `rollout_uniforms`; not needed when greedy.
+        min_response_length: EOS is impossible before this many tokens.
+
+    Raises:
+        NumericalError: If a logit was NaN or infinite; looked at once, after the last token.
+        StopRequested: If a signal came; looked at before every token.
+    """
+    device, size = prompts.ids.device, len(prompts)
+    eos = torch.tensor(sorted(lm.layout.eos_ids), device=device)
+    ids = torch.zeros(size, max_new_tokens, dtype=torch.long, device=device)
+    lengths = torch.full((size,), max_new_tokens, device=device)
+    finished = torch.zeros(size, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(size, max_new_tokens, device=device)
+    if temperature > 0 and uniforms is None:
+        raise ValueError("sampling needs uniforms; pass them or temperature=0")
+    uniforms = None if uniforms is None else uniforms.to(device)
+    rows = torch.arange(size, device=device)  # of the result, for each row still decoded
+    broken = torch.zeros((), dtype=torch.bool, device=device)
+    with lm.inference(), lm.folded():
+        state, hidden = lm.prefill(prompts, max_new_tokens)
+        for step in range(max_new_tokens):
+            stop_point()
+            positions = torch.full_like(rows, step)
+            logits = lm.policy_logits(hidden, positions, temperature or 1.0, min_response_length)
+            if temperature > 0:
+                assert uniforms is not None
+                tokens = sample(logits, uniforms[rows, step])
+                logprobs[rows, step] = -torch.nn.functional.cross_entropy(
+                    logits, tokens, reduction="none"
+                )
+                broken |= ~torch.isfinite(logprobs[rows, step]).all()
+            else:
+                highest, tokens = logits.max(-1)  # of logits with a NaN that is NaN
+                broken |= ~torch.isfinite(highest).all()
+            ids[rows, step] = tokens
+            ends = torch.isin(tokens, eos) & ~finished[rows]
+            lengths[rows[ends]] = step + 1
+            finished[rows[ends]] = True
+            going = ~finished[rows]
+            left = int(going.sum())
+            if left == 0 or step + 1 == max_new_tokens:
+                break
+            if left <= DROP_AT * len(rows) and not state.fixed:
+                state.keep(going)
+                rows, tokens = rows[going], tokens[going]
+            hidden = lm.decode(state, tokens)
+    if broken:
+        raise NumericalError(
+            f"logits of {lm.base_name or 'the model'} were NaN or infinite while it generated; "
+            "lower learning_rate, use dtype float32, and check that the checkpoint is whole"
+        )
+    responses = TokenBatch(ids[:, : int(lengths.max())], lengths)
+    # Until they leave the batch, finished rows are decoded on.
+    kept = logprobs[:, : responses.ids.shape[1]].masked_fill(~responses.mask, 0.0)
+    return Generation(responses, finished, kept)
+
+
+def generate_in_chunks(
+    lm: LanguageModel,
+    prompts: TokenBatch,
+    *,
+    chunk_size: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    uniforms: Tensor | None = None,
+    min_response_length: int = 0,
+) -> Generation:
+    """`generate`, at most `chunk_size` prompts at a time so that the KV cache fits.
+
+    Prompts of like length go together; the result is in the order of `prompts`.
+    """
+    order = prompts.lengths.argsort(stable=True).tolist()
+    parts = [
+        generate(
+            lm,
+            prompts.select_rows(rows),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            uniforms=None if uniforms is None else uniforms[list(rows)],
+            min_response_length=min_response_length,
+        )
+        for rows in chunks(order, chunk_size)
+    ]
+    back = torch.tensor(order).argsort()
+    responses = TokenBatch.concat([part.responses for part in parts]).select_rows(back)
+    finished = torch.cat([part.finished for part in parts])
+    width = responses.ids.shape[1]
+    logprobs = torch.cat(
+        [torch.nn.functional.pad(p.logprobs, (0, width - p.logprobs.shape[1])) for p in parts]
+    )
+    back = back.to(finished.device)
+    return Generation(responses, finished[back], logprobs[back])

@@ -1,0 +1,457 @@
+"""The reward model: an adapter on a base, a head, and the normalization of its scores."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlhf.config import StageConfig
+from rlhf.config.common import MOST_TOKENS
+from rlhf.data.batching import TokenBatch, chunks
+from rlhf.data.pairs import Pairs
+from rlhf.data.prompt_codec import PromptCodec
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.schema import PromptText
+from rlhf.data.special_tokens import save_tokenizer
+from rlhf.errors import InputError
+from rlhf.files.disk import settle
+from rlhf.files.local_copy import local_folder, recorded_base
+from rlhf.files.storage import is_remote
+from rlhf.hardware import pick_device, pick_dtype
+from rlhf.models.content import tokenizer_fingerprint
+from rlhf.models.heads import ScalarHead
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.loading import load_language_model
+from rlhf.models.plain_lora import read_adapter_config
+from rlhf.models.saving import load_adapter, save_adapter, save_merged
+from rlhf.models.scorers import Limits, Scorer, SequenceClassifier
+from rlhf.signals import stop_point
+from rlhf.untrusted import parse_json
+
+RECORD_FILE = "reward_model.json"
+HEAD_FILE = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class RewardRecord:
+    """What `reward_model.json` says, so that the model is read as it was trained.
+
+    Attributes:
+        base_model: The base that was trained on, as it was named then.
+        revision: Hub revision of it.
+        fingerprint: Of that base's weights.
+        tokenizer: Fingerprint of the vocabulary.
+        dtype: Storage type of the base in training.
+        prompt_sequence_length: Tokens of a prompt at most.
+        target_sequence_length: Tokens of a response at most.
+        truncation_side: Where a prompt that is too long loses text.
+        instruction: Text that was put before every input.
+        prompting: Identity of instruction and chat template.
+        pooling: Which state the head reads.
+        shift: Subtracted from the raw score.
+        scale: What the difference is then divided by.
+        version: Of this library.
+    """
+
+    base_model: str
+    revision: str | None
+    fingerprint: str
+    tokenizer: str
+    dtype: str
+    prompt_sequence_length: int
+    target_sequence_length: int
+    truncation_side: str
+    instruction: str
+    prompting: str
+    pooling: str = "last_token"
+    shift: float = 0.0
+    scale: float = 1.0
+    version: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> "RewardRecord":
+        """Reads `reward_model.json`.
+
+        Raises:
+            InputError: It cannot be read or lacks fields.
+        """
+        try:
+            values: dict[str, Any] = parse_json(path.read_bytes())
+            known = {field.name for field in fields(cls)}
+            record = cls(**{name: value for name, value in values.items() if name in known})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not the record of a reward model: {error}") from error
+        _check_record(record, path)
+        if record.pooling != "last_token":
+            raise InputError(
+                f"{path}: pooling {record.pooling!r} is unknown here; expected 'last_token'"
+            )
+        return record
+
+    def write(self, folder: Path) -> None:
+        """Writes `reward_model.json`."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _check_record(record: RewardRecord, path: Path) -> None:
+    """Refuses values that no training writes: they would make scores of nothing, or a traceback."""
+    problems = []
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if field.name in ("shift", "scale"):
+            good = type(value) in (int, float) and abs(value) < 1e30  # a NaN is not
+            good = good and (field.name == "shift" or value > 1e-30)
+            expected = "a finite number" + (" above 0" if field.name == "scale" else "")
+        elif field.name.endswith("_length"):
+            good, expected = type(value) is int and 1 <= value <= MOST_TOKENS, "a number of tokens"
+        elif field.name == "truncation_side":
+            good, expected = value in ("left", "right"), "left or right"
+        else:
+            nothing = field.name == "revision" and value is None
+            good, expected = nothing or isinstance(value, str), "text"
+        if not good:
+            problems.append(f"{path}: {field.name}: expected {expected}, got {value!r:.80}")
+    if problems:
+        raise InputError(problems)
+
+
+class RewardModel:
+    """Scores responses with an adapter (or all weights) of a language model and a linear head.
+
+    Args:
+        lm: The language model.
+        adapter: Its adapter's name; None where the whole model was trained.
+        head: Reads the state that has seen the whole response.
+        record: What it was trained with and how scores are normalized.
+        shares_base: True on the policy's own base.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        adapter: str | None,
+        head: ScalarHead,
+        record: RewardRecord,
+        shares_base: bool = False,
+    ) -> None:
+        self.lm = lm
+        self.adapter = adapter
+        self.head = head
+        self.record = record
+        self.shares_base = shares_base
+        self.codec = PromptCodec(
+            lm.tokenizer,
+            lm.layout,
+            record.prompt_sequence_length,
+            record.target_sequence_length,
+            truncation_side=record.truncation_side,
+        )
+
+    def reads_ids_of(self, lm: LanguageModel) -> bool:
+        """Whether `lm`'s ids mean the same to this model, whatever its weights are."""
+        return type(lm) is type(self.lm) and tokenizer_fingerprint(
+            lm.tokenizer
+        ) == tokenizer_fingerprint(self.lm.tokenizer)
+
+    def normalize(self, shift: float, scale: float) -> None:
+        """Sets the constants of the normalized score, (raw − shift) / scale."""
+        self.record = replace(self.record, shift=shift, scale=scale)
+
+    def raw_scores(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        """Scores before normalization, with gradients: (B,) fp32.
+
+        A backward belongs inside `lm.using(adapter)`, so training opens that around both.
+        """
+        with self.lm.using(self.adapter):
+            return self.head(self.lm.final_states(prompts, responses))
+
+    def raw_pair_scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """`raw_scores` of chosen and rejected responses, reading each prompt once."""
+        with self.lm.using(self.adapter):
+            chosen, rejected = self.lm.paired_final_states(
+                pairs.prompts, pairs.chosen, pairs.rejected
+            )
+        return self.head(chosen), self.head(rejected)
+
+    @torch.no_grad()
+    def scores(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        """Normalized scores of one batch: (B,) fp32, on the batch's device."""
+        with self.lm.inference():
+            raw = self.raw_scores(prompts, responses)
+        return (raw - self.record.shift) / self.record.scale
+
+    def score_tokens(
+        self, prompts: TokenBatch, responses: TokenBatch, batch_size: int = 32
+    ) -> Tensor:
+        """Scores ids as they are, in batches of similar length.
+
+        Args:
+            prompts: N prompts in this model's ids.
+            responses: N responses, EOS included where they ended.
+            batch_size: Rows at once; changes no score.
+
+        Returns:
+            (N,) fp32 on the CPU, in the order given.
+        """
+        order = (prompts.lengths + responses.lengths).argsort().tolist()
+        scores = torch.empty(len(order))
+        for rows in chunks(order, batch_size):
+            stop_point()
+            batch = [side.select_rows(rows).to(self.lm.device) for side in (prompts, responses)]
+            scores[list(rows)] = self.scores(*batch).cpu()
+        return scores
+
+    @torch.no_grad()
+    def score_pairs(self, pairs: Pairs, batch_size: int = 32) -> tuple[Tensor, Tensor]:
+        """Normalized scores of chosen and rejected responses, in batches of similar length.
+
+        Returns:
+            (N,) and (N,) fp32 on the CPU, in the order given.
+        """
+        scores = torch.empty(2, len(pairs))
+        for rows in chunks(pairs.tokens.argsort().tolist(), batch_size):
+            stop_point()
+            with self.lm.inference():
+                raw = self.raw_pair_scores(pairs.select_rows(rows).to(self.lm.device))
+            scores[:, list(rows)] = torch.stack(raw).cpu()
+        scores = (scores - self.record.shift) / self.record.scale
+        return scores[0], scores[1]
+
+    def score(
+        self,
+        prompts: Sequence[PromptText],
+        responses: Sequence[str],
+        batch_size: int = 32,
+        *,
+        finished: Sequence[bool] | None = None,
+        read: TokenBatch | None = None,
+    ) -> Tensor:
+        """Tokenizes and scores texts: (N,) fp32 on the CPU, in the order given.
+
+        Every caller's ids come from here, also those of responses that a policy with the same
+        tokenizer sampled: its ids may spell the text in another way, and one text has one score.
+
+        Args:
+            prompts: N prompts.
+            responses: N responses to them.
+            batch_size: Rows at once; changes no score.
+            finished: See `Scorer.score`.
+            read: The prompts as another model with this one's base has read them: its encoder's
+                states are used if the ids are the same.
+        """
+        ids = self.codec.prompts(list(prompts))
+        if read is not None and read.tolists() == ids.tolists():
+            ids = read
+        return self.score_tokens(
+            ids, self.codec.responses(list(responses), finished).to(ids.ids.device), batch_size
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes adapter/ (merged/ where all weights were trained), head, tokenizer and record."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.adapter is None:
+            save_merged(self.lm, None, folder / "merged")
+        else:
+            save_adapter(self.lm, self.adapter, folder / "adapter")
+        save_tokenizer(
+            self.lm.tokenizer, self.lm.layout.prefix_ids, self.lm.layout.suffix_ids, folder
+        )
+        save_file({"weight": self.head.weight.detach().cpu()}, folder / HEAD_FILE)
+        self.record.write(folder)
+        settle(folder / HEAD_FILE)
+
+
+def load_reward_model(
+    path: str,
+    *,
+    device: torch.device | str = "auto",
+    dtype: str = "auto",
+    policy_lm: LanguageModel | None = None,
+    base_model: str | None = None,
+    name: str = "reward",
+) -> Scorer:
+    """Loads what scores: a folder of `rlhf reward-model`, or a one-label sequence classifier.
+
+    Args:
+        path: Folder (local or remote) or Hub id.
+        device: Where a model of its own runs.
+        dtype: Storage type of a model of its own: auto, float32 or bfloat16.
+        policy_lm: A language model whose base stays frozen. The reward adapter is put on it, if
+            weights and vocabulary are those that it was trained with, instead of on a second
+            model.
+        base_model: Where the reward model's base is now, if it was moved.
+        name: Name of the adapter on the base.
+
+    Raises:
+        InputError: If it cannot be loaded, or belongs to another base.
+    """
+    folder = local_folder(path)
+    device = pick_device(str(device))
+    own = (folder / RECORD_FILE).is_file()
+    record = RewardRecord.read(folder / RECORD_FILE) if own else None
+    if record is None or (folder / "config.json").is_file():
+        source = str(folder) if is_remote(path) else path
+        limits = None
+        if record is not None:  # our own, written for plain transformers
+            limits = Limits(
+                record.prompt_sequence_length, record.target_sequence_length, record.truncation_side
+            )
+        return SequenceClassifier(source, device, pick_dtype(dtype, device), limits=limits)
+    full = not (folder / "adapter").is_dir()
+    shares = not full and policy_lm is not None and _same_base(policy_lm, record)
+    if shares and policy_lm is not None:
+        lm = policy_lm
+    else:
+        # All weights that were trained are the base themselves.
+        base = str(folder / "merged") if full else base_model
+        config = StageConfig(output_dir=path, device=str(device), dtype=dtype)
+        lm = _load_base(config, record, base)
+    if not full:
+        load_adapter(lm, folder / "adapter", name, trainable=False)
+    head = _load_head(folder / HEAD_FILE, lm.hidden_size).to(lm.device)
+    return RewardModel(lm, None if full else name, head, record, shares_base=shares)
+
+
+def value_from_reward(reward: RewardModel, name: str = "value") -> ScalarHead:
+    """Starts a critic as a copy of the reward model, its normalization folded into the head.
+
+    Args:
+        reward: Its adapter is copied, as adapter `name` of the same base.
+        name: Name of the new, trainable adapter.
+
+    Returns:
+        A trainable head whose value of the last state is the normalized score.
+    """
+    assert reward.adapter is not None
+    reward.lm.adapters.duplicate(reward.adapter, name, trainable=True)
+    return head_from_reward(reward)
+
+
+def head_from_reward(reward: RewardModel) -> ScalarHead:
+    """A trainable copy of the reward model's head, its normalization folded in."""
+    shift, scale = reward.record.shift, reward.record.scale
+    head = ScalarHead(reward.lm.hidden_size, init_std=0.0).to(reward.head.weight.device)
+    with torch.no_grad():
+        head.weight.copy_(reward.head.weight / scale)
+        head.offset.copy_((reward.head.offset - shift) / scale)
+    return head
+
+
+def read_record(path: str) -> RewardRecord | None:
+    """What a reward model was trained with; reads no weights.
+
+    Returns:
+        None for a sequence classifier, which says nothing of its prompts.
+
+    Raises:
+        InputError: There is no such folder, or its record cannot be read.
+    """
+    folder = local_folder(path)
+    if path.startswith(("/", "./", "../")) and not folder.is_dir():
+        raise InputError(f"reward_model_path: there is no folder {path}")
+    file = folder / RECORD_FILE
+    return RewardRecord.read(file) if file.is_file() else None
+
+
+def check_reward_model(path: str, renderer: PromptRenderer, conversations: bool = True) -> None:
+    """Refuses a reward model that is missing, or was trained on prompts written in another way.
+
+    Args:
+        path: Folder or Hub id of the reward model, of which no weights are read.
+        renderer: What writes the policy's prompts.
+        conversations: Whether the policy's rows have `messages`; without, no template is used.
+
+    Raises:
+        InputError: If it is not there, or its instruction or template differ from the policy's.
+    """
+    record = read_record(path)
+    if record is None:
+        return
+    adapter = local_folder(path) / "adapter"
+    if adapter.is_dir():
+        read_adapter_config(adapter)
+    if record.instruction != renderer.instruction:
+        difference = (
+            f"with instruction {record.instruction!r}, but instruction is {renderer.instruction!r}"
+        )
+    elif conversations and record.prompting != renderer.identity:
+        difference = "with another chat template than that of base_model"
+    else:
+        return
+    raise InputError(
+        f"reward_model_path: the reward model was trained {difference}; its scores would mean "
+        "something else. Use the same, or train a reward model with these"
+    )
+
+
+def limit_lines(path: str | None, config: StageConfig) -> list[str]:
+    """Says where a reward model's limits are not the stage's: it scores with its own.
+
+    Args:
+        path: Folder or Hub id of the reward model, if there is one.
+        config: Limits of the stage that asks for scores.
+    """
+    record = read_record(path) if path is not None else None
+    names = ("prompt_sequence_length", "target_sequence_length", "truncation_side")
+    different = [
+        f"{name} {getattr(record, name)} (here {getattr(config, name)})"
+        for name in names
+        if record is not None and getattr(record, name) != getattr(config, name)
+    ]
+    if not different:
+        return []
+    return [f"reward_model_path: scores with the limits of its training: {', '.join(different)}"]
+
+
+def _same_base(lm: LanguageModel, record: RewardRecord) -> bool:
+    return (
+        not lm.trainable
+        and lm.fingerprint == record.fingerprint
+        and tokenizer_fingerprint(lm.tokenizer) == record.tokenizer
+    )
+
+
+def _load_base(config: StageConfig, record: RewardRecord, base: str | None) -> LanguageModel:
+    """Loads `base`, or where it is None the one that the record names."""
+    where = f"reward_model_path: {config.output_dir}"
+    if not (base or record.base_model):
+        raise InputError(
+            f"{where} was trained on a model given as an object, so its base cannot be found; "
+            "train it on a saved model"
+        )
+    try:
+        lm = load_language_model(
+            config,
+            trainable=False,
+            base_model=base or recorded_base(record.base_model, where),
+            revision=None if base else record.revision,
+        )
+    except InputError as error:
+        problems = [f"{where}: its {problem}" for problem in error.problems]
+        raise InputError(problems) from error
+    if tokenizer_fingerprint(lm.tokenizer) != record.tokenizer:
+        raise InputError(
+            f"{where} was trained with another tokenizer than the one in {lm.base_name} now"
+        )
+    return lm
+
+
+def _load_head(path: Path, hidden_size: int) -> ScalarHead:
+    head = ScalarHead(hidden_size, init_std=0.0)
+    try:
+        weight = load_file(path)["weight"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise InputError(f"{path}: not a reward head: {error}") from error
+    if weight.shape != head.weight.shape:
+        raise InputError(f"{path}: has shape {tuple(weight.shape)}, expected (1, {hidden_size})")
+    head.weight.data.copy_(weight)
+    if not torch.isfinite(weight).all():
+        raise InputError(f"{path}: holds NaN or infinite weights")
+    return head.requires_grad_(False)

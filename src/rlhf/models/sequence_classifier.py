@@ -1,0 +1,69 @@
+"""A reward model as a sequence classifier that plain transformers (or a server) loads."""
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from rlhf.data.special_tokens import save_tokenizer
+from rlhf.files.disk import settle
+from rlhf.models.decoder_only import DecoderOnlyModel
+from rlhf.models.heads import ScalarHead
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.merging import Weight, plain_weights, write_weights
+from rlhf.models.saving import write_config
+
+
+def save_sequence_classifier(
+    lm: LanguageModel, adapter: str | None, head: ScalarHead, folder: Path
+) -> bool:
+    """Writes weights, adapter folded in, and head as one `…ForSequenceClassification` checkpoint.
+
+    It reads the last token that is not PAD, which is the EOS that ends prompt and response; its
+    tokenizer puts that EOS, and what the model reads before a prompt, around a text. The
+    format has no bias, so it gives the raw score without the normalization. T5's class of that
+    name feeds one text to encoder and decoder alike, which is not how ours reads a prompt and a
+    response: there is nothing to write for it.
+
+    Args:
+        lm: The language model.
+        adapter: Its reward adapter; None where all weights were trained.
+        head: The reward head.
+        folder: Where to.
+
+    Returns:
+        Whether the family has such a class and the folder was written.
+    """
+    if not isinstance(lm, DecoderOnlyModel):
+        return False
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.pad_token = _pad_token(tokenizer)
+    config = copy.deepcopy(lm.config)
+    config.num_labels = 1
+    config.pad_token_id = tokenizer.pad_token_id
+    weights = plain_weights(lm, adapter)
+    weights = {name: weight for name, weight in weights.items() if not name.startswith("lm_head.")}
+    score = head.weight.detach().float().cpu()
+    weights["score.weight"] = Weight(score.shape, score.dtype, lambda: score)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_weights(weights, folder)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    # The class answers in the type it is loaded in, which config.json names: scores in bfloat16
+    # have two or three digits. Weights in bfloat16 lose nothing as float32.
+    write_config(model.config, type(model).__name__, torch.float32, folder)
+    save_tokenizer(tokenizer, lm.layout.prefix_ids, (lm.layout.eos_id,), folder)
+    settle(folder)
+    return True
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A PAD that ends no response: the class would read the token before it."""
+    taken = {tokenizer.eos_token, tokenizer.unk_token, None}
+    for token in (tokenizer.pad_token, tokenizer.bos_token):
+        if token not in taken:
+            return str(token)
+    return (
+        str(tokenizer.unk_token) if tokenizer.unk_token not in (None, tokenizer.eos_token) else None
+    )

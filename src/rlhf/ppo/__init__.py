@@ -1,0 +1,1 @@
+"""What a PPO step consists of."""

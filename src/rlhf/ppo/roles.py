@@ -1,0 +1,182 @@
+"""The trained and the frozen side of PPO: policy, critic and reference on as few models as fit.
+
+With LoRA all of them are adapters (or none) on one frozen base. Under full fine-tuning each is a
+model of its own. Trainers see no difference.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import PPOConfig
+from rlhf.models.heads import ScalarHead
+from rlhf.models.language_model import LanguageModel
+from rlhf.models.loading import load_language_model
+from rlhf.models.reward_model import RewardModel, head_from_reward, value_from_reward
+from rlhf.models.saving import add_adapter_to_weights
+from rlhf.models.scorers import Scorer
+
+
+@dataclass(frozen=True)
+class Role:
+    """A language model in one role.
+
+    Attributes:
+        lm: The model, which other roles may share.
+        adapter: The role's adapter; None for the base itself or a model of its own.
+    """
+
+    lm: LanguageModel
+    adapter: str | None
+
+    @contextmanager
+    def active(self) -> Iterator[LanguageModel]:
+        """The model with this role's adapter; forward *and* backward belong inside."""
+        with self.lm.using(self.adapter):
+            yield self.lm
+
+    def named_trainable(self, role: str) -> list[tuple[str, nn.Parameter]]:
+        """What training this role changes, with names that no other role has."""
+        return [(f"{role}.{n}", p) for n, p in self.lm.named_trainable(self.adapter)]
+
+
+@dataclass(frozen=True)
+class Critic:
+    """Values of states.
+
+    Attributes:
+        role: Model whose states the head reads.
+        head: State to value.
+        on_policy_trunk: True if `role` is the policy itself, so that one forward serves both and
+            the value loss trains the policy's adapter too (weighted by vf_coef).
+    """
+
+    role: Role
+    head: ScalarHead
+    on_policy_trunk: bool
+
+    def values(self, states: Tensor) -> Tensor:
+        """(B, R+1, D) states to (B, R) fp32: the value before each response token."""
+        return self.head(states[:, :-1])
+
+    def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        """The critic's own weights; a head on the policy's trunk has nothing else."""
+        own = [] if self.on_policy_trunk else self.role.named_trainable("critic")
+        return [*own, *((f"critic.head.{n}", p) for n, p in self.head.named_parameters())]
+
+
+@dataclass(frozen=True)
+class Bases:
+    """What is loaded before any role is made.
+
+    Attributes:
+        policy: Model that becomes the policy.
+        frozen: Model whose weights never change: the same one with LoRA, a second under full
+            fine-tuning where somebody needs it, else None.
+    """
+
+    policy: LanguageModel
+    frozen: LanguageModel | None
+
+
+def load_bases(
+    config: PPOConfig,
+    model: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    reward_model: bool = True,
+) -> Bases:
+    """Loads the policy's base, twice only where it must be.
+
+    Args:
+        config: The stage's configuration.
+        model: A transformers model instead of `config.base_model`.
+        tokenizer: Its tokenizer.
+        reward_model: Whether a reward model may want to share the frozen base.
+    """
+    if config.lora.rank > 0:
+        lm = load_language_model(config, trainable=False, model=model, tokenizer=tokenizer)
+        return Bases(lm, lm)
+    frozen = None
+    if config.kl_coeff > 0 or reward_model:
+        untouched = copy.deepcopy(model)
+        frozen = load_language_model(config, trainable=False, model=untouched, tokenizer=tokenizer)
+    policy = load_language_model(config, trainable=True, model=model, tokenizer=tokenizer)
+    return Bases(policy, frozen)
+
+
+def make_policy(config: PPOConfig, bases: Bases) -> Role:
+    """The policy: a fresh adapter, or the whole model."""
+    if config.lora.rank == 0:
+        return Role(bases.policy, None)
+    # PPO compares probabilities of one and the same network: no dropout anywhere.
+    lora = config.lora.model_copy(update={"dropout": 0.0})
+    bases.policy.add_adapter("policy", lora, seed=config.seed)
+    return Role(bases.policy, "policy")
+
+
+def make_reference(config: PPOConfig, bases: Bases) -> Role | None:
+    """The untuned policy; None if no KL is charged, because then nobody asks it."""
+    if config.kl_coeff == 0:
+        return None
+    assert bases.frozen is not None
+    return Role(bases.frozen, None)
+
+
+def make_critic(
+    config: PPOConfig,
+    policy: Role,
+    scorer: Scorer,
+    model: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Critic:
+    """The critic that `config.critic` names.
+
+    Where the reward model reads the policy's ids, the critic starts as the reward model itself, its
+    normalization folded in, so that the value of a finished response is its score from the start:
+    with LoRA as an adapter on the base that both share, under full fine-tuning as a model of its
+    own. Everything else starts at 0.
+    """
+    lm = policy.lm
+    blank = ScalarHead(lm.hidden_size, init_std=0.0).to(lm.device)
+    if config.critic == "head":
+        return Critic(policy, blank, on_policy_trunk=True)
+    if config.lora.rank == 0:
+        if isinstance(scorer, RewardModel) and scorer.reads_ids_of(lm):
+            own, head = _copy_of_reward_model(config, scorer, model)
+            return Critic(Role(own, None), head, on_policy_trunk=False)
+        own = load_language_model(
+            config, trainable=True, model=copy.deepcopy(model), tokenizer=tokenizer
+        )
+        return Critic(Role(own, None), blank, on_policy_trunk=False)
+    if isinstance(scorer, RewardModel) and scorer.shares_base and scorer.lm is lm:
+        head = value_from_reward(scorer, "value").to(lm.device)
+        return Critic(Role(lm, "value"), head, on_policy_trunk=False)
+    lm.add_adapter("value", config.lora.model_copy(update={"dropout": 0.0}), seed=config.seed)
+    return Critic(Role(lm, "value"), blank, on_policy_trunk=False)
+
+
+def _copy_of_reward_model(
+    config: PPOConfig, reward: RewardModel, model: Any
+) -> tuple[LanguageModel, ScalarHead]:
+    """A model of its own with the reward model's weights, all trainable, and its head.
+
+    The weights are read again rather than copied: training wants them in float32, and the reward
+    model may hold them in bfloat16.
+    """
+    own = load_language_model(
+        config,
+        trainable=True,
+        model=copy.deepcopy(model) if reward.shares_base else None,
+        tokenizer=reward.lm.tokenizer,
+        base_model=reward.lm.base_name,
+        revision=reward.lm.revision,
+    )
+    if reward.adapter is not None:
+        add_adapter_to_weights(reward.lm, reward.adapter, own)
+    return own, head_from_reward(reward).to(own.device)

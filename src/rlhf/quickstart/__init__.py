@@ -1,0 +1,1 @@
+"""The embedded corpus, the small models, and the run on both."""

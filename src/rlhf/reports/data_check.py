@@ -1,0 +1,226 @@
+"""What `rlhf data check` tells about a file before any training is started."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.reading import OnBadRows, Paths, scan_files
+from rlhf.data.rows import Flag, PromptData, ReadReport, text_sizes
+from rlhf.data.selection import Wants, column_values, rows_wanted
+
+if TYPE_CHECKING:
+    from rlhf.data.prompt_codec import PromptCodec
+
+Kind = Literal["auto", "preference", "prompt", "demonstration"]
+
+_QUANTILES = (0.0, 0.5, 0.9, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of a set of texts.
+
+    Attributes:
+        what: Which texts.
+        unit: "tokens" or "characters".
+        count: Number of texts.
+        quantiles: Shortest, median, 90 %, 99 %, longest.
+    """
+
+    what: str
+    unit: str
+    count: int
+    quantiles: tuple[int, ...]
+
+    @classmethod
+    def of(cls, what: str, unit: str, lengths: Sequence[int] | NDArray[np.int64]) -> "Lengths":
+        """Sums up at least one length."""
+        ordered = np.sort(np.asarray(lengths))
+        quantiles = tuple(int(ordered[round(q * (len(ordered) - 1))]) for q in _QUANTILES)
+        return cls(what, unit, len(ordered), quantiles)
+
+    def line(self) -> str:
+        """The same in words."""
+        shortest, median, most, nearly_all, longest = self.quantiles
+        return (
+            f"{self.what}, {self.unit}: shortest {shortest}, median {median}, 90 % {most}, "
+            f"99 % {nearly_all}, longest {longest}"
+        )
+
+
+@dataclass
+class CheckReport:
+    """What is in the files.
+
+    Attributes:
+        read: What reading came upon.
+        preferences: Rows with two candidates.
+        prompts: Rows without.
+        references: Texts of `output_text`.
+        distinct_prompts: Number of different prompts.
+        second_chosen: Preferences for `candidate_1`.
+        repeating: Preferences of which both candidates begin with the row's whole input.
+        longer_chosen: Preferences for the longer candidate (in characters); a bias to know of.
+        lengths: Of prompts, candidates and references.
+        shortened: Prompts that lose tokens to `prompt_sequence_length`; None without a tokenizer.
+        cut: Candidates and references that lose tokens to `target_sequence_length`; likewise.
+        limits: The two limits.
+    """
+
+    read: ReadReport
+    preferences: int = 0
+    prompts: int = 0
+    references: int = 0
+    distinct_prompts: int = 0
+    second_chosen: int = 0
+    repeating: int = 0
+    longer_chosen: int = 0
+    lengths: list[Lengths] = field(default_factory=list)
+    shortened: int | None = None
+    cut: int | None = None
+    limits: tuple[int, int] = (0, 0)
+
+    def lines(self) -> list[str]:
+        """The report for people, one fact a line."""
+        said = self.read.lines()
+        said.append(
+            f"{self.preferences} preferences, {self.prompts} prompts without candidates, "
+            f"{self.references} references, {self.distinct_prompts} different prompts"
+        )
+        if self.preferences:
+            second = self.second_chosen / self.preferences
+            longer = self.longer_chosen / self.preferences
+            said.append(f"preferred: candidate_1 in {second:.1%}, the longer one in {longer:.1%}")
+        if self.repeating:
+            said.append(f"both candidates begin with the whole input: {self.repeating}")
+        said += [lengths.line() for lengths in self.lengths]
+        if self.shortened is not None and self.cut is not None:
+            prompt_limit, response_limit = self.limits
+            rows = self.preferences + self.prompts
+            answers = 2 * self.preferences + self.references
+            said += [
+                f"prompts over {prompt_limit} tokens, to be shortened: {self.shortened} of {rows}",
+                f"answers over {response_limit} tokens, to be cut: {self.cut} of {answers}",
+            ]
+        return said
+
+
+def check_files(
+    paths: Paths,
+    *,
+    kind: Kind = "auto",
+    on_bad_rows: OnBadRows = "error",
+    instruction: str | None = None,
+    base_model: str | None = None,
+    revision: str | None = None,
+    prompt_sequence_length: int = 512,
+    target_sequence_length: int = 64,
+) -> CheckReport:
+    """Validates preference, prompt and demonstration files and describes what is in them.
+
+    Args:
+        paths: Path, glob, fsspec address, or a list of these.
+        kind: What every row must be; "auto" takes rows with candidates for preferences and the
+            others for prompts.
+        on_bad_rows: Whether bad rows are errors or are left out and counted.
+        instruction: Text before every input, as in training.
+        base_model: If given, lengths are counted in its tokens and compared with the limits. Only
+            configuration and tokenizer are loaded.
+        revision: Revision of `base_model`.
+        prompt_sequence_length: Limit of prompts in tokens.
+        target_sequence_length: Limit of responses in tokens.
+
+    Raises:
+        InputError: For everything that is wrong with the rows, or with `base_model`.
+    """
+    codec, renderer = None, PromptRenderer(instruction)
+    if base_model is not None:
+        limits = (prompt_sequence_length, target_sequence_length)
+        codec = _load_tokenizer(base_model, revision, limits)
+        renderer = PromptRenderer.for_tokenizer(codec.tokenizer, instruction)
+    scanned = scan_files(paths, renderer, "data")
+    taken = rows_wanted(scanned, _WANTS[kind], "data", on_bad_rows, fingerprint=False)
+    report = CheckReport(taken.report)
+    data = PromptData(
+        scanned.table, scanned.files, taken.report, "", taken.index, scanned.token_counts
+    )
+    _describe(data, report, codec, pairs=_WANTS[kind].pair != "ignored")
+    return report
+
+
+_WANTS: dict[Kind, Wants] = {
+    "auto": Wants(pair="if present"),
+    "preference": Wants(pair="required", output="if present"),
+    "prompt": Wants(),
+    "demonstration": Wants(output="required"),
+}
+
+
+def _load_tokenizer(
+    base_model: str, revision: str | None, limits: tuple[int, int]
+) -> "PromptCodec":
+    from rlhf.data.prompt_codec import PromptCodec
+    from rlhf.models.loading import load_tokenizer, prompt_layout, read_model_config
+
+    config = read_model_config(base_model, revision)
+    tokenizer = load_tokenizer(base_model, revision)
+    return PromptCodec(tokenizer, prompt_layout(config, tokenizer), *limits)
+
+
+def _describe(
+    data: PromptData, report: CheckReport, codec: "PromptCodec | None", pairs: bool
+) -> None:
+    """Counts what rows are and how long their texts are.
+
+    Raises:
+        InputError: If a prompt does not fit even when shortened.
+    """
+    prompts: list[NDArray[np.int64]] = []
+    answers: list[NDArray[np.int64]] = []
+    seen: list[NDArray[np.uint64]] = []
+    for batch in data.batches(_COLUMNS):
+        flags = column_values(batch, "flags")
+        has_pair = flags & Flag.HAS_PAIR != 0 if pairs else np.zeros(len(flags), bool)
+        choice = column_values(batch, "choice") == 1
+        candidates = [batch.column(name) for name in ("candidate_0", "candidate_1")]
+        sizes = [text_sizes(column)[0] for column in candidates]
+        chosen, other = np.where(choice, sizes[::-1], sizes)
+        references = batch.column("references").flatten()
+        report.preferences += int(has_pair.sum())
+        report.prompts += int((~has_pair).sum())
+        report.references += len(references)
+        report.second_chosen += int((has_pair & choice).sum())
+        report.longer_chosen += int((has_pair & (chosen > other)).sum())
+        report.repeating += int((has_pair & (flags & Flag.REPEATS != 0)).sum())
+        seen.append(np.unique(column_values(batch, "prompt_hash")))
+        if codec is None:
+            prompts.append(text_sizes(batch.column("text"))[0])
+            answers += [size[has_pair] for size in sizes] + [text_sizes(references)[0]]
+        else:
+            texts = [*(column.filter(has_pair) for column in candidates), references]
+            answers += [codec.count_responses(column.to_pylist()) for column in texts]
+    report.distinct_prompts = len(np.unique(np.concatenate(seen)))
+    unit = "characters" if codec is None else "tokens"
+    lengths = np.concatenate(prompts) if codec is None else codec.count_prompts(data)
+    report.lengths = [Lengths.of("prompts", unit, lengths)]
+    if any(map(len, answers)):
+        report.lengths.append(Lengths.of("answers", unit, np.concatenate(answers)))
+    if codec is not None:
+        report.limits = (codec.prompt_limit, codec.response_limit)
+        report.shortened = codec.check_prompts(data).shortened
+        report.cut = sum(int((size > codec.response_limit).sum()) for size in answers)
+
+
+_COLUMNS = (
+    "text",
+    "flags",
+    "choice",
+    "candidate_0",
+    "candidate_1",
+    "references",
+    "prompt_hash",
+)

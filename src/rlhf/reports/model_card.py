@@ -1,0 +1,160 @@
+"""README.md of a stage's folder: what it holds, how to load it, what it was measured to do."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.config import TrainingConfig
+from rlhf.untrusted import as_code, as_markdown, without_secrets
+
+TITLES = {
+    "sft": "Supervised fine-tuning",
+    "reward_model": "Reward model",
+    "ppo": "Policy trained by PPO against a reward model",
+}
+LIMITS = {
+    "sft": "It imitates its demonstrations, mistakes and tone included.",
+    "reward_model": (
+        "Its scores compare responses to one prompt as the annotators of its training pairs did. "
+        "They mean little across prompts, on other kinds of text, or for responses far from those "
+        "it was trained on, such as those of a policy optimized against it for long."
+    ),
+    "ppo": (
+        "It was rewarded by a model, not by people. A rising reward with a growing KL can mean "
+        "that the reward model is exploited: read samples before trusting the figures."
+    ),
+}
+
+
+def write_card(
+    folder: Path,
+    stage: str,
+    config: TrainingConfig,
+    metrics: Mapping[str, Any],
+    data: Sequence[str] = (),
+) -> None:
+    """Writes the model card of a finished stage.
+
+    Args:
+        folder: The stage's folder, with its artifacts in place.
+        stage: sft, reward_model or ppo.
+        config: What it was run with.
+        metrics: Final metrics; only numbers are listed.
+        data: Lines that say what was read, such as those of a data report.
+    """
+    base = as_code(config.base_model) if config.base_model else "a model given as an object"
+    sections = [
+        _front_matter(folder, stage, config),
+        f"# {TITLES[stage]}",
+        f"Trained with [rlhf](https://pypi.org/project/rlhf-ppo/) from {base}"
+        + (f" at revision {as_code(config.revision)}" if config.revision else "")
+        + ". All settings are in `config.yaml`, the course of training in `metrics.jsonl`.",
+        "## Use\n\n" + _usage(folder, stage),
+        "## Training\n\n" + _table(_settings(config), ("setting", "value")),
+    ]
+    if data:
+        sections.append("## Data\n\n" + "\n".join(f"- {as_markdown(line)}" for line in data))
+    numbers = {name: value for name, value in metrics.items() if _is_number(value)}
+    if numbers:
+        rows = {name: f"{value:.4g}" for name, value in numbers.items()}
+        sections.append("## Results\n\n" + _table(rows, ("metric", "value")))
+    sections.append(
+        f"## Limits\n\n{LIMITS[stage]} Made for research; it was not checked for harmful, false "
+        "or biased output. The licenses of the base model and of the data apply to it."
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _front_matter(folder: Path, stage: str, config: TrainingConfig) -> str:
+    lora = (folder / "adapter").is_dir()
+    kind = {"sft": "sft", "reward_model": "reward-model", "ppo": "ppo"}[stage]
+    facts: dict[str, Any] = {
+        "library_name": "peft" if lora else "transformers",
+        "tags": ["rlhf", kind, *(["lora"] if lora else [])],
+    }
+    base = without_secrets(config.base_model or "")
+    # The Hub takes only its own ids here, and a folder's name would tell a reader nothing.
+    if (
+        base
+        and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)
+        and base[0] not in "/.~"
+        and not Path(base).exists()
+    ):
+        facts = {"base_model": base, **facts}
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
+
+
+def _usage(folder: Path, stage: str) -> str:
+    if stage == "reward_model":
+        return _reward_model_usage(folder)
+    model_class = _auto_class(folder / "merged")
+    code = f"""```python
+from transformers import AutoTokenizer, {model_class}
+tokenizer = AutoTokenizer.from_pretrained("merged")
+model = {model_class}.from_pretrained("merged")
+inputs = tokenizer("your prompt", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
+```"""
+    if not (folder / "adapter").is_dir():
+        return code
+    return code + "\n\n`adapter/` is the same as a LoRA adapter for plain peft on the base model."
+
+
+def _reward_model_usage(folder: Path) -> str:
+    text = """```python
+from rlhf.data.schema import PromptText
+from rlhf.models.reward_model import load_reward_model
+reward_model = load_reward_model("path/to/this/folder")
+prompt = "your prompt"  # all of it may be shortened to fit
+print(reward_model.score([PromptText(prompt, ((0, len(prompt)),))], ["a response"]))
+```
+
+A score is (raw - shift) / scale with the constants in `reward_model.json`."""
+    if not (folder / "sequence_classifier").is_dir():
+        return text
+    return (
+        text + " `sequence_classifier/` is the same model for `AutoModelForSequenceClassification`"
+        "; that format has no place for the shift, so it gives the *raw* score. Feed it BOS, the "
+        "prompt's ids, the response's ids and EOS."
+    )
+
+
+def _auto_class(merged: Path) -> str:
+    try:
+        config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    return "AutoModelForSeq2SeqLM" if config.get("is_encoder_decoder") else "AutoModelForCausalLM"
+
+
+def _settings(config: TrainingConfig) -> dict[str, Any]:
+    lora = config.lora
+    trained = f"LoRA, rank {lora.rank}, alpha {lora.effective_alpha:g}" if lora.rank else "all"
+    return {
+        "trained weights": trained,
+        "learning rate": f"{config.effective_learning_rate:g}, {config.lr_scheduler}",
+        "rows per step": config.batch_size,
+        "prompt / response tokens": (
+            f"{config.prompt_sequence_length} / {config.target_sequence_length}"
+        ),
+        "instruction": json.dumps(config.instruction, ensure_ascii=False),
+        "seed": config.seed,
+    }
+
+
+def _table(rows: Mapping[str, Any], header: tuple[str, str]) -> str:
+    lines = [f"| {header[0]} | {header[1]} |", "| --- | --- |"]
+    lines += [
+        f"| {as_markdown(name)} | {as_markdown(str(value))} |" for name, value in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

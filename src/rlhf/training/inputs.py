@@ -1,0 +1,137 @@
+"""What a stage reads and checks before any weights are loaded, all problems at once."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import StageConfig
+from rlhf.data.prompt_codec import PromptCodec
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.reading import PreferenceData, PromptData
+from rlhf.errors import InputError
+from rlhf.files.run_folder import Run, prepare_output
+from rlhf.hardware import pick_device
+from rlhf.models.content import model_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from rlhf.models.loading import (
+    check_adapter,
+    check_limits,
+    load_tokenizer,
+    prompt_layout,
+    read_model_config,
+)
+
+Data = TypeVar("Data", PromptData, PreferenceData)
+
+
+class StageInputs:
+    """Collects a stage's data and what is wrong with them.
+
+    Args:
+        config: The stage's configuration.
+        model: A transformers model instead of `config.base_model`.
+        tokenizer: Its tokenizer.
+
+    Attributes:
+        tokenizer: Of the base.
+        renderer: Makes prompts' texts.
+        lines: What reading came upon, for people.
+
+    Raises:
+        InputError: The base cannot be used at all.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        model: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        if model is None and config.base_model is None:
+            raise InputError("base_model: is required, but not given")
+        pick_device(config.device)
+        base = config.base_model or ""
+        self.config = config
+        self._model, self._own_tokenizer = model, tokenizer
+        self.model_config = (
+            read_model_config(base, config.revision) if model is None else model.config
+        )
+        self.tokenizer = tokenizer or load_tokenizer(base, config.revision)
+        self.renderer = PromptRenderer.for_tokenizer(self.tokenizer, config.instruction)
+        self.lines: list[str] = []
+        self._rows: list[str] = []
+        self._limits: list[str] = check_limits(
+            self.model_config, config.prompt_sequence_length, config.target_sequence_length
+        )
+        self._limits += check_adapter(config, self.model_config, model)
+        self._fingerprints: dict[str, str] = {}
+
+    def read(self, load: Callable[..., Data], name: str, **options: Any) -> Data | None:
+        """Reads one data set of the configuration and checks that its prompts fit.
+
+        Args:
+            load: `load_prompts` or `load_preferences`.
+            name: Field of the configuration.
+            **options: Further arguments of `load`.
+
+        Returns:
+            The data; None if the field is not set, or if something is wrong, which `finish` tells.
+        """
+        paths = getattr(self.config, name)
+        if paths is None:
+            return None
+        try:
+            data = load(
+                paths,
+                renderer=self.renderer,
+                on_bad_rows=self.config.on_bad_rows,
+                name=name,
+                **options,
+            )
+        except InputError as error:
+            self._rows += error.problems
+            return None
+        self._fingerprints[name] = data.fingerprint
+        self.lines += data.report.lines()
+        codec = self._codec()
+        try:
+            codec.check_template(self.renderer, data.report.conversations > 0)
+            lengths = codec.check_prompts(data)
+        except InputError as error:
+            self._limits += error.problems
+            return None
+        if lengths.shortened:
+            self.lines.append(f"{name}: {lengths.line()}")
+        return data
+
+    def finish(self, stage: str, **fingerprints: str) -> Run:
+        """Looks at the output folder, once all data are good.
+
+        Args:
+            stage: Name of the stage.
+            **fingerprints: Of anything else that determines the result.
+
+        Raises:
+            InputError: All that is wrong, rows first, then limits, then the folder.
+        """
+        if self._rows or self._limits:
+            raise InputError([*self._rows, *self._limits])
+        found = {**self._fingerprints, "base_model": self._base_fingerprint()}
+        return prepare_output(self.config, found | fingerprints, stage=stage)
+
+    def _base_fingerprint(self) -> str:
+        """What the base is made of, whether it was named or given as an object."""
+        if self._model is None:
+            given = weights_fingerprint(self.config.base_model or "", self.config.revision)
+        else:
+            given = model_fingerprint(self._model)
+        own = self._own_tokenizer and tokenizer_fingerprint(self._own_tokenizer)
+        return f"{given} {own}" if own else given
+
+    def _codec(self) -> PromptCodec:
+        return PromptCodec(
+            self.tokenizer,
+            prompt_layout(self.model_config, self.tokenizer),
+            self.config.prompt_sequence_length,
+            self.config.target_sequence_length,
+        )
