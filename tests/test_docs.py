@@ -153,7 +153,8 @@ def test_every_metric_of_ppo_is_explained(tmp_path: Path) -> None:
 
 
 def test_every_metric_of_inference_is_explained(tmp_path: Path) -> None:
-    from rlhf.inference.predictions import Prediction, prediction_metrics
+    from rlhf.inference.metrics import prediction_metrics
+    from rlhf.inference.predictions import Prediction
 
     text = (ROOT / "docs" / "metrics.md").read_text()
     row = Prediction("in", "a b", "a c", "a b", 1.0, 0.5, 0.1, 0.1, 3, 2, 2, "eos", "eos")

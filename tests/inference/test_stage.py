@@ -23,7 +23,8 @@ from rlhf.evaluation import evaluate_preferences
 from rlhf.files.text import write_text
 from rlhf.inference import InferenceResult, before_and_after, run_inference
 from rlhf.inference import stage as inference
-from rlhf.inference.predictions import Prediction, read_predictions, samples_markdown
+from rlhf.inference.predictions import Prediction, read_predictions
+from rlhf.inference.report import samples_markdown
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.policy_folder import find_policy
 from rlhf.models.reward_model import load_reward_model

@@ -1,4 +1,4 @@
-"""What inference says of each row: the file it grows in, its figures, its samples for reading."""
+"""Predictions: one row each, and the file they are written to as they are made."""
 
 import hashlib
 import json
@@ -7,16 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
-from rlhf.config import InferenceConfig
-from rlhf.evaluation import bootstrap_interval, corpus_rouge, text_statistics, win_rate
 from rlhf.files.text import write_text
-from rlhf.untrusted import as_code, printable
 
 FinishReason = Literal["eos", "length"]
-SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -171,169 +166,3 @@ def _append(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def prediction_metrics(predictions: Sequence[Prediction], *, seed: int = 0) -> dict[str, float]:
-    """All figures that need nothing but the predictions.
-
-    Args:
-        predictions: At least one.
-        seed: Of the bootstrap; `NAME_low` and `NAME_high` are the ends of 95 % intervals.
-
-    Returns:
-        `rows`; for the tuned model and, behind `baseline_`, the untuned one: `rouge1` … over rows
-        with references, those of `rlhf.evaluation.text_statistics`, `reward`; `reward_gain` (row
-        by row), `win_rate` (ties half), `kl`, `kl_k3`.
-    """
-    metrics: dict[str, float] = {"rows": len(predictions)}
-    sides = {
-        "": [(row.prediction, row.tokens, row.finish_reason) for row in predictions],
-        "baseline_": [
-            (row.baseline, row.baseline_tokens, row.baseline_finish_reason) for row in predictions
-        ],
-    }
-    references = [row.references for row in predictions]
-    for prefix, side in sides.items():
-        texts, lengths, reasons = zip(*side, strict=True)
-        for name, interval in corpus_rouge(texts, references, seed=seed).items():
-            metrics |= interval.metrics(prefix + name)
-        statistics = text_statistics(texts, lengths, [reason == "eos" for reason in reasons])
-        metrics |= {prefix + name: figure for name, figure in statistics.items()}
-    metrics |= bootstrap_interval([row.kl for row in predictions], seed=seed).metrics("kl")
-    metrics["kl_k3"] = fmean(row.kl_k3 for row in predictions)
-    return metrics | _reward_metrics(predictions, seed)
-
-
-def _reward_metrics(predictions: Sequence[Prediction], seed: int) -> dict[str, float]:
-    pairs = [
-        (row.reward, row.baseline_reward)
-        for row in predictions
-        if row.reward is not None and row.baseline_reward is not None
-    ]
-    if not pairs:
-        return {}
-    rewards, baseline = zip(*pairs, strict=True)
-    gains = [reward - before for reward, before in pairs]
-    return {
-        **bootstrap_interval(rewards, seed=seed).metrics("reward"),
-        **bootstrap_interval(baseline, seed=seed).metrics("baseline_reward"),
-        **bootstrap_interval(gains, seed=seed).metrics("reward_gain"),
-        **win_rate(rewards, baseline, seed=seed).metrics("win_rate"),
-    }
-
-
-def samples_markdown(predictions: Sequence[Prediction], count: int = SAMPLES) -> str:
-    """Before and after side by side, for rows spread evenly over the file: none is chosen."""
-    count = min(count, len(predictions))
-    rows = [index * len(predictions) // count for index in range(count)]
-    parts = [
-        "# Samples\n",
-        f"{count} of {len(predictions)} rows, evenly spread. Before: the untuned model; after: "
-        "the tuned one. All rows are in predictions.jsonl.\n",
-    ]
-    for index in rows:
-        parts += [f"## Row {index + 1}\n", _quote(predictions[index].input_text)]
-        parts.append(_comparison(predictions[index]))
-    return "\n".join(parts).encode("utf-8", "replace").decode()  # half characters cannot be shown
-
-
-def _comparison(row: Prediction) -> str:
-    lines = [
-        "| | before | after |",
-        "| --- | --- | --- |",
-        f"| **response** | {table_cell(row.baseline)} | {table_cell(row.prediction)} |",
-    ]
-    if row.reward is not None and row.baseline_reward is not None:
-        lines.append(f"| reward | {row.baseline_reward:.3f} | {row.reward:.3f} |")
-    before = _length(row.baseline_tokens, row.baseline_finish_reason)
-    lines.append(f"| tokens | {before} | {_length(row.tokens, row.finish_reason)} |")
-    lines.append(f"| KL, nats | | {row.kl:.2f} |")
-    lines += [f"\nReference:\n\n{_quote(reference)}".rstrip() for reference in row.references]
-    return "\n".join(lines) + "\n"
-
-
-def _length(tokens: int, reason: FinishReason) -> str:
-    return str(tokens) if reason == "eos" else f"{tokens} (cut by the limit)"
-
-
-def _escape(text: str) -> str:
-    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
-    for character in "*_`[~":  # would vanish, change what follows or fetch a picture
-        text = text.replace(character, "\\" + character)
-    return text
-
-
-def _quote(text: str) -> str:
-    return "".join(f"> {_escape(line)}  \n" for line in text.strip().splitlines() or [""])
-
-
-def table_cell(text: str) -> str:
-    """Markdown of a text that stays inside its table cell, whatever a model wrote."""
-    lines = text.strip().splitlines()
-    return "<br>".join(_escape(line).replace("|", "\\|") for line in lines) or "*(empty)*"
-
-
-_REPORTED = (
-    ("reward", "reward"),
-    ("rouge1", "ROUGE-1"),
-    ("rouge2", "ROUGE-2"),
-    ("rougeL", "ROUGE-L"),
-    ("rougeLsum", "ROUGE-Lsum"),
-    ("tokens_mean", "tokens, mean"),
-    ("tokens_p90", "tokens, 90 % quantile"),
-    ("eos_rate", "ended by itself"),
-    ("empty_rate", "empty"),
-    ("distinct_1", "distinct-1"),
-    ("distinct_2", "distinct-2"),
-    ("repetition", "repeated 3-grams"),
-)
-_COMPARED = (
-    ("win_rate", "win rate under the reward model (ties half)"),
-    ("reward_gain", "gain of reward, row by row"),
-    ("kl", "KL to the untuned model, nats per response"),
-    ("reward_model_accuracy", "accuracy of the reward model on this file's pairs"),
-    ("reward_model_longer_accuracy", "accuracy of always taking the longer candidate"),
-)
-
-
-def report_markdown(config: InferenceConfig, metrics: Mapping[str, Any]) -> str:
-    """The folder's README: the figures that matter, before and after."""
-    sampling = "greedy"
-    if config.sampling_strategy == "temperature_sampling":
-        sampling = f"sampled at temperature {config.temperature:g}, seed {config.seed}"
-    lines = [
-        "# Before and after\n",
-        f"{as_code(config.policy_path)} against {as_code(str(config.base_model))} "
-        f"on {metrics['rows']} rows, "
-        f"{sampling}. Brackets are 95 % bootstrap intervals over rows.\n",
-        "| | before | after |",
-        "| --- | --- | --- |",
-    ]
-    for name, title in _REPORTED:
-        if name in metrics:
-            before, after = _figure(metrics, f"baseline_{name}"), _figure(metrics, name)
-            lines.append(f"| {title} | {before} | {after} |")
-    lines.append("")
-    lines += [f"- {line}" for line in summary_lines(metrics)]
-    if "reward" in metrics:
-        lines.append(
-            "\nThe reward is a model's judgment, not a person's. If it rises while KL is large or "
-            "samples.md reads badly, the reward model is being exploited."
-        )
-    lines.append(
-        "\nEvery response is in predictions.jsonl, all figures in metrics.json, settings in "
-        "config.yaml."
-    )
-    return "\n".join(lines) + "\n"
-
-
-def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """The figures that compare the two models, one a line."""
-    return [f"{title}: {_figure(metrics, name)}" for name, title in _COMPARED if name in metrics]
-
-
-def _figure(metrics: Mapping[str, Any], name: str) -> str:
-    text = f"{metrics[name]:.3f}"
-    if f"{name}_low" in metrics:
-        text += f" [{metrics[f'{name}_low']:.3f}, {metrics[f'{name}_high']:.3f}]"
-    return text

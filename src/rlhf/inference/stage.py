@@ -19,16 +19,9 @@ from rlhf.files.text import write_text
 from rlhf.hardware import pick_device
 from rlhf.inference.before_and_after import Models, load_models, predict_rows
 from rlhf.inference.local_metrics import module_metrics
-from rlhf.inference.predictions import (
-    Prediction,
-    PredictionFile,
-    prediction_metrics,
-    read_predictions,
-    report_markdown,
-    samples_markdown,
-    summary_lines,
-    write_sums,
-)
+from rlhf.inference.metrics import prediction_metrics
+from rlhf.inference.predictions import Prediction, PredictionFile, read_predictions, write_sums
+from rlhf.inference.report import report_markdown, samples_markdown, summary_lines
 from rlhf.models.content import weights_fingerprint
 from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
 from rlhf.models.memory import dry_run_report
@@ -59,7 +52,7 @@ class InferenceResult:
 
     Attributes:
         output_dir: Its folder.
-        metrics: Final figures, see `predictions.prediction_metrics`; the reward model's own, on
+        metrics: Final figures, see `metrics.prediction_metrics`; the reward model's own, on
             rows with candidates, begin with `reward_model_`. Empty after a dry run.
         predictions: Path of predictions.jsonl.
         samples: Path of samples.md, before and after side by side.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf.files.output import Output
-from rlhf.inference.predictions import table_cell
+from rlhf.inference.report import table_cell
 
 SHOWN_ROWS = 8
 
