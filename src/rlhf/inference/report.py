@@ -1,4 +1,4 @@
-"""What inference writes for people: the folder's README, samples to read, lines for the terminal."""
+"""What inference writes for people: README, samples to read, lines for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
