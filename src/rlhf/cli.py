@@ -90,25 +90,29 @@ _stage(
     "infer",
     InferenceConfig,
     "run_inference",
-    "Generate with tuned and untuned model and compare them. Instruction, limits, temperature and "
-    "min_response_length that are not given are those that the policy was trained with.",
+    "Generate with the tuned and the untuned model and compare them. Instruction, limits, "
+    "temperature and min_response_length default to those of the policy's training.",
 )
-_stage("run", PipelineConfig, "run_pipeline", "Run all stages on one's own files.")
-_stage("score", ScoreConfig, "run_score", "Write the reward scores of a file's rows.")
+_stage("run", PipelineConfig, "run_pipeline", "Run all stages on your own files.")
+_stage("score", ScoreConfig, "run_score", "Add reward scores to the rows of a file.")
 
 
 @cli.command()
 @click.option(
-    "--arch", type=click.Choice(["t5", "llama"]), default="t5", show_default=True, help="Model."
+    "--arch",
+    type=click.Choice(["t5", "llama"]),
+    default="t5",
+    show_default=True,
+    help="Model family.",
 )
 @click.option(
-    "--output_dir", metavar="TEXT", help="Folder of the artifacts.  [default: runs/quickstart-ARCH]"
+    "--output_dir", metavar="TEXT", help="Folder for the results.  [default: runs/quickstart-ARCH]"
 )
 @click.option(
-    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Seed."
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Random seed."
 )
 def quickstart(arch: Literal["t5", "llama"], output_dir: str | None, seed: int) -> None:
-    """Run all stages on an embedded corpus, without network and GPU, in minutes."""
+    """Run all stages on a generated corpus in minutes, with no network or GPU."""
     from rlhf.quickstart.run import run_quickstart
 
     run_quickstart(arch=arch, output_dir=output_dir, seed=seed)
@@ -126,13 +130,13 @@ def vertex() -> None:
     metavar="FILE.json",
     help="The pipeline's parameters, such as those of Google's rlhf_pipeline; not with --config.",
 )
-@click.option("--wait", is_flag=True, help="Follow the run until it ends.")
+@click.option("--wait", is_flag=True, help="Watch the run until it ends.")
 @click.pass_context
 def vertex_submit(ctx: click.Context, /, parameters: str | None, wait: bool, **_: Any) -> int:
     """Run reward model, PPO and inference as a pipeline of custom jobs.
 
-    Takes the file of `rlhf run`; output_dir is a gs:// folder and the section `vertex` says where
-    and on what. --dry_run prints the exact request and sends nothing.
+    Takes the same file as `rlhf run`. output_dir is a gs:// folder; the section `vertex` chooses
+    region and machines. --dry_run prints the exact request and sends nothing.
     """
     _needs_vertex()
     from rlhf.vertex.submit import read_parameters, submit
@@ -149,7 +153,7 @@ def vertex_submit(ctx: click.Context, /, parameters: str | None, wait: bool, **_
 @vertex.command("compile")
 @click.argument("output", metavar="OUTPUT.yaml")
 def vertex_compile(output: str) -> None:
-    """Write the pipeline's YAML, for the console or for other tools of KFP."""
+    """Write the pipeline's YAML, for the console or other KFP tools."""
     _needs_vertex()
     from rlhf.console import say
     from rlhf.vertex.pipeline import compile_pipeline
@@ -188,7 +192,7 @@ def _installed(name: str) -> bool:
 
 @cli.group()
 def data() -> None:
-    """Check and convert files of preferences and prompts."""
+    """Check and convert preference and prompt files."""
 
 
 @data.command()
@@ -198,14 +202,14 @@ def data() -> None:
     type=click.Choice(["auto", "preference", "prompt", "demonstration"]),
     default="auto",
     show_default=True,
-    help="What every row must be; auto goes by whether a row has candidates.",
+    help="What every row must be; auto: a preference if it has candidates, else a prompt.",
 )
 @click.option(
     "--on_bad_rows",
     type=click.Choice(["error", "skip"]),
     default="error",
     show_default=True,
-    help="Whether bad rows are errors, or counted and left out.",
+    help="Whether bad rows are errors, or are counted and skipped.",
 )
 @click.option("--instruction", default="", help="Text put before every input, as in training.")
 @click.option("--base_model", help="Count lengths in this model's tokens; loads no weights.")
@@ -225,7 +229,7 @@ def data() -> None:
     help="Longest response, tokens.",
 )
 def check(files: tuple[str, ...], **options: Any) -> None:
-    """Validate files (paths, globs, gs:// addresses) and describe what is in them."""
+    """Validate files (paths, globs, gs:// addresses) and describe their contents."""
     from rlhf.reports.data_check import check_files
 
     show("\n".join(check_files(list(files), **options).lines()))
@@ -241,7 +245,7 @@ def check(files: tuple[str, ...], **options: Any) -> None:
     help="auto, rows, chosen_rejected, alpaca, tldr_comparisons or hh_rlhf.",
 )
 def convert(sources: tuple[str, ...], output: str, layout: str) -> None:
-    """Write the library's preference rows from files in another layout."""
+    """Convert preference files in another layout to the library's rows."""
     from rlhf.data.convert import convert as convert_files
 
     show("\n".join(convert_files(list(sources), output, layout).lines()))

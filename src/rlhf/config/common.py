@@ -104,7 +104,7 @@ class Schema(BaseModel):
 class LoRAConfig(Schema):
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685)."""
 
-    rank: int = option(8, "Rank of the adapters; 0 trains all weights instead.", ge=0, le=4096)
+    rank: int = option(8, "Adapter rank; 0 trains all weights instead.", ge=0, le=4096)
     alpha: float | None = option(
         None,
         "Scale: updates are multiplied by alpha / rank. Default: 2 * rank.",
@@ -112,16 +112,16 @@ class LoRAConfig(Schema):
         le=LARGEST_WEIGHT,
     )
     dropout: float = option(
-        0.0, "Dropout before the adapters, in SFT and reward model only.", ge=0, lt=1
+        0.0, "Dropout before the adapters; SFT and reward model only.", ge=0, lt=1
     )
     target_modules: list[NonEmpty] | None = option(
         None,
-        "Names of the linear modules that get an adapter, such as q_proj. "
-        "Default: all of attention and feed-forward.",
+        "Names of the linear layers that get an adapter, such as q_proj. "
+        "Default: all attention and feed-forward layers.",
         min_length=1,
     )
     where: Literal["all", "encoder", "decoder"] = option(
-        "all", "Which stack gets adapters; encoder and decoder are for T5 only."
+        "all", "Which stack gets adapters; encoder and decoder apply to T5 only."
     )
     use_rslora: bool = option(
         False, "Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)."
@@ -145,30 +145,32 @@ class StageConfig(Schema):
     )
     revision: str | None = option(None, "Branch, tag or commit of base_model on the Hub.")
     output_dir: NonEmpty = option(
-        ..., "Folder of this stage's artifacts; made if missing.", affects_result=False
+        ..., "Folder for this stage's results; created if missing.", affects_result=False
     )
-    seed: int = option(0, "Seed of everything random.", ge=0, lt=2**31)
+    seed: int = option(0, "Random seed.", ge=0, lt=2**31)
     device: Device = option(
         "auto", "auto (cuda, else cpu), cpu, cuda, cuda:N or mps.", affects_result=False
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
-        "Type of the frozen weights and of computation; what is trained is float32. "
-        "auto: bfloat16 where the hardware multiplies in it (AVX-512 BF16, AMX, ARM BF16, GPUs).",
+        "Data type of the frozen weights and of computation; trained weights stay float32. "
+        "auto: bfloat16 on hardware with native support (AVX-512 BF16, AMX, ARM BF16, GPUs).",
     )
     batch_size: int = option(
         64,
-        "Rows of a training step: demonstrations, pairs or episodes; or rows at once.",
+        "Rows per training step (demonstrations, pairs or episodes); in inference, per batch.",
         ge=1,
         le=MOST_ROWS,
     )
     attn_implementation: Literal["auto", "eager", "sdpa"] = option(
-        "auto", "Attention kernel of transformers; auto lets it choose.", affects_result=False
+        "auto",
+        "Attention implementation in transformers; auto lets it choose.",
+        affects_result=False,
     )
     prompt_sequence_length: int = option(512, "Longest prompt, tokens.", ge=1, le=MOST_TOKENS)
     target_sequence_length: int = option(64, "Longest response, tokens.", ge=1, le=MOST_TOKENS)
     truncation_side: Literal["left", "right"] = option(
-        "left", "Which end a too long input text loses; instruction and chat template stay whole."
+        "left", "Which end of an overlong input is cut; instruction and chat template stay whole."
     )
     instruction: str = option("", "Text put before every input; see docs for how.")
     on_bad_rows: Literal["error", "skip"] = option(
@@ -176,13 +178,13 @@ class StageConfig(Schema):
     )
     resume: Literal["auto", "never"] = option(
         "auto",
-        "auto continues an unfinished run in output_dir and leaves a finished one alone; "
-        "never refuses a folder that is not empty.",
+        "auto: continue an unfinished run in output_dir and leave a finished one alone; "
+        "never: refuse a folder that is not empty.",
         affects_result=False,
     )
     dry_run: bool = option(
         False,
-        "Check data, configuration and limits, print steps and memory; load no weights.",
+        "Check data, configuration and limits, and print steps and memory; load no weights.",
         affects_result=False,
     )
 
@@ -196,7 +198,7 @@ class TrainingConfig(StageConfig):
 
     micro_batch_size: int | None = option(
         None,
-        "Rows of a forward and backward pass; smaller saves memory and changes no result. "
+        "Rows per forward and backward pass; smaller saves memory without changing results. "
         "Default: batch_size, at most 16.",
         affects_result=False,
         ge=1,
@@ -204,8 +206,8 @@ class TrainingConfig(StageConfig):
     )
     max_tokens_per_micro_batch: int = option(
         4096,
-        "Tokens of a forward and backward pass, padding included; rows of like length go "
-        "together. Smaller saves memory and changes no result.",
+        "Tokens per forward and backward pass, padding included; rows of similar length are "
+        "grouped. Smaller saves memory without changing results.",
         affects_result=False,
         ge=1,
         le=2**40,
@@ -218,8 +220,8 @@ class TrainingConfig(StageConfig):
     )
     num_epochs: float | None = option(
         None,
-        "Passes over the training rows, fractions allowed. "
-        "Default without train_steps: 1, for ppo 200 steps.",
+        "Passes over the training rows; fractions allowed. "
+        "Default if train_steps is not given: 1, except 200 steps for PPO.",
         gt=0,
         le=1e6,
     )
@@ -233,21 +235,21 @@ class TrainingConfig(StageConfig):
         1.0, "Multiplies the stage's base learning rate.", gt=0, le=LARGEST_WEIGHT
     )
     lr_scheduler: Literal["linear", "cosine", "constant"] = option(
-        "linear", "How the learning rate falls after the warm-up: to 0 at the end, or not."
+        "linear", "Learning rate after the warm-up; linear and cosine end at 0."
     )
     warmup_steps: int = option(
-        0, "Training steps in which the learning rate rises from 0.", ge=0, le=MOST_STEPS
+        0, "Training steps over which the learning rate rises from 0.", ge=0, le=MOST_STEPS
     )
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay.", ge=0, le=100)
     max_grad_norm: float = option(
-        1.0, "Gradients of each group of weights are clipped to this norm.", gt=0, le=1e12
+        1.0, "Gradient norm to which each group of weights is clipped.", gt=0, le=1e12
     )
     lora: LoRAConfig = Field(default_factory=LoRAConfig, description="Low-rank adapters.")
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass to save memory.", affects_result=False
     )
     log_every: int = option(
-        1, "Training steps between logged lines.", ge=1, le=MOST_STEPS, affects_result=False
+        1, "Training steps between log lines.", ge=1, le=MOST_STEPS, affects_result=False
     )
     log_with: list[str] = option(
         ["tensorboard"],
@@ -256,8 +258,8 @@ class TrainingConfig(StageConfig):
     )
     tensorboard_dir: NonEmpty | None = option(
         None,
-        "Folder that gets the TensorBoard files too, local or gs://. "
-        "Default: only output_dir/tensorboard.",
+        "Second folder for the TensorBoard files, local or gs://. "
+        "Default: output_dir/tensorboard only.",
         affects_result=False,
     )
     eval_every: int | None = option(
@@ -274,7 +276,11 @@ class TrainingConfig(StageConfig):
         affects_result=False,
     )
     save_total_limit: int = option(
-        2, "Checkpoints kept besides the best one.", ge=1, le=MOST_STEPS, affects_result=False
+        2,
+        "Checkpoints to keep in addition to the best one.",
+        ge=1,
+        le=MOST_STEPS,
+        affects_result=False,
     )
 
     @field_validator("log_with", mode="before")

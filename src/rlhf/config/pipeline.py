@@ -30,7 +30,7 @@ _ANYTHING = "given"  # stands for required fields while a section is looked at a
 def _section(stage: str) -> Any:
     return Field(
         default_factory=dict,
-        description=f"Fields of {STAGE_CLASSES[stage].__name__} that differ for this stage.",
+        description=f"Fields of {STAGE_CLASSES[stage].__name__} that this stage overrides.",
         json_schema_extra={"affects_result": True},
     )
 
@@ -58,7 +58,7 @@ class PipelineConfig(TrainingConfig):
     inference: dict[str, Any] = _section("inference")
     vertex: VertexConfig = Field(
         default_factory=VertexConfig,
-        description="Where the stages run with `rlhf vertex submit`; ignored by `rlhf run`.",
+        description="Where `rlhf vertex submit` runs the stages; ignored by `rlhf run`.",
     )
 
     @field_validator(*STAGE_CLASSES)

@@ -22,10 +22,11 @@ _PATHS = "JSON Lines: a path, a glob, a gs:// address, or a list of these"
 def _compile_decode() -> Any:
     return option(
         False,
-        "Decode with one compiled step (torch.compile; on a GPU a CUDA graph) instead of layer by "
-        "layer: a minute to compile, then fewer launches. Needs Triton on a GPU, a C++ compiler on "
-        "a CPU. Batches and prompts are padded to their limits, finished rows stay, the cache is "
-        "never freed, and rounding differs: in bfloat16 other samples of the same distribution.",
+        "Decode with one compiled step (torch.compile; a CUDA graph on a GPU) instead of layer by "
+        "layer: about a minute to compile, then fewer kernel launches. Needs Triton on a GPU, "
+        "a C++ compiler on a CPU. Batches and prompts are padded to their limits, finished rows "
+        "stay in the batch, and the cache is never freed. Rounding differs, so bfloat16 draws "
+        "other samples from the same distribution.",
     )
 
 
@@ -36,7 +37,7 @@ class SFTConfig(TrainingConfig):
 
     dataset: Paths = option(..., f"Rows with a prompt and output_text. {_PATHS}.")
     eval_dataset: Paths | None = option(
-        None, "Demonstrations for the loss during training. Default: none."
+        None, "Demonstrations on which the loss is evaluated during training. Default: none."
     )
 
 
@@ -53,18 +54,19 @@ class RewardModelConfig(TrainingConfig):
     )
     centering_coeff: float = option(
         0.0,
-        "Weight of the penalty (r_chosen + r_rejected)^2, which keeps scores near 0 "
+        "Weight of a penalty on (r_chosen + r_rejected)^2, which keeps scores near 0 "
         "(Eisenstein et al. 2023, arXiv 2312.09244).",
         ge=0,
         le=LARGEST_WEIGHT,
     )
     normalization: Literal["mean", "mean_std", "none"] = option(
         "mean",
-        "What is made 0 (mean) and 1 (std) on reference responses after training.",
+        "After training, shift scores to mean 0 over the reference responses (mean), and also "
+        "scale them to standard deviation 1 (mean_std).",
     )
     normalization_dataset: Paths | None = option(
         None,
-        "Demonstrations (rows with output_text) that are the reference responses. "
+        "Demonstrations (rows with output_text) to use as reference responses. "
         f"Default: the candidates of the training rows. {_PATHS}.",
     )
 
@@ -77,12 +79,12 @@ class PPOConfig(TrainingConfig):
 
     prompt_dataset: Paths = option(..., f"Rows with prompts. {_PATHS}.")
     eval_dataset: Paths | None = option(
-        None, "Rows with prompts for the evaluation during training. Default: none."
+        None, "Rows with prompts for evaluation during training. Default: none."
     )
     reward_model_path: NonEmpty | None = option(
         None,
-        "Folder of `rlhf reward-model`, or any Hugging Face sequence classifier with one label; "
-        "not needed with reward_fn.",
+        "Folder written by `rlhf reward-model`, or any Hugging Face sequence classifier with one "
+        "label; not needed with reward_fn.",
     )
     kl_coeff: float = option(
         0.1,
@@ -92,20 +94,21 @@ class PPOConfig(TrainingConfig):
     )
     kl_target: float | None = option(
         None,
-        "Nats per response that kl_coeff is adapted to (Ziegler et al. 2019). Default: fixed.",
+        "KL to aim for by adapting kl_coeff, nats per response (Ziegler et al. 2019). "
+        "Default: kl_coeff is fixed.",
         gt=0,
         le=LARGEST_WEIGHT,
     )
     kl_horizon: int = option(
         10_000,
-        "Episodes over which the adaptive kl_coeff reacts; used with kl_target.",
+        "Time scale of the adaptive kl_coeff, episodes; used with kl_target.",
         ge=1,
         le=10**12,
     )
     target_kl: float | None = option(
         None,
-        "Mean KL per token to the rollout policy, nats; the epochs of a step end early "
-        "at 1.5 times this. Default: never.",
+        "End a step's epochs early when the mean KL to the rollout policy exceeds 1.5 times this, "
+        "nats per token. Default: never.",
         gt=0,
         le=LARGEST_WEIGHT,
     )
@@ -115,7 +118,7 @@ class PPOConfig(TrainingConfig):
     )
     rollout_batch_size: int | None = option(
         None,
-        "Responses generated at once; smaller saves memory and changes no sample. "
+        "Responses generated at once; smaller saves memory without changing samples. "
         "Default: batch_size.",
         affects_result=False,
         ge=1,
@@ -123,20 +126,25 @@ class PPOConfig(TrainingConfig):
     )
     compile_decode: bool = _compile_decode()
     temperature: float = option(
-        1.0, "Divides the logits in rollout, policy, reference and update alike.", ge=1e-3, le=1e3
+        1.0,
+        "Divides the logits in the rollout, the reference and the update alike.",
+        ge=1e-3,
+        le=1e3,
     )
     gamma: float = option(1.0, "Discount per token.", gt=0, le=1)
     gae_lambda: float = option(
         0.95, "Lambda of generalized advantage estimation (Schulman et al. 2015).", ge=0, le=1
     )
-    clip_range: float = option(0.2, "Clip of the probability ratio.", gt=0, le=LARGEST_WEIGHT)
-    value_clip_range: float = option(0.2, "Clip of the change of a value.", gt=0, le=LARGEST_WEIGHT)
+    clip_range: float = option(0.2, "Clip range of the probability ratio.", gt=0, le=LARGEST_WEIGHT)
+    value_clip_range: float = option(
+        0.2, "Clip range of the change in a value.", gt=0, le=LARGEST_WEIGHT
+    )
     vf_coef: float = option(0.1, "Weight of the value loss.", ge=0, le=LARGEST_WEIGHT)
     entropy_coef: float = option(0.0, "Weight of the entropy bonus.", ge=0, le=LARGEST_WEIGHT)
     critic: Literal["adapter", "head"] = option(
         "adapter",
-        "adapter: the values have an adapter of their own (under full fine-tuning a model), "
-        "started from the reward model; head: a head on the policy's trunk.",
+        "adapter: the critic has its own adapter (its own model under full fine-tuning), started "
+        "from the reward model; head: a value head on the policy's trunk.",
     )
     critic_learning_rate: float | None = option(
         None,
@@ -144,7 +152,9 @@ class PPOConfig(TrainingConfig):
         ge=SMALLEST_RATE,
         le=1,
     )
-    whiten_rewards: bool = option(False, "Scale token rewards to unit variance, without shift.")
+    whiten_rewards: bool = option(
+        False, "Scale token rewards to unit variance without shifting them."
+    )
     missing_eos_penalty: float | None = option(
         None,
         "Subtracted from the score of a response without EOS. Default: none.",
@@ -159,7 +169,7 @@ class PPOConfig(TrainingConfig):
     )
     min_response_length: int = option(
         0,
-        "Tokens before which EOS cannot be sampled, in rollout and update alike.",
+        "EOS cannot be sampled before this many tokens, in rollout and update alike.",
         ge=0,
         le=MOST_TOKENS,
     )
@@ -211,9 +221,11 @@ class InferenceConfig(StageConfig):
     """Generation with the tuned and the untuned model, and its evaluation."""
 
     base_model: NonEmpty | None = option(
-        None, "The untuned model. Default: the one that the policy's adapter records."
+        None, "The untuned model. Default: the one recorded in the policy's adapter."
     )
-    policy_path: NonEmpty = option(..., "Folder of `rlhf ppo` or `rlhf sft`, adapter/ or merged/.")
+    policy_path: NonEmpty = option(
+        ..., "Folder written by `rlhf ppo` or `rlhf sft`, or the adapter/ or merged/ inside it."
+    )
     eval_dataset: Paths = option(..., f"Rows with prompts, with or without references. {_PATHS}.")
     reward_model_path: NonEmpty | None = option(
         None, "Reward model that scores both models' responses. Default: no scores."
@@ -226,13 +238,13 @@ class InferenceConfig(StageConfig):
     )
     min_response_length: int = option(
         0,
-        "Tokens before which EOS cannot be generated, as in the policy's training.",
+        "EOS cannot be generated before this many tokens. Default: as in the policy's training.",
         ge=0,
         le=MOST_TOKENS,
     )
     compile_decode: bool = _compile_decode()
     extra_metrics: list[NonEmpty] = option(
-        [], "Folders of locally installed `evaluate` modules to compute as well."
+        [], "Folders of local `evaluate` modules to compute as well."
     )
 
 
@@ -240,7 +252,9 @@ class ScoreConfig(Schema):
     """Reward scores for the rows of a file."""
 
     reward_model_path: NonEmpty = option(
-        ..., "Folder of `rlhf reward-model`, or a Hugging Face sequence classifier with one label."
+        ...,
+        "Folder written by `rlhf reward-model`, or a Hugging Face sequence classifier with one "
+        "label.",
     )
     dataset: Paths = option(
         ...,
@@ -260,7 +274,8 @@ class ScoreConfig(Schema):
         "auto", "auto (cuda, else cpu), cpu, cuda, cuda:N or mps.", affects_result=False
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "Type of weights and computation; auto: bfloat16 where it is native."
+        "auto",
+        "Data type of weights and computation; auto: bfloat16 on hardware with native support.",
     )
     on_bad_rows: Literal["error", "skip"] = option(
         "error", "What to do with rows that cannot be read."

@@ -125,8 +125,9 @@ class VertexConfig(Schema):
     )
     check_inputs: Literal["here", "job"] = cloud(
         "here",
-        "Where rows, base models and bucket are looked at before a run: here, by whoever submits, "
-        "and again by the validation job; or by that job alone, which alone needs access then.",
+        "Where rows, base models and the bucket are checked before a run. here: on the submitting "
+        "machine, and again in the validation job. job: in the validation job only, so the "
+        "submitter needs no access to them.",
     )
     deploy_model: bool = cloud(
         False, "Only warns: an endpoint costs money until deleted. The docs have the command."
