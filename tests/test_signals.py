@@ -276,7 +276,7 @@ def test_a_signal_outside_the_loops_ends_the_command_at_once(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("rlhf: stopped by a signal")
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert not list(tmp_path.glob(".*.partial"))
     if name != "run":  # which takes its time
         assert main(arguments) == 0
 

@@ -18,7 +18,8 @@ from rlhf.data.schema import PromptText, RowChecker
 from rlhf.errors import InputError
 from rlhf.evaluation import bootstrap_interval, evaluate_preferences
 from rlhf.files.local_copy import local_folder
-from rlhf.files.storage import is_remote, locate, open_store, whole_file
+from rlhf.files.storage import is_remote, locate, open_store
+from rlhf.files.text import whole_file
 from rlhf.hardware import pick_device
 from rlhf.inference.predictions import json_line
 from rlhf.models.reward_model import (

@@ -23,6 +23,7 @@ from rlhf.files import owners, run_folder
 from rlhf.files.output import RUN_FILE, Output
 from rlhf.files.owners import Process, remove_abandoned, temporary_folder, temporary_name
 from rlhf.files.run_folder import Status, prepare_output
+from rlhf.files.text import whole_file, write_text
 from rlhf.training import checkpoints
 from rlhf.training import trainer as training
 from rlhf.training.checkpoints import BEST, Best, load_best, restore_best, save_best
@@ -134,7 +135,41 @@ def test_in_a_store_the_owner_is_told_before_anything_else(
 # What a kill leaves
 
 
-def test_checkpoints_of_a_finished_run_go_with_the_next_call(tmp_path: Path) -> None:
+def left_by(monkeypatch: pytest.MonkeyPatch, process: Process, prefix: str) -> str:
+    with monkeypatch.context() as patch:
+        patch.setattr(Process, "this", lambda: process)
+        return temporary_name(prefix)
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = dead_process()
+    for name in ("notes.txt", "other.txt"):
+        (tmp_path / left_by(monkeypatch, dead, f".{name}")).write_text("hal")
+    write_text(tmp_path / "notes.txt", (f"{word} " for word in ("all", "of", "it")))
+    names = [path.name for path in tmp_path.iterdir()]
+    assert not [name for name in names if name.startswith(".notes.txt")]
+    with whole_file(str(tmp_path / "other.txt"), "output") as file:
+        file.write(b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "other.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "all of it "
+
+
+def test_what_fails_half_way_leaves_the_old_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(ZeroDivisionError):
+        write_text(tmp_path / "a.txt", (str(1 // n) for n in (1, 0)))
+    pieces = (b"half" * (1_000_000 // n) for n in (1, 0))
+    with pytest.raises(ZeroDivisionError), whole_file(str(tmp_path / "a.txt"), "output") as file:
+        file.writelines(pieces)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+def test_checkpoints_of_a_finished_run_go_with_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = stopped(tmp_path / "run", 5)
     saved = tmp_path / "saved"
     shutil.copytree(tmp_path / "run" / "checkpoints", saved)
@@ -142,7 +177,15 @@ def test_checkpoints_of_a_finished_run_go_with_the_next_call(tmp_path: Path) -> 
     for name in (".step-000008", ".step-000009/x"):
         (saved / name).mkdir(parents=True)
     shutil.copytree(saved, tmp_path / "run" / "checkpoints")
-    (tmp_path / "run" / ".metrics.json.tmp").write_text("{")
+    for name in (".metrics.json.tmp", left_by(monkeypatch, dead_process(), ".config.yaml")):
+        (tmp_path / "run" / name).write_text("{")
+    mine = temporary_name(".scores.jsonl")
+    elsewhere = mine.replace(Process.this().machine, "0123abcd")
+    for name in (mine, elsewhere):
+        (tmp_path / "run" / name).write_text("being written")
+    old = tmp_path / "run" / elsewhere.replace("scores", "older")
+    old.write_text("{")
+    os.utime(old, (0, 0))
     (tmp_path / "run" / "best" / ".tmpAb12x_").write_text("safetensors leaves this")
     for name in (".rlhf.lock", ".lease.json"):
         (tmp_path / "run" / name).write_text("")
@@ -151,7 +194,7 @@ def test_checkpoints_of_a_finished_run_go_with_the_next_call(tmp_path: Path) -> 
     assert LastTrainer(config).train() == metrics
     assert not (tmp_path / "run" / "checkpoints").exists()
     hidden = [path.name for path in (tmp_path / "run").rglob(".*")]
-    assert hidden == [".env"]
+    assert sorted(hidden) == sorted([".env", mine, elsewhere])
     assert (tmp_path / "run" / "metrics.json").read_bytes() == before
 
 
@@ -191,9 +234,7 @@ def test_temporary_folders_of_dead_processes_go_and_those_of_the_living_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dead = dead_process()
-    with monkeypatch.context() as patch:
-        patch.setattr(Process, "this", lambda: dead)
-        names = [temporary_name("rlhf-data") for _ in range(2)]
+    names = [left_by(monkeypatch, dead, "rlhf-data") for _ in range(2)]
     (tmp_path / names[0]).mkdir()
     (tmp_path / names[0] / "rows.arrow").write_text("")
     (tmp_path / names[1]).write_text("")
@@ -391,7 +432,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     assert len(said) == 1
     assert "No space left on device" in said[0]
     assert "Traceback" not in said[0]
-    assert not [*(tmp_path / "run").rglob(".*.tmp")]
+    assert not [*(tmp_path / "run").rglob(".*.partial")]
     assert not [*(tmp_path / "run").rglob(".step-*")]
     LastTrainer(config).train()
     same_as_whole(tmp_path / "run", tmp_path / "whole")

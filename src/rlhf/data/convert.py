@@ -36,7 +36,7 @@ from rlhf.data.turns import (
     split_answers,
 )
 from rlhf.errors import InputError
-from rlhf.files.storage import whole_file
+from rlhf.files.text import whole_file
 
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _AUTHORS = {"Human": "user", "Assistant": "assistant"}

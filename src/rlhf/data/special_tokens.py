@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.files.text import write_text
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -49,7 +51,7 @@ def save_tokenizer(
     config = {name: value for name, value in config.items() if name not in _FLAGS}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     text = json.dumps(config, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
 
 
 def _template(

@@ -6,8 +6,11 @@ import os
 import re
 import shutil
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
+
+from rlhf.files.owners import owner_of
 
 # Errors of the disk rather than of the program.
 DISK_ERRORS = {
@@ -19,8 +22,10 @@ DISK_ERRORS = {
     errno.EPERM,
     errno.EIO,
 }
-# Files under way: our own, and those of safetensors 0.8, which writes `.tmpXXXXXX` and renames it.
-_UNDER_WAY = re.compile(r"\..+\.tmp|\.tmp\w{6}")
+# What safetensors 0.8 writes, to rename it, and what earlier versions of ours did.
+_UNDER_WAY = re.compile(r"\.tmp\w{6}|\..+\.tmp")
+# Of a process on another machine, which may still live: files that nobody wrote for so long.
+_SECONDS_UNTOUCHED = 24 * 3600
 _PRIVATE = 0o600
 _umask_lock = threading.Lock()
 
@@ -42,7 +47,7 @@ def settle(path: Path) -> None:
             settle(child)
         _sync(path)
     elif path.is_file():
-        if path.suffix in (".safetensors", ".tmp") and path.stat().st_mode & 0o777 == _PRIVATE:
+        if path.suffix in (".safetensors", ".partial") and path.stat().st_mode & 0o777 == _PRIVATE:
             path.chmod(0o666 & ~umask())
         _sync(path)
 
@@ -69,10 +74,23 @@ def rename(source: Path, target: Path) -> None:
 def remove_unfinished(folder: Path) -> None:
     """Remove files and hidden checkpoint folders that a killed process was still writing."""
     for path in [*folder.rglob(".*")]:
-        if _UNDER_WAY.fullmatch(path.name) and path.is_file():
+        if _is_unfinished(path):
             path.unlink(missing_ok=True)
         elif path.name.startswith(".step-"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Return whether this is a file that nobody is still writing and nobody will rename."""
+    if not path.is_file():
+        return False
+    owner = owner_of(path.name)
+    if owner is None:
+        return bool(_UNDER_WAY.fullmatch(path.name))
+    lives = owner.lives()
+    if lives is None:
+        return time.time() - path.stat().st_mtime > _SECONDS_UNTOUCHED
+    return not lives
 
 
 def disk_problem(error: BaseException | None) -> str | None:

@@ -282,7 +282,7 @@ class _Remote:
 
 
 def _reachable(folder: str) -> tuple[Any, str]:
-    """The store behind a folder: of a mounted bucket the bucket itself, where it can be reached."""
+    """Return a folder's store: of a mounted bucket the bucket itself, where it can be reached."""
     filesystem, root = open_store(as_url(folder))
     if locate(folder) != as_url(folder):
         try:

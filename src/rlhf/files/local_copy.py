@@ -17,7 +17,7 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", 
 
 
 def local_folder(path: str, *, weights: bool = True) -> Path:
-    """The local folder that has what is under a path; what is remote is copied, once per content.
+    """Return a local folder with what is under a path; remote content is copied once.
 
     The copies lie in `$RLHF_CACHE` or ~/.cache/rlhf; a changed object (size or checksum) makes a
     new one.
@@ -62,7 +62,7 @@ def local_folder(path: str, *, weights: bool = True) -> Path:
 
 
 def recorded_base(name: str, where: str) -> str:
-    """The base that a file names, which may come from anybody, if it may be looked for there.
+    """Return the base that a file from anybody names, if it may be looked for there.
 
     A folder, a Hub id and gs:// are; other addresses only if the user writes them.
 
@@ -82,12 +82,12 @@ def recorded_base(name: str, where: str) -> str:
 
 
 def _inside(name: str, root: str) -> str:
-    """The path below `root`, as the store writes it."""
+    """Return the path below `root`, as the store writes it."""
     return name.removeprefix(root.rstrip("/")).removeprefix("/")
 
 
 def _download(filesystem: Any, root: str, names: Sequence[str], target: Path) -> None:
-    """Copies files to a folder that appears when it is whole, whoever else is at it."""
+    """Copy files to a folder that appears when it is whole, whoever else is at it."""
     partial = temporary_folder(target.name, target.parent)
     try:
         for name in names:

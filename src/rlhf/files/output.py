@@ -30,12 +30,12 @@ IGNORED = (".*", "*.log", "failure.json")
 
 
 def needs_publishing(folder: str) -> bool:
-    """True for a folder that must be published rather than written in place."""
+    """Return whether a folder must be published rather than written in place."""
     return "://" in folder or folder.startswith(f"{storage.MOUNT}/")
 
 
 def path_in(folder: str, *names: str) -> str:
-    """Path of something in a local or remote folder."""
+    """Return the path of something in a local or remote folder."""
     return "/".join([folder.rstrip("/"), *names])
 
 
@@ -69,7 +69,7 @@ class Output:
         self._copies.append(self._store)
 
     def names(self) -> list[str]:
-        """Relative paths of all files that are there, ignored ones left out."""
+        """Return the relative paths of all files that are there, ignored ones left out."""
         if self.remote:
             files = self._store.names()
         else:
@@ -81,14 +81,14 @@ class Output:
         return sorted(name for name in files if not _ignored(name))
 
     def refetch(self, *names: str) -> None:
-        """Copies remote files into the working copy as they are now."""
+        """Copy remote files into the working copy as they are now."""
         if self.remote:
             for name in names:
                 self._store.forget(name)
             self.fetch(*names)
 
     def fetch(self, *patterns: str) -> None:
-        """Copies remote files whose relative path matches a pattern into the working copy."""
+        """Copy remote files whose relative path matches a pattern into the working copy."""
         if not self.remote:
             return
         for name in self._store.names():
@@ -96,7 +96,7 @@ class Output:
                 self._store.fetch(name)
 
     def also_publish(self, part: str, folder: str) -> None:
-        """Has `publish` send a part of this folder, such as "tensorboard", to another folder too.
+        """Make `publish` send a part of this folder, such as "tensorboard", to another folder too.
 
         Raises:
             InputError: If that folder's file system is unknown or its package is not installed.
@@ -106,7 +106,7 @@ class Output:
             self._copies.append(_Copy(source, folder, f"{part}_dir"))
 
     def remove(self, *patterns: str) -> None:
-        """Removes files whose relative path matches a pattern, here and in the store.
+        """Remove files whose relative path matches a pattern, here and in the store.
 
         What cannot be removed stays: nothing depends on it.
         """
@@ -123,7 +123,7 @@ class Output:
                     folder.rmdir()
 
     def publish(self) -> None:
-        """Uploads what changed since the last call and removes remotely what is gone locally.
+        """Upload what changed since the last call and remove remotely what is gone locally.
 
         run.json, which tells whose the files are, goes first, what vouches for files (manifests,
         checksums) after them and the final metrics last, so that what looks complete is complete.
@@ -157,7 +157,7 @@ class _Copy:
         self._root = root.rstrip("/")
 
     def names(self) -> list[str]:
-        """Relative paths of the files that are there."""
+        """Return the relative paths of the files that are there."""
         try:
             found = find_files(self._filesystem, self._root)
         # Every file system raises its own kinds of errors; all mean the same to the user.
@@ -166,7 +166,7 @@ class _Copy:
         return [str(PurePosixPath(name).relative_to(self._root)) for name in found]
 
     def fetch(self, name: str) -> None:
-        """Brings a file here, unless there is one of its name already."""
+        """Bring a file here, unless there is one of its name already."""
         inner_names([name], f"{self.field}: {self.folder}")
         target = self.source / name
         if target.exists():
@@ -177,7 +177,7 @@ class _Copy:
         self._sent[name] = _signature(target)
 
     def send(self) -> None:
-        """Uploads what changed since the last call, removes there what has gone here since."""
+        """Upload what changed since the last call, remove there what has gone here since."""
         present = {
             path.relative_to(self.source).as_posix(): path
             for path in self.source.rglob("*")
@@ -197,13 +197,13 @@ class _Copy:
             del self._sent[name]
 
     def remove(self, name: str) -> None:
-        """Removes a file there, if it can be."""
+        """Remove a file there, if it can be."""
         with suppress(Exception):  # each store raises its own kinds
             self._filesystem.rm_file(f"{self._root}/{name}")
         self._sent.pop(name, None)
 
     def forget(self, name: str) -> None:
-        """Drops the local copy of a file, so that `fetch` brings it as it is there now."""
+        """Drop the local copy of a file, so that `fetch` brings it as it is there now."""
         (self.source / name).unlink(missing_ok=True)
         self._sent.pop(name, None)
 

@@ -54,6 +54,12 @@ def temporary_name(prefix: str) -> str:
     return f"{prefix}-{me.machine}-{me.pid}-{me.started}-{secrets.token_hex(4)}.partial"
 
 
+def owner_of(name: str) -> Process | None:
+    """Return the process that a name from `temporary_name` tells; None for any other name."""
+    found = _NAME.fullmatch(name)
+    return found and Process("", found["machine"], int(found["pid"]), int(found["started"]))
+
+
 def temporary_folder(kind: str, parent: Path | None = None) -> Path:
     """Make a folder of this process, and remove those that killed processes left beside it.
 
@@ -77,10 +83,8 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
     """
     with contextlib.suppress(OSError):
         for path in parent.iterdir():
-            found = _NAME.fullmatch(path.name)
-            if not path.name.startswith(prefix) or not found or found["machine"] != _machine():
-                continue
-            if _started(int(found["pid"])) == int(found["started"]):
+            owner = owner_of(path.name) if path.name.startswith(prefix) else None
+            if owner is None or owner.lives() is not False:
                 continue
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -55,7 +55,7 @@ class Run:
 
     @contextmanager
     def held(self, *, look: bool = True) -> Iterator[None]:
-        """Holds the folder's lease for the time of a block, unless this run does so already.
+        """Hold the folder's lease for the time of a block, unless this run does so already.
 
         Args:
             look: Whether to look again at what the folder holds, now that nobody else writes.
@@ -76,7 +76,7 @@ class Run:
                 self.lease, self.output.guard = None, None
 
     def look(self) -> None:
-        """Finds out what the folder holds; writes nothing there.
+        """Find out what the folder holds, without writing there.
 
         Raises:
             InputError: See `prepare_output`.
@@ -108,14 +108,14 @@ class Run:
         self.status = Status.FINISHED if finished else Status.CONTINUE if begun else Status.FRESH
 
     def start(self) -> None:
-        """Writes what the run is made of, whose it is before all else."""
+        """Write what the run is made of, whose it is before all else."""
         remove_unfinished(self.output.path)
         write_text(self.output.path / RUN_FILE, to_json(self.identity))
         write_text(self.output.path / CONFIG_FILE, self.config_text)
         self.output.publish()
 
     def finish(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes metrics.json, the mark of a finished run, after everything else is in place."""
+        """Write metrics.json, the mark of a finished run, after everything else is in place."""
         result = {**metrics, "finished": True}
         if not self.output.remote:
             settle(self.output.path)
@@ -125,7 +125,7 @@ class Run:
         return result
 
     def conclude(self) -> dict[str, Any]:
-        """Removes what a kill left behind in a finished run's folder.
+        """Remove what a kill left behind in a finished run's folder.
 
         Returns:
             The final metrics.
@@ -139,13 +139,13 @@ class Run:
         return read_json(self.output.path / RESULT_FILE) or {}
 
     def file(self, *names: str) -> str:
-        """Where the user finds something of this run."""
+        """Return where the user finds something of this run."""
         return path_in(self.output.folder, *names)
 
     def _recorded_identity(self, names: Sequence[str]) -> Mapping[str, Any] | None:
-        """What the run there is made of, by run.json or, where that is damaged, by what it saved.
+        """Return what the run there is made of, by run.json or else by what it saved.
 
-        Checkpoints and inference's checksums say it too.
+        Where run.json is damaged, checkpoints and inference's checksums say it too.
         """
         states = [name for name in names if fnmatch(name, "checkpoints/step-*/state.json")]
         for name in (RUN_FILE, *sorted(states, reverse=True), PARTIAL_SUMS):
@@ -155,7 +155,7 @@ class Run:
         return None
 
     def _only_config(self, names: Sequence[str]) -> bool:
-        """True if all there is is the configuration that this run would write."""
+        """Return whether all there is, is the configuration that this run would write."""
         if list(names) != [CONFIG_FILE]:
             return False
         self.output.fetch(CONFIG_FILE)
@@ -164,7 +164,7 @@ class Run:
 
 
 def _identity_in(path: Path) -> Mapping[str, Any] | None:
-    """A run's identity from run.json, a checkpoint's state, or the first of several JSON lines."""
+    """Return a run's identity from run.json, a checkpoint's state, or the first JSON line."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -185,7 +185,7 @@ def prepare_output(
     stage: str,
     saved: Sequence[str] = ("checkpoints/step-*/manifest.json",),
 ) -> Run:
-    """Decides what to do with `output_dir`; writes nothing.
+    """Decide what to do with `output_dir`, without writing there.
 
     The same result-affecting fields and data continue, or repeat the answer. Others are refused,
     unless the earlier attempt failed before it had saved anything.
@@ -213,7 +213,7 @@ def prepare_output(
 
 
 def _check_writable(path: Path) -> None:
-    """Refuses a folder that is none, or in which nothing can be written."""
+    """Refuse a folder that is none, or in which nothing can be written."""
     if path.is_file():
         raise InputError(f"output_dir: {path} is a file; expected a folder")
     existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
@@ -255,11 +255,11 @@ def _refuse_changes(
 
 
 def _is_moved(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """True for the address of something that is the same at its new place."""
+    """Return whether an address is of something that is the same at its new place."""
     content = f"{'base_model' if name == 'revision' else name} (content)"
     return bool(old.get(content)) and old.get(content) == new.get(content)
 
 
 def _addresses(value: Any) -> str:
-    """The value as JSON, with one way to write what is in a bucket."""
+    """Return the value as JSON, with one way to write what is in a bucket."""
     return json.dumps(value).replace(f'"{storage.MOUNT}/', '"gs://')

@@ -9,12 +9,10 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 from rlhf.errors import InputError, StoppedBySignal, StorageError
-from rlhf.files.disk import rename
-from rlhf.files.owners import remove_abandoned, temporary, temporary_name
 
 # Where Vertex mounts all buckets that a job may read.
 MOUNT = "/gcs"
@@ -23,7 +21,7 @@ SECONDS_TO_CONNECT, SECONDS_OF_SILENCE, SECONDS_A_REQUEST = 30, 60, 1800
 
 
 def locate(path: str) -> str:
-    """The path under which something is found from here.
+    """Return the path under which something is found from here.
 
     `/gcs/bucket/x`, as Vertex writes addresses, is `gs://bucket/x` where that bucket is not
     mounted; every other path is what it was.
@@ -35,17 +33,17 @@ def locate(path: str) -> str:
 
 
 def as_url(path: str) -> str:
-    """`gs://bucket/x` for `/gcs/bucket/x`, mounted or not; every other path is what it was."""
+    """Return `gs://bucket/x` for `/gcs/bucket/x`, mounted or not, and any other path as it is."""
     return f"gs://{path.removeprefix(f'{MOUNT}/')}" if path.startswith(f"{MOUNT}/") else path
 
 
 def is_remote(path: str) -> bool:
-    """True for what is not read and written as a local file: gs://bucket/rows.jsonl."""
+    """Return whether a path is not read and written as a local file: gs://bucket/rows.jsonl."""
     return "://" in locate(path)
 
 
 def exists(path: str) -> bool:
-    """True if there is a file or a folder with something in it.
+    """Return whether there is a file or a folder with something in it.
 
     Raises:
         StorageError: If the store cannot tell.
@@ -61,7 +59,7 @@ def exists(path: str) -> bool:
 
 
 def open_store(path: str, **options: Any) -> tuple[Any, str]:
-    """The file system of an address, and the address as that file system writes it.
+    """Return the file system of an address, and the address as that file system writes it.
 
     Args:
         path: An fsspec URL, or a path.
@@ -92,7 +90,7 @@ def open_store(path: str, **options: Any) -> tuple[Any, str]:
 
 
 def upload(filesystem: Any, local: str, remote: str) -> None:
-    """Writes a local file to a store, as a whole and, where the store can tell, checked."""
+    """Write a local file to a store, as a whole and, where the store can tell, checked."""
     if "gs" in filesystem.protocol:
         # An object needs no folder, and gcsfs would ask for the bucket, which takes a permission
         # that writing does not.
@@ -100,51 +98,6 @@ def upload(filesystem: Any, local: str, remote: str) -> None:
     else:
         filesystem.makedirs(str(PurePosixPath(remote).parent), exist_ok=True)
         filesystem.put_file(local, remote)
-
-
-@contextmanager
-def whole_file(path: str, field: str) -> Iterator[IO[bytes]]:
-    """A file to write that appears under its name only when it is complete.
-
-    What a killed process left of it is removed by the next one that writes it.
-
-    Args:
-        path: Where to, local or in a store.
-        field: Configuration field that names it, for messages.
-
-    Raises:
-        InputError: It cannot be made there.
-        StorageError: The store failed.
-    """
-    if is_remote(path):
-        try:
-            filesystem, root = open_store(path)
-        except (ImportError, ValueError) as error:
-            raise InputError(f"{field}: {path} cannot be written: {error}") from error
-        with temporary("upload") as folder:
-            with (folder / "rows").open("wb") as file:
-                yield file
-            with storage_errors(f"{field}: {path} cannot be written"):
-                upload(filesystem, str(folder / "rows"), root)
-        return
-    target = Path(path)
-    partial = target.with_name(temporary_name(f".{target.name}"))
-    try:
-        if target.is_dir():
-            raise InputError(f"{field}: {path} is a folder, expected a file")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(target.parent, f".{target.name}-")
-        file = partial.open("wb")
-    except OSError as error:
-        raise InputError(f"{field}: {path} cannot be written: {reason(error)}") from error
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        rename(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class _Readable(io.RawIOBase):
@@ -169,7 +122,7 @@ class _Readable(io.RawIOBase):
 
 
 def open_stored(filesystem: Any, root: str) -> IO[bytes]:
-    """Opens a file in a store for reading; its errors are StorageErrors.
+    """Open a file in a store for reading; its errors are StorageErrors.
 
     The buffer has what fsspec 2026.9's own files lack: lines up to a length.
     """
@@ -178,7 +131,7 @@ def open_stored(filesystem: Any, root: str) -> IO[bytes]:
 
 
 def find_files(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
-    """Details of all files below a folder, by their paths in the store."""
+    """Return details of all files below a folder, by their paths in the store."""
     # File systems and their listings are kept for the life of the process; others write too.
     filesystem.invalidate_cache()
     found = filesystem.find(root, detail=True)
@@ -192,7 +145,7 @@ def find_files(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def storage_errors(what: str, hint: str = "") -> Iterator[None]:
-    """Gives the errors of a store, each of which raises its own kinds, one kind and a meaning.
+    """Give the errors of a store, each of which raises its own kinds, one kind and a meaning.
 
     Args:
         what: What went wrong if something does: "output_dir: cannot write gs://bucket/x".
@@ -210,5 +163,5 @@ def storage_errors(what: str, hint: str = "") -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, or its name if it says nothing, as timeouts do."""
+    """Return what an error says, or its name if it says nothing, as timeouts do."""
     return str(error) or type(error).__name__

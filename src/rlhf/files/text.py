@@ -1,32 +1,84 @@
-"""Text files written whole: a reader (or a crash) sees all of a file or nothing of it."""
+"""Files written whole: a reader (or a crash) sees all of a file or nothing of it."""
 
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from rlhf.files.disk import rename
+from rlhf.errors import InputError
+from rlhf.files.disk import rename, settle
+from rlhf.files.owners import remove_abandoned, temporary, temporary_name
+from rlhf.files.storage import is_remote, open_store, reason, storage_errors, upload
+
+
+@contextmanager
+def appears_whole(target: Path) -> Iterator[Path]:
+    """Yield a path to write to; what is there at the end of the block gets its name `target`.
+
+    It then survives a power cut. After an error nothing is left, and what a killed process left is
+    removed by the next one that writes the same file.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target.parent, f".{target.name}-")
+    partial = target.with_name(temporary_name(f".{target.name}"))
+    try:
+        yield partial
+        settle(partial)
+        rename(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Writes a text, or one in pieces, so that a reader (or a crash) sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Write a whole local file: a text, or one in pieces."""
+    with appears_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines([text] if isinstance(text, str) else text)
+
+
+@contextmanager
+def whole_file(path: str, field: str) -> Iterator[IO[bytes]]:
+    """Open a file that the user names, to be written piece by piece, locally or in a store.
+
+    Args:
+        path: Where to.
+        field: Configuration field that names it, for messages.
+
+    Raises:
+        InputError: It cannot be made there.
+        StorageError: The store failed.
+    """
+    if is_remote(path):
+        with _uploaded_file(path, field) as file:
+            yield file
+        return
+    with ExitStack() as stack:
+        try:
+            if Path(path).is_dir():
+                raise InputError(f"{field}: {path} is a folder, expected a file")
+            partial = stack.enter_context(appears_whole(Path(path)))
+            file = stack.enter_context(partial.open("wb"))
+        except OSError as error:
+            raise InputError(f"{field}: {path} cannot be written: {reason(error)}") from error
+        yield file
+
+
+@contextmanager
+def _uploaded_file(path: str, field: str) -> Iterator[IO[bytes]]:
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines([text] if isinstance(text, str) else text)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        filesystem, root = open_store(path)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{field}: {path} cannot be written: {error}") from error
+    with temporary("upload") as folder:
+        with (folder / "file").open("wb") as file:
+            yield file
+        with storage_errors(f"{field}: {path} cannot be written"):
+            upload(filesystem, str(folder / "file"), root)
 
 
 def json_safe(value: Any) -> Any:
-    """The value with null for numbers that JSON does not know (NaN, infinity)."""
+    """Return the value with null for numbers that JSON does not know (NaN, infinity)."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -35,5 +87,5 @@ def json_safe(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """Indented JSON with a final newline."""
+    """Return indented JSON with a final newline."""
     return json.dumps(json_safe(value), indent=2, ensure_ascii=False) + "\n"

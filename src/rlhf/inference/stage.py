@@ -1,6 +1,5 @@
 """The inference stage: responses of the tuned and the untuned model, and what they are worth."""
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import PreferenceData, PromptData, load_preferences, load_prompts, read_once
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.evaluation import evaluate_preferences
+from rlhf.files.disk import rename
 from rlhf.files.local_copy import recorded_base
 from rlhf.files.output import PARTIAL_SUMS
 from rlhf.files.run_folder import Run, Status, prepare_output
@@ -233,7 +233,7 @@ def _open_predictions(run: Run, config: InferenceConfig, total: int) -> Predicti
     if run.status is Status.CONTINUE:
         run.output.fetch(PARTIAL, PARTIAL_SUMS, FINAL)
         if (path / FINAL).is_file():  # stopped between the rename and metrics.json
-            os.replace(path / FINAL, path / PARTIAL)
+            rename(path / FINAL, path / PARTIAL)
             if not (path / PARTIAL_SUMS).is_file():  # or its metrics.json was removed
                 write_sums(path / PARTIAL, path / PARTIAL_SUMS, config.batch_size, run.identity)
     file = PredictionFile(
@@ -328,7 +328,7 @@ def _finish(config: InferenceConfig, run: Run, further: Mapping[str, Any]) -> In
     trackers = Trackers(["tensorboard"], path, 0, pick_device(config.device).type == "cpu", {})
     trackers.log(0, {f"{STAGE}/{k}": v for k, v in metrics.items() if isinstance(v, int | float)})
     trackers.close()
-    os.replace(path / PARTIAL, path / FINAL)
+    rename(path / PARTIAL, path / FINAL)
     result = _result(run, run.finish(metrics))
     say("\n".join(f"{STAGE}: {line}" for line in [*summary_lines(metrics), result.samples]))
     return result

@@ -20,6 +20,7 @@ from rlhf.errors import InputError
 from rlhf.files.disk import cache_folder, checksum
 from rlhf.files.local_copy import local_folder, recorded_base
 from rlhf.files.storage import find_files, is_remote, open_store, storage_errors
+from rlhf.files.text import write_text
 from rlhf.models.weights import loaded_fingerprint
 from rlhf.untrusted import read_json
 
@@ -134,8 +135,7 @@ def remembered_checksum(path: Path) -> str:
     settled = time.time() - max(after.st_mtime, after.st_ctime) > _SECONDS_OF_A_CLOCK_TICK
     if settled and after.st_mtime_ns == before.st_mtime_ns:
         with contextlib.suppress(OSError):
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(found, encoding="ascii")
+            write_text(note, found)
     return found
 
 

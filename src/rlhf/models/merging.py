@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf.data.batching import TokenBatch
+from rlhf.files.text import write_text
 from rlhf.models import logprobs
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.lora import LoRALinear
@@ -91,7 +92,7 @@ def write_weights(weights: Mapping[str, Weight], folder: Path) -> None:
         }
         index = {"metadata": sizes, "weight_map": files}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text)
+        write_text(folder / "model.safetensors.index.json", text)
 
 
 def _shards(weights: Mapping[str, Weight]) -> list[list[str]]:

@@ -23,6 +23,7 @@ from rlhf.errors import InputError
 from rlhf.files.disk import settle
 from rlhf.files.local_copy import local_folder, recorded_base
 from rlhf.files.storage import is_remote
+from rlhf.files.text import write_text
 from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.heads import ScalarHead
@@ -97,7 +98,7 @@ class RewardRecord:
     def write(self, folder: Path) -> None:
         """Writes `reward_model.json`."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / RECORD_FILE, text + "\n")
 
 
 def _check_record(record: RewardRecord, path: Path) -> None:

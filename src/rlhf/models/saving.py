@@ -16,6 +16,7 @@ from rlhf.data.batching import TokenBatch
 from rlhf.data.special_tokens import save_tokenizer
 from rlhf.errors import InputError
 from rlhf.files.disk import settle
+from rlhf.files.text import write_text
 from rlhf.models.content import ORIGIN, check_written, written_checksums
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.merging import kl_of_merging, plain_weights, write_weights
@@ -152,7 +153,7 @@ def _write_origin(lm: LanguageModel, folder: Path) -> None:
     base = without_secrets(lm.base_name)
     origin: dict[str, Any] = {"base_model": base, "revision": lm.revision}
     origin |= {"fingerprint": lm.fingerprint, "files": written_checksums(folder)}
-    (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+    write_text(folder / ORIGIN, json.dumps(origin, indent=2) + "\n")
     settle(folder)
 
 
@@ -191,4 +192,4 @@ def _keep_head_scaling(config: PretrainedConfig, folder: Path) -> None:
         return
     path = folder / "config.json"
     values = json.loads(path.read_text()) | {"tie_word_embeddings": False}
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")

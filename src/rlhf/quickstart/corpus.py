@@ -31,6 +31,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rlhf.files.text import write_text
+
 CUE = " [summary]:"
 """What every post ends with; summaries continue it with a space, as in the TL;DR data."""
 
@@ -232,8 +234,6 @@ class CorpusSizes:
 def write_corpus(folder: str | Path, seed: int = 0, sizes: CorpusSizes | None = None) -> None:
     """Writes ``sft``, ``preferences``, ``prompts`` and ``eval`` ``.jsonl`` into a folder."""
     sizes = sizes or CorpusSizes()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, make_row, held_out in (
         ("sft", _sft_row, False),
         ("preferences", _preference_row, False),
@@ -243,8 +243,7 @@ def write_corpus(folder: str | Path, seed: int = 0, sizes: CorpusSizes | None = 
         rng = random.Random(f"{name} {seed}")  # noqa: S311 (no secret)
         posts = _posts(rng, held_out)
         rows = (make_row(rng, next(posts)) for _ in range(getattr(sizes, name)))
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_text(Path(folder, f"{name}.jsonl"), (json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from rlhf.config import TrainingConfig
+from rlhf.files.text import write_text
 from rlhf.untrusted import as_code, as_markdown, without_secrets
 
 TITLES = {
@@ -67,8 +68,7 @@ def write_card(
         f"## Limits\n\n{LIMITS[stage]} Made for research; it was not checked for harmful, false "
         "or biased output. The licenses of the base model and of the data apply to it."
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    write_text(folder / "README.md", "\n\n".join(sections) + "\n")
 
 
 def _front_matter(folder: Path, stage: str, config: TrainingConfig) -> str:

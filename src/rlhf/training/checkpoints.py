@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rlhf.errors import StorageError
 from rlhf.files.disk import checksum, rename, settle
-from rlhf.files.text import json_safe, to_json, write_text
+from rlhf.files.text import appears_whole, json_safe, to_json, write_text
 from rlhf.untrusted import read_json
 
 logger = logging.getLogger(__name__)
@@ -155,19 +155,11 @@ def remove_best(output_path: Path) -> None:
 
 def save_best(output_path: Path, tensors: Mapping[str, Tensor], best: Best) -> None:
     """Replaces the best trainable tensors: one file with its own checksum, so it is atomic."""
-    target = output_path / BEST
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(".trainable.tmp")
     here = _on_cpu(tensors)
     # One entry, because safetensors writes several in any order.
     metadata = {"best": json.dumps(json_safe(asdict(best)) | {"sha256": _digest(here)})}
-    try:
-        save_file(here, temporary, metadata=metadata)
-        settle(temporary)
-        rename(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with appears_whole(output_path / BEST) as partial:
+        save_file(here, partial, metadata=metadata)
 
 
 def read_best(output_path: Path) -> Best | None:
