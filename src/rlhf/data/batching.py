@@ -1,7 +1,7 @@
 """Ragged token rows in one tensor, and the order in which rows are visited.
 
-Shape letters, the same in the whole package: B batch, P prompt tokens, R response tokens,
-L any length, V vocabulary, D hidden size.
+Shape letters, used throughout the package: B batch, P prompt tokens, R response tokens, L any
+length, V vocabulary, D hidden size.
 """
 
 import hashlib
@@ -15,12 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rows of tokens of different lengths; what lies past a row's length means nothing.
+    """Rows of tokens of different lengths; values past a row's length are meaningless.
 
     Attributes:
         ids: (B, L) int64, right-padded with an arbitrary filler.
-        lengths: (B,) int64, tokens of each row that count.
-        states: (B, L, D) what a frozen encoder made of the rows, if that was kept.
+        lengths: (B,) int64, number of real tokens in each row.
+        states: (B, L, D) a frozen encoder's outputs for the rows, if they were kept.
     """
 
     ids: Tensor
@@ -31,7 +31,7 @@ class TokenBatch:
     def from_lists(
         cls, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"
     ) -> "TokenBatch":
-        """Right-pads lists of ids into one batch."""
+        """Right-pad lists of ids into one batch."""
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
         ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
         for target, row in zip(ids, rows, strict=True):
@@ -43,11 +43,11 @@ class TokenBatch:
 
     @property
     def mask(self) -> Tensor:
-        """(B, L) bool, true on real tokens. From lengths: PAD can be a legal, sampled id."""
+        """(B, L) bool, true on real tokens. Based on lengths: PAD can be a legal, sampled id."""
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
     def select_rows(self, rows: Tensor | Sequence[int]) -> "TokenBatch":
-        """The given rows in the given order, trimmed to the longest of them."""
+        """Return the given rows in the given order, trimmed to the longest of them."""
         index = torch.as_tensor(rows, dtype=torch.long, device=self.ids.device)
         lengths = self.lengths[index]
         longest = int(lengths.max()) if len(lengths) else 0
@@ -55,25 +55,25 @@ class TokenBatch:
         return TokenBatch(self.ids[index, :longest], lengths, states)
 
     def to(self, device: torch.device | str) -> "TokenBatch":
-        """The same batch on another device."""
+        """Return the batch on another device."""
         states = None if self.states is None else self.states.to(device)
         return TokenBatch(self.ids.to(device), self.lengths.to(device), states)
 
     def tolists(self) -> list[list[int]]:
-        """The rows as lists without padding."""
+        """Return the rows as lists without padding."""
         lengths = self.lengths.tolist()
         return [row[:length] for row, length in zip(self.ids.tolist(), lengths, strict=True)]
 
     @staticmethod
     def concat(batches: "Sequence[TokenBatch]") -> "TokenBatch":
-        """Rows of several batches below each other, padded to the longest."""
+        """Stack the rows of several batches, padded to the longest."""
         longest = max(batch.ids.shape[1] for batch in batches)
         ids = [torch.nn.functional.pad(b.ids, (0, longest - b.ids.shape[1])) for b in batches]
         return TokenBatch(torch.cat(ids), torch.cat([b.lengths for b in batches]))
 
 
 def join_rows(prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-    """Writes each response right after its prompt. Returns (B, L) ids, right-padded."""
+    """Append each response to its prompt; return (B, L) ids, right-padded."""
     lengths = prompts.lengths + responses.lengths
     ids = prompts.ids.new_zeros(len(prompts), int(lengths.max()))
     column = torch.arange(ids.shape[1], device=ids.device)
@@ -89,10 +89,10 @@ def permutation(size: int, purpose: str, *seed: int) -> list[int]:
 
 
 def seeded_generator(purpose: str, *seed: int) -> torch.Generator:
-    """Return a CPU generator for a purpose and integers; near tuples give unrelated streams.
+    """Return a CPU generator for a purpose and integers; nearby tuples give unrelated streams.
 
     Args:
-        purpose: What the numbers are for. Two uses never share a stream by having equal seeds.
+        purpose: What the numbers are for. Equal seeds give different streams for two purposes.
         *seed: The run's seed, then step, row and so on.
     """
     state = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "big")
@@ -105,13 +105,13 @@ def seeded_generator(purpose: str, *seed: int) -> torch.Generator:
 
 
 def rows_for_step(num_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The rows that training step `step` (from 0) visits.
+    """Return the rows that training step `step` (from 0) visits.
 
-    The stream is the concatenation of one permutation per epoch, so it needs no state: a resumed
-    run asks for step n and gets what an uninterrupted one would have got.
+    The stream is the concatenation of one permutation per epoch, so it needs no state: step n of a
+    resumed run gets the same rows as in an uninterrupted one.
 
     Args:
-        num_rows: Rows of the data set, at least 1.
+        num_rows: Rows in the data set, at least 1.
         batch_size: Rows per step; may exceed `num_rows` (rows then repeat).
         step: Training step, from 0.
         seed: The run's seed.
@@ -125,24 +125,24 @@ def rows_for_step(num_rows: int, batch_size: int, step: int, seed: int) -> list[
     return rows
 
 
-@lru_cache(maxsize=2)  # every step of an epoch asks for it, and a step may touch two epochs
+@lru_cache(maxsize=2)  # every step asks for its epoch's order, and a step may span two epochs
 def _order_of_epoch(num_rows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_rows, generator=seeded_generator("data order", seed, epoch))
 
 
 def chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Consecutive pieces of at most `size` rows."""
+    """Yield consecutive slices of at most `size` rows."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
 def micro_batches(tokens: Tensor, size: int, max_tokens: int) -> Iterator[list[int]]:
-    """Rows from short to long, in pieces that fit into memory and have little padding.
+    """Yield groups of rows, shortest first, that fit in memory with little padding.
 
     Args:
         tokens: (B,) tokens that a model reads for each row.
-        size: Most rows of a piece.
-        max_tokens: Most tokens of a piece, padding included; a longer row comes alone.
+        size: Maximum rows per group.
+        max_tokens: Maximum tokens per group, padding included; a longer row gets its own group.
     """
     piece: list[int] = []
     lengths = tokens.tolist()

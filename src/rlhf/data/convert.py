@@ -1,21 +1,21 @@
-r"""Files in other common layouts, rewritten as the library's rows.
+r"""Conversion of files in other common layouts to the library's rows.
 
 Layouts:
 
-* `rows`: the library's own rows, perhaps as a JSON array.
+* `rows`: the library's own rows, possibly as a JSON array.
 * `chosen_rejected`: `prompt` (or `input_text`, `question`, `instruction` with `input`), `chosen`,
   `rejected` as texts, or as lists of turns with `role` and `content`. The two conversations may
-  hold the prompt themselves, whole or in part: it is written once.
-* `alpaca`: `instruction`, optional `input`, `output`: demonstrations. The prompt is instruction
-  and input with an empty line between them.
+  contain all or part of the prompt; it is written only once.
+* `alpaca`: `instruction`, optional `input`, `output`: demonstrations. The prompt is the instruction
+  and the input, separated by an empty line.
 * `tldr_comparisons`: the published comparisons of Stiennon et al. 2020: `info.post`,
-  `summaries[].text`, `choice`. With a subreddit or title the input is written as there
-  ("SUBREDDIT: …", "TITLE: …", "POST: …", "TL;DR:"), else it is the post alone.
+  `summaries[].text`, `choice`. With a subreddit or title the input is formatted as in the paper
+  ("SUBREDDIT: …", "TITLE: …", "POST: …", "TL;DR:"); otherwise it is the post alone.
 * `hh_rlhf`: Bai et al. 2022: `chosen` and `rejected` are dialogues "\n\nHuman: …\n\nAssistant: …"
-  that differ in the last answer.
+  that differ in the last answer only.
 
-In all but `rows` and `tldr_comparisons` a `system` text becomes the system turn (of a prompt that
-is a text: its `context`), and a `history` of [question, answer] pairs becomes the earlier turns.
+In all but `rows` and `tldr_comparisons` a `system` text becomes the system turn (or the `context`
+of a plain-text prompt), and a `history` of [question, answer] pairs becomes the earlier turns.
 """
 
 import json
@@ -42,25 +42,25 @@ _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _AUTHORS = {"Human": "user", "Assistant": "assistant"}
 _ANSWER = "\n\nAssistant:"
 
-# What a prompt beside `chosen` and `rejected` is called; the first one that a row has is taken.
+# Possible names of a prompt field next to `chosen` and `rejected`; the first one present is used.
 _PROMPT_FIELDS = ("input_text", "prompt", "question", "instruction")
 
 Row = dict[str, Any]
-# A row of the library, and the names of the fields that it was made from.
+# A row of the library, and the names of the source fields used for it.
 _Converted = tuple[Row, set[str]]
 
 
 @dataclass
 class ConvertReport:
-    """What a conversion did.
+    """Summary of a conversion.
 
     Attributes:
         layout: The layout that was read.
         output: The file that was written.
         rows: Rows written.
-        left_out: Rows that are not two answers to one prompt that a user wrote.
-        repeating: Written rows of which both answers begin with the whole prompt.
-        unused: Names of fields that hold something and were not used; the first ones.
+        left_out: Rows that are not two answers to the same user prompt.
+        repeating: Written rows whose answers both begin with the whole prompt.
+        unused: Names of the first few non-empty fields that were not used.
     """
 
     layout: str
@@ -71,7 +71,7 @@ class ConvertReport:
     unused: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """The report for people, one fact a line."""
+        """Return the report for people, one fact per line."""
         said = [f"{self.output}: {self.rows} rows from layout {self.layout}"]
         if self.left_out:
             said.append(f"left out, not two answers to one user's prompt: {self.left_out}")
@@ -88,15 +88,15 @@ class ConvertReport:
 def convert(
     source_path: str | Sequence[str], output_path: str, layout: str = "auto"
 ) -> ConvertReport:
-    """Writes the library's rows from files in another layout, all of them or nothing.
+    """Convert files in another layout to the library's rows, all of them or nothing.
 
     Args:
-        source_path: JSON Lines or JSON arrays: path, glob, fsspec address, or a list of these.
+        source_path: JSON Lines or JSON arrays: a path, glob, fsspec address, or a list of these.
         output_path: Local path or fsspec address of the file to write; replaced if it exists.
-        layout: See the module's text; "auto" recognizes it by the first row.
+        layout: One of those in the module docstring; "auto" recognizes it from the first row.
 
     Raises:
-        InputError: For an unknown layout, missing files and all rows that are not of the layout.
+        InputError: If the layout is unknown, files are missing or rows do not match the layout.
     """
     if layout not in ("auto", *_LAYOUTS):
         raise InputError(f"layout: is {layout!r}, expected one of {', '.join(('auto', *_LAYOUTS))}")
@@ -136,7 +136,7 @@ def convert(
 
 
 def _values(files: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
-    """Every row of JSON Lines and JSON arrays as (place, value, problem)."""
+    """Yield every row of JSON Lines and JSON arrays as (place, value, problem)."""
     for path in files:
         array, problem = _array(path)
         if problem:
@@ -151,7 +151,7 @@ def _values(files: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
 
 
 def _array(path: str) -> tuple[list[Any] | None, str]:
-    """The items of a file that is one JSON array, or what is wrong with it; else (None, "")."""
+    """Return the items of a file that is one JSON array, or its problem; else (None, "")."""
     with open_file(path) as stream:
         start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         if not start.startswith(b"["):
@@ -161,13 +161,13 @@ def _array(path: str) -> tuple[list[Any] | None, str]:
             items = json.loads(stream.read().decode("utf-8-sig"))
         except RecursionError:
             return None, "is nested too deeply, expected an array of flat objects"
-        except ValueError as error:  # of JSON, of UTF-8, or a number that is too long
+        except ValueError as error:  # invalid JSON or UTF-8, or a number with too many digits
             return None, f"is not JSON ({error}), expected an array of objects"
     return (items, "") if items else (None, "is an empty array, expected objects")
 
 
 def _recognize(row: Row) -> str:
-    """The layout of a row, by its fields."""
+    """Return the layout of a row, judging by its fields."""
     if "summaries" in row:
         return "tldr_comparisons"
     if "chosen" in row and "rejected" in row:
@@ -185,7 +185,7 @@ def _recognize(row: Row) -> str:
 
 
 def _check(row: Row) -> None:
-    """Makes sure that the stages will be able to read what is written."""
+    """Raise RowError if the stages could not read the converted row."""
     checker = RowChecker(row)
     checker.prompt()
     checker.references()
@@ -196,7 +196,7 @@ def _check(row: Row) -> None:
 
 
 def _repeats_prompt(row: Row) -> bool:
-    """Whether both answers begin with a prompt that is a text."""
+    """Return whether both answers begin with a prompt that is a text."""
     prompt = row.get("input_text")
     answers = row.get("candidate_0"), row.get("candidate_1")
     return isinstance(prompt, str) and all(
@@ -234,7 +234,7 @@ def _from_chosen_rejected(row: Row) -> _Converted:
 
 
 def _is_dialogue(prompt: str, chosen: str, rejected: str) -> bool:
-    """Whether the answers are HH-RLHF's dialogues, which begin with the prompt."""
+    """Return whether the answers are HH-RLHF dialogues, which begin with the prompt."""
     begins = prompt.strip()
     return begins.startswith("Human:") and all(
         text.lstrip().startswith(begins) and _ANSWER in text for text in (chosen, rejected)
@@ -242,10 +242,10 @@ def _is_dialogue(prompt: str, chosen: str, rejected: str) -> bool:
 
 
 def _own_prompt(row: Row) -> tuple[str | list[Row] | None, set[str]]:
-    """The prompt that stands beside the answers, and the fields that it is made of."""
+    """Return the prompt given next to the answers, and the fields it is made of."""
     name = next((name for name in ("messages", *_PROMPT_FIELDS) if row.get(name) is not None), None)
     if name == "messages" and row.get("prompt") is not None:
-        name = "prompt"  # `messages` then is the prompt with its answer
+        name = "prompt"  # `messages` is then the prompt with its answer
     if name is None:
         return None, set()
     if isinstance(row[name], list) and name in ("prompt", "messages"):
@@ -257,7 +257,7 @@ def _own_prompt(row: Row) -> tuple[str | list[Row] | None, set[str]]:
 
 
 def _complete(row: Row, prompt: str | list[Row] | None) -> tuple[Row, set[str]]:
-    """A prompt with the row's system text and earlier turns, and the fields that were used."""
+    """Return a prompt with the row's system text and earlier turns, and the fields used."""
     kept: Row = {name: row[name] for name in ("margin", "context", "output_text") if name in row}
     used = set(kept)
     if isinstance(row.get("history"), list) and row["history"]:
@@ -313,7 +313,7 @@ def _from_hh(row: Row) -> _Converted:
     pieces = _SPEAKER.split("\n\n" + chosen[:end].lstrip())[1:]
     for speaker, content in zip(pieces[::2], pieces[1::2], strict=True):
         author = _AUTHORS[speaker]
-        if turns and turns[-1]["author"] == author:  # one goes on speaking
+        if turns and turns[-1]["author"] == author:  # the same speaker continues
             turns[-1]["content"] += "\n\n" + content.strip()
         else:
             turns.append({"author": author, "content": content.strip()})

@@ -1,6 +1,6 @@
-"""How many tokens texts have, without their ids and offsets: for millions of rows.
+"""Token counts of texts, without ids and offsets, fast enough for millions of rows.
 
-Counts equal the lengths of what `rlhf.data.encoding` returns.
+Counts equal the lengths of the ids that `rlhf.data.encoding` returns.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from rlhf.data.schema import PromptText
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A tokenizer may put a few tokens of its own before or between texts.
+# A tokenizer may add a few tokens before or between texts.
 MARGIN = 16
 
 
 class TokenCounter:
-    """Counts tokens for one tokenizer.
+    """Token counter for one tokenizer.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
@@ -31,8 +31,8 @@ class TokenCounter:
 
     Attributes:
         identity: Equal for two counters exactly if their tokenizers are.
-        one_per_character: An ASCII text has a token, if any of it can be seen, and no more tokens
-            than characters, but for `MARGIN`.
+        one_per_character: Whether an ASCII text with a visible character has at least one token
+            and, give or take `MARGIN`, no more tokens than characters.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", encoder: TextEncoder) -> None:
@@ -42,7 +42,7 @@ class TokenCounter:
             str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special
         ]
         special += [text for text in tokenizer.all_special_tokens if isinstance(text, str)]
-        # Texts without these characters hold nothing that looks like a special token.
+        # Texts without these characters contain nothing that looks like a special token.
         self._first = {text[0] for text in special if text}
         self._ascii_only = any(
             token.special and token.normalized for token in tokenizer.added_tokens_decoder.values()
@@ -56,7 +56,7 @@ class TokenCounter:
         self.one_per_character = max(after_a) <= alone + 1 and min(seen) > 0
 
     def prompts(self, prompts: Sequence[PromptText]) -> list[int]:
-        """Tokens of prompts, nothing put before or after them."""
+        """Count the tokens of prompts, without prefix and suffix."""
         prompts = [prompt.with_bos() for prompt in prompts]
         counts = self._count([prompt.text for prompt in prompts])
         odd = [number for number, prompt in enumerate(prompts) if not self._plain_prompt(prompt)]
@@ -66,7 +66,7 @@ class TokenCounter:
         return counts
 
     def literal(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of texts in which nothing is a special token."""
+        """Count the tokens of texts in which nothing is a special token."""
         counts = self._count(texts)
         odd = [number for number, text in enumerate(texts) if not self._plain(text)]
         pieces = self._encoder.literal([texts[number] for number in odd])
@@ -75,7 +75,7 @@ class TokenCounter:
         return counts
 
     def continuations(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of texts that follow other text."""
+        """Count the tokens of texts that follow other text."""
         anchor = ANCHORS[0]
         before = self._encoder.literal([anchor])[0].ids
         self._no_extras()
@@ -86,7 +86,7 @@ class TokenCounter:
         )
         for number, (text, one) in enumerate(zip(texts, encoded, strict=True)):
             counts.append(len(one) - len(before) if text else 0)
-            # Where a token crosses the boundary, another anchor is needed.
+            # If a token crosses the boundary, another anchor is needed.
             if text and not (self._plain(text) and one.ids[: len(before)] == before):
                 odd.append(number)
         rows = self._encoder.continuations([texts[number] for number in odd])
@@ -100,7 +100,7 @@ class TokenCounter:
         return [len(one) for one in encoded]
 
     def _no_extras(self) -> None:
-        """Switches off truncation, padding and whatever else the last caller left on."""
+        """Switch off truncation, padding and anything else the last caller left on."""
         self._encoder.prompts([PromptText("a", ((0, 1),))])
 
     def _plain_prompt(self, prompt: PromptText) -> bool:
@@ -116,12 +116,12 @@ class TokenCounter:
 
 
 def surely_short(texts: Any, limit: int, counter: TokenCounter) -> NDArray[np.bool_]:
-    """Which texts have tokens, but at most `limit`, as their characters alone tell.
+    """Return which texts certainly have 1 to `limit` tokens, judging by their characters alone.
 
     Args:
         texts: (N,) Arrow column.
         limit: A number of tokens.
-        counter: Of the tokenizer.
+        counter: Counter of the tokenizer.
     """
     import pyarrow.compute as pc
 

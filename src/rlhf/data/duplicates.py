@@ -1,4 +1,4 @@
-"""Texts and pairs that a file has more than once, found by hashes of eight bytes."""
+"""Texts and pairs that occur more than once in a file, found by 64-bit hashes."""
 
 from collections.abc import Sequence
 
@@ -9,25 +9,28 @@ _ALL_BUT_LAST_BIT = 0xFFFFFFFFFFFFFFFE
 
 
 def text_hash(text: str) -> int:
-    """64 bits of a text; another process gives others."""
+    """Return a 64-bit hash of a text; it differs between processes."""
     return hash(text) & 0xFFFFFFFFFFFFFFFF
 
 
 def pair_hash(prompt: str, candidate_0: str, candidate_1: str, choice: int) -> int:
-    """64 bits of a prompt and two candidates in either order; the last tells which one won."""
+    """Return a 64-bit hash of a prompt and two candidates in either order.
+
+    The last bit says which candidate won.
+    """
     swapped = candidate_0 > candidate_1
     candidates = (candidate_1, candidate_0) if swapped else (candidate_0, candidate_1)
     return hash((prompt, *candidates)) & _ALL_BUT_LAST_BIT | (bool(choice) ^ swapped)
 
 
 def count_pairs(hashes: Sequence[NDArray[np.uint64]]) -> tuple[int, int]:
-    """Returns (rows that say what an earlier row says, pairs with either choice).
+    """Return (rows that repeat an earlier row, pairs that occur with either choice).
 
     Args:
-        hashes: Of `pair_hash`, in any number of pieces.
+        hashes: Values of `pair_hash`, in any number of pieces.
     """
     pairs = np.sort(np.concatenate(hashes)) if hashes else np.zeros(0, np.uint64)
     again = pairs[1:] == pairs[:-1]
-    # In order, the two choices of a pair are neighbors.
+    # Once sorted, the two choices of a pair are neighbors.
     either = (pairs[1:] ^ pairs[:-1]) == 1
     return int(again.sum()), int(either.sum())

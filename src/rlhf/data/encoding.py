@@ -1,7 +1,7 @@
-"""Texts to ids and character offsets, with special tokens only where they are meant.
+"""Tokenization with character offsets, and special tokens only where they are intended.
 
-Hugging Face tokenizers take "</s>" in a user's text for the token. Here it is text there: its
-characters are encoded one by one where the tokenizer cannot be told.
+Hugging Face tokenizers read "</s>" in a user's text as the token. Here it stays text: its
+characters are encoded one by one where the tokenizer has no such option.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from rlhf.data.schema import PromptText, Span
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Texts to stand before a response while it is tokenized; the first one that the tokenizer does not
-# merge with the response is used. They differ in kind, so one always fits.
+# Texts put before a response while it is tokenized; the first one that the tokenizer does not
+# merge with the response is used. They are of different kinds, so one always fits.
 ANCHORS = ("\n", ":", "a", "1", ".", "\u00e9")
 _FILLER = "\ue000"
 
 
 class Piece:
-    """Ids of one text and where their characters are; the lists run in parallel."""
+    """Ids of one text and their character ranges, as parallel lists."""
 
     def __init__(self, ids: list[int], offsets: list[Span]) -> None:
         self.ids = ids
@@ -27,7 +27,7 @@ class Piece:
 
 
 class TextEncoder:
-    """Encodes for one tokenizer; adds nothing before or after and cuts nothing.
+    """Encoder for one tokenizer; adds nothing before or after a text and truncates nothing.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer.
@@ -35,18 +35,18 @@ class TextEncoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
-        # `all_special_ids` knows only those with a name.
+        # `all_special_ids` only includes those with a name.
         added = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special = added | set(tokenizer.all_special_ids)
-        # UNK can come from plain text; byte-level tokenizers that name their EOS as UNK do not.
+        # UNK can result from plain text, except in byte-level tokenizers that reuse EOS as UNK.
         if tokenizer.unk_token_id not in (tokenizer.eos_token_id, tokenizer.bos_token_id):
             self._special -= {tokenizer.unk_token_id}
 
     def prompts(self, prompts: Sequence[PromptText]) -> list[Piece]:
-        """Encodes prompts; in their spans nothing is a special token.
+        """Encode prompts; nothing inside their spans becomes a special token.
 
-        A BOS that a chat template wrote is read with the text, because what follows a special
-        token is not a text's beginning to some tokenizers; its offsets are below 0.
+        A BOS written by a chat template is encoded with the text, because some tokenizers treat
+        text after a special token differently from text at the beginning; its offsets are negative.
         """
         shifts = [len(prompt.template_bos or "") for prompt in prompts]
         pieces = self._prompts([prompt.with_bos() for prompt in prompts])
@@ -64,14 +64,14 @@ class TextEncoder:
         return pieces
 
     def _encode_hiding(self, prompt: PromptText, taken: list[Span]) -> Piece:
-        """Encodes a prompt in whose user text the ranges `taken` look like special tokens."""
+        """Encode a prompt whose user text looks like special tokens in the ranges `taken`."""
         spans = [*prompt.spans, *prompt.reserve]
         while True:
             text = prompt.text
             for start, end in taken:
                 text = text[:start] + _FILLER * (end - start) + text[end:]
             piece = self._encode([text])[0]
-            # Behind a hidden one another may come to light ("</</s>s>").
+            # Hiding one may expose another ("</</s>s>").
             found = self._special_in(piece, text, spans)
             more = [o for o in found if not any(overlap(o, range_) for range_ in taken)]
             if not more:
@@ -79,23 +79,23 @@ class TextEncoder:
             taken = taken + more
 
     def literal(self, texts: Sequence[str]) -> list[Piece]:
-        """Encodes texts in which nothing is a special token."""
+        """Encode texts in which nothing is a special token."""
         pieces = self._encode(texts, literal=True)
         for number, (text, piece) in enumerate(zip(texts, pieces, strict=True)):
-            # Unigram has its special tokens among its pieces, so it finds them all the same.
+            # Unigram models have special tokens among their pieces and so find them anyway.
             taken = self._special_in(piece, text, [(0, len(text))])
             if taken:
                 pieces[number] = self._spell_out(piece, text, taken)
         return pieces
 
     def _special_in(self, piece: Piece, text: str, spans: Sequence[Span]) -> list[Span]:
-        """Where special tokens were found in the spans of a text."""
+        """Return where special tokens were found inside the spans of a text."""
         found = [o for id_, o in zip(piece.ids, piece.offsets, strict=True) if id_ in self._special]
-        # Some tokens of the scaffolding swallow the space before or after them: not the user's.
+        # Some scaffolding tokens swallow adjacent spaces; that does not make them the user's.
         return [o for o in found if any(overlap(_trim(text, o), span) for span in spans)]
 
     def _spell_out(self, piece: Piece, text: str, ranges: Sequence[Span]) -> Piece:
-        """Replaces the tokens over some ranges of the text by tokens of single characters."""
+        """Replace the tokens in some ranges of the text with single-character tokens."""
         ids: list[int] = []
         offsets: list[Span] = []
         spelled = 0
@@ -112,7 +112,7 @@ class TextEncoder:
         return Piece(ids, offsets)
 
     def _character(self, char: str) -> list[int]:
-        """Ids of one character inside a text."""
+        """Return the ids of one character inside a text."""
         for anchor in ANCHORS:
             ids = _after(self._encode([anchor + char], literal=True)[0], len(anchor))
             if ids is not None:
@@ -120,10 +120,11 @@ class TextEncoder:
         return [id_ for id_ in [self._tokenizer.unk_token_id] if id_ is not None]
 
     def continuations(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts as they follow other text: no dummy prefix, leading space kept.
+        """Return the ids of texts as they follow other text: no dummy prefix, leading space kept.
 
-        A tokenizer that would merge a response's beginning with what stands before it gets another
-        anchor: where no token crosses the boundary, the tokens behind it do not depend on it.
+        If the tokenizer would merge the beginning of a response with the text before it, another
+        anchor is used: when no token crosses the boundary, the response's tokens do not depend on
+        the anchor.
         """
         rows: list[list[int] | None] = [None if text else [] for text in texts]
         for anchor in ANCHORS:
@@ -156,7 +157,7 @@ class TextEncoder:
 
 
 def _after(piece: Piece, boundary: int) -> list[int] | None:
-    """The ids behind a character boundary, or None if a token crosses it."""
+    """Return the ids after a character boundary, or None if a token crosses it."""
     before = sum(start < boundary for start, _ in piece.offsets)
     if any(end > boundary for _, end in piece.offsets[:before]):
         return None
@@ -170,5 +171,5 @@ def _trim(text: str, span: Span) -> Span:
 
 
 def overlap(one: Span, other: Span) -> bool:
-    """Whether two ranges share a character."""
+    """Return whether two ranges share a character."""
     return one[0] < other[1] and other[0] < one[1]

@@ -1,4 +1,4 @@
-"""Paths to lines to JSON values, whatever is in the files, in bounded memory."""
+"""From paths to lines to JSON values, robust to any file contents, in bounded memory."""
 
 import contextlib
 import glob
@@ -13,9 +13,9 @@ from rlhf.errors import InputError, closest
 from rlhf.files import storage
 from rlhf.files.storage import is_remote, locate, open_store, reason
 
-MAX_PROBLEMS = 20  # as many are told before they are only counted
+MAX_PROBLEMS = 20  # reported in full; the rest are only counted
 MAX_LINE_BYTES = 16 * 2**20
-# Half an emoji, where JavaScript or Java cut a text; neither Arrow nor a tokenizer takes it.
+# Half an emoji, left where JavaScript or Java cut a text; Arrow and tokenizers reject it.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _scan = json.JSONDecoder().scan_once  # type: ignore[attr-defined]  # json.loads without what lines do not need
@@ -24,16 +24,16 @@ _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class JsonLine(NamedTuple):
-    """One line that is not blank.
+    """One non-blank line.
 
     Attributes:
-        file: Number of the file in its list.
+        file: Index of the file in its list.
         line: Line number, from 1.
-        value: The JSON value; meaningless when there is a problem.
+        value: The JSON value; meaningless if there is a problem.
         problem: What is wrong, or "".
-        whole_file: The problem concerns the file: no further line of it follows.
-        mended: Half characters (lone surrogates) in its texts were replaced by U+FFFD.
-        raw: The line itself, without the spaces around it.
+        whole_file: Whether the problem concerns the whole file, so that no further lines follow.
+        mended: Whether half characters (lone surrogates) were replaced with U+FFFD.
+        raw: The line itself, stripped of surrounding whitespace.
     """
 
     file: int
@@ -46,17 +46,17 @@ class JsonLine(NamedTuple):
 
 
 def expand_paths(paths: str | Sequence[str], name: str) -> list[str]:
-    """Turns paths and globs into the files they stand for.
+    """Expand paths and globs into the files that they name.
 
     Args:
         paths: A path, a glob, an fsspec address (`gs://…`, globs too), or a list of these.
-        name: Name of the configuration field, for messages.
+        name: Configuration field to name in messages.
 
     Returns:
         Existing files, each pattern's matches sorted.
 
     Raises:
-        InputError: For each path that is missing or a folder, and each glob without a match.
+        InputError: If a path is missing or a folder, or a glob has no match.
     """
     listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files: list[str] = []
@@ -100,11 +100,11 @@ def _similar(path: str) -> str:
 
 def _remote_matches(path: str) -> list[str]:
     def find(filesystem: Any, root: str) -> list[str]:
-        filesystem.invalidate_cache()  # listings are kept for the life of the process
+        filesystem.invalidate_cache()  # listings are cached for the life of the process
         if glob.has_magic(root):
             found = filesystem.glob(root, detail=True)
             return sorted(name for name, info in found.items() if info["type"] == "file")
-        try:  # `isfile` says False to every error
+        try:  # `isfile` returns False on every error
             return [root] if filesystem.info(root)["type"] == "file" else []
         except FileNotFoundError:
             return []
@@ -117,7 +117,7 @@ def _remote_matches(path: str) -> list[str]:
 
 
 def _with_filesystem(path: str, use: Any) -> Any:
-    """Calls `use(filesystem, root)`; a bucket that refuses our credentials is tried without."""
+    """Call `use(filesystem, root)`; retry anonymously if a bucket refuses our credentials."""
     attempts: list[dict[str, Any]] = [{}]
     if path.startswith(("gs://", "gcs://")):
         attempts.append({"token": "anon"})
@@ -127,8 +127,8 @@ def _with_filesystem(path: str, use: Any) -> Any:
             result = use(*open_store(path, **options))
             if result:
                 return result
-        except Exception as error:  # every store raises its own
-            # The first refusal tells more than what an anonymous visitor is told.
+        except Exception as error:  # every store raises its own kind
+            # The first refusal is more informative than the anonymous one.
             problem = problem or error
     if problem is not None:
         raise InputError(f"{path} cannot be read: {reason(problem)}") from problem
@@ -136,7 +136,7 @@ def _with_filesystem(path: str, use: Any) -> Any:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Opens a local or remote file for reading.
+    """Open a local or remote file for reading.
 
     Raises:
         InputError: If it cannot be opened.
@@ -152,7 +152,7 @@ def open_file(path: str) -> IO[bytes]:
 
 
 def read_json_lines(files: Sequence[str]) -> Iterator[JsonLine]:
-    """Yields every line of the files that is not blank, the unreadable ones with their problem."""
+    """Yield every non-blank line of the files, unreadable ones with their problem."""
     for number, path in enumerate(files):
         try:
             with open_file(path) as stream:
@@ -188,7 +188,7 @@ def _parse_stream(stream: IO[bytes], number: int) -> Iterator[JsonLine]:
 
 
 def _not_lines(start: bytes) -> str:
-    """Recognizes a file that is one JSON value by its first line."""
+    """Return what is wrong with a file whose first line shows that it is one JSON value."""
     if start.startswith(b"["):
         return "is a JSON array, expected one object per line (rlhf data convert makes it)"
     if start == b"{":
@@ -197,11 +197,11 @@ def _not_lines(start: bytes) -> str:
 
 
 def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines without their ends (LF, CRLF or CR), cut just above the limit."""
+    """Yield numbered lines without their ends (LF, CRLF or CR), cut just above the limit."""
     number = 0
     while raw := stream.readline(MAX_LINE_BYTES + 2):
         complete = raw.endswith(b"\n") or len(raw) < MAX_LINE_BYTES + 2
-        # A raw carriage return cannot stand inside a JSON text, so it ends a line too.
+        # A raw carriage return is not allowed inside JSON text, so it ends a line too.
         for piece in raw.splitlines():
             number += 1
             yield number, piece
@@ -239,7 +239,7 @@ def _parse_line(raw: bytes, file: int, line: int) -> JsonLine:
 
 
 def mend(value: Any) -> Any:
-    """Replaces half characters in all texts of a JSON value by U+FFFD."""
+    """Replace half characters in all texts of a JSON value with U+FFFD."""
     if isinstance(value, str):
         return _SURROGATE.sub("\ufffd", value)
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Preference pairs as ids."""
+"""Tokenized preference pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Pairs:
         prompts: (B, P).
         chosen: (B, R) preferred responses.
         rejected: (B, R) the others.
-        margin: (B,) by how much the chosen one should win, 0 where the row says nothing.
+        margin: (B,) by how much the chosen response should win; 0 where the row has none.
     """
 
     prompts: TokenBatch
@@ -29,7 +29,7 @@ class Pairs:
 
     @classmethod
     def from_rows(cls, rows: Sequence[PreferenceRow], codec: PromptCodec) -> "Pairs":
-        """Tokenizes rows, on the CPU."""
+        """Tokenize rows, on the CPU."""
         return cls(
             codec.prompts([row.prompt for row in rows]),
             codec.responses([row.chosen for row in rows]),
@@ -42,11 +42,11 @@ class Pairs:
 
     @property
     def tokens(self) -> Tensor:
-        """(B,) tokens that a model reads for each pair, its prompt once."""
+        """(B,) tokens that a model reads for each pair, with the prompt counted once."""
         return self.prompts.lengths + self.chosen.lengths + self.rejected.lengths
 
     def select_rows(self, rows: Sequence[int]) -> "Pairs":
-        """The given pairs in the given order, trimmed to the longest of them."""
+        """Return the given pairs in the given order, trimmed to the longest of them."""
         return Pairs(
             self.prompts.select_rows(rows),
             self.chosen.select_rows(rows),
@@ -55,7 +55,7 @@ class Pairs:
         )
 
     def to(self, device: torch.device | str) -> "Pairs":
-        """The same pairs on another device."""
+        """Return the pairs on another device."""
         return Pairs(
             self.prompts.to(device),
             self.chosen.to(device),

@@ -1,7 +1,7 @@
-"""Text to ids exactly as the policy reads prompts and emits responses, and back.
+"""Text to ids, exactly as the policy reads prompts and emits responses, and back.
 
-What a special token looks like in text means that token only in what surrounds the user's text
-(`PromptText` outside its spans); in user text and in responses it is plain text. Nothing here pads.
+The text of a special token means that token only in what surrounds the user's text (outside the
+spans of a `PromptText`); in user text and in responses it is plain text. Nothing here pads.
 """
 
 from collections.abc import Sequence
@@ -30,16 +30,16 @@ _COUNT_ROWS = 512
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """What surrounds text when it becomes ids.
+    """What is added around text when it is turned into ids.
 
     Attributes:
-        prefix_ids: Put before a prompt (BOS, where the tokenizer itself adds it), unless a chat
-            template wrote it.
-        suffix_ids: Put after a prompt, also after a truncated one (EOS for T5's encoder).
-        response_continues_text: True if the response goes on in the prompt's text, so that its
-            first token must not get the dummy space of a text's beginning.
+        prefix_ids: Put before a prompt (BOS, if the tokenizer itself adds it), unless a chat
+            template already wrote it.
+        suffix_ids: Put after a prompt, even a truncated one (EOS for T5's encoder).
+        response_continues_text: Whether the response continues the prompt's text, so that its first
+            token must not get the dummy space of a text's beginning.
         eos_id: Appended to responses.
-        eos_ids: All ids that end a response (tokenizer and generation config).
+        eos_ids: All ids that end a response (from tokenizer and generation config).
     """
 
     prefix_ids: tuple[int, ...]
@@ -51,11 +51,11 @@ class PromptLayout:
 
 @dataclass(frozen=True)
 class PromptLengths:
-    """How long the prompts of a data set are, and what the limit does to them.
+    """Prompt lengths of a data set, and the effect of the limit.
 
     Attributes:
         count: Number of prompts.
-        shortened: How many of them lose tokens to the limit.
+        shortened: How many of them exceed the limit and lose tokens.
         longest: Tokens of the longest prompt before truncation.
         limit: The limit.
     """
@@ -66,7 +66,7 @@ class PromptLengths:
     limit: int
 
     def line(self) -> str:
-        """The same in words."""
+        """Return the same in words."""
         return (
             f"{self.shortened} of {self.count} prompts are shortened to {self.limit} tokens "
             f"(the longest has {self.longest})"
@@ -74,17 +74,17 @@ class PromptLengths:
 
 
 class PromptCodec:
-    """Turns prompts and responses into ids as one model reads and emits them.
+    """Converter between text and the ids that one model reads and emits.
 
     Args:
         tokenizer: A fast Hugging Face tokenizer (character offsets are needed).
-        layout: What the model wants around a prompt and after a response.
-        prompt_limit: Most tokens of a prompt, `layout`'s prefix and suffix included.
-        response_limit: Most tokens of a response, the end-of-sequence token included.
+        layout: What the model expects around a prompt and after a response.
+        prompt_limit: Maximum tokens of a prompt, including `layout`'s prefix and suffix.
+        response_limit: Maximum tokens of a response, including the end-of-sequence token.
         truncation_side: "left" drops the oldest text of a long prompt, "right" the newest.
 
     Raises:
-        InputError: If the tokenizer cannot tell character offsets.
+        InputError: If the tokenizer cannot report character offsets.
     """
 
     def __init__(
@@ -113,14 +113,14 @@ class PromptCodec:
         return TokenCounter(self.tokenizer, self._encoder)
 
     def prompt_ids(self, prompt: PromptText) -> list[int]:
-        """Ids of one prompt, at most `prompt_limit`; see `prompt_rows`."""
+        """Return the ids of one prompt, at most `prompt_limit`; see `prompt_rows`."""
         return self.prompt_rows([prompt])[0]
 
     def prompt_rows(self, prompts: Sequence[PromptText]) -> list[list[int]]:
-        """Ids of prompts with the layout's prefix and suffix, spans shortened by whole tokens.
+        """Return the ids of prompts with prefix and suffix, spans shortened by whole tokens.
 
         Raises:
-            InputError: If what must be kept of a prompt does not fit.
+            InputError: If the part of a prompt that must be kept does not fit.
         """
         rows = []
         for prompt, piece in zip(prompts, self._encoder.prompts(prompts), strict=True):
@@ -133,20 +133,20 @@ class PromptCodec:
         return rows
 
     def response_ids(self, text: str, finished: bool = True) -> list[int]:
-        """Ids of one response, at most `response_limit`; see `response_rows`."""
+        """Return the ids of one response, at most `response_limit`; see `response_rows`."""
         return self.response_rows([text], [finished])[0]
 
     def response_rows(
         self, texts: Sequence[str], finished: Sequence[bool] | None = None
     ) -> list[list[int]]:
-        """Ids of responses: the one rule for ends, in training and for whatever scores.
+        """Return the ids of responses. Training and all scorers share this one rule for ends.
 
         A finished response ends in the tokenizer's EOS, whichever EOS the policy sampled, unless
-        the limit cuts it off; one that was cut ends in none.
+        the limit cuts it off; a response that was cut off has no EOS.
 
         Args:
             texts: The responses.
-            finished: Whether each ended by itself; by default all did.
+            finished: Whether each ended by itself; all did by default.
         """
         rows = self._whole_responses(texts)
         ends = [True] * len(rows) if finished is None else finished
@@ -156,54 +156,54 @@ class PromptCodec:
         ]
 
     def prompt_lengths(self, prompts: Sequence[PromptText]) -> list[int]:
-        """Tokens of prompts before truncation, prefix and suffix included."""
+        """Count the tokens of prompts before truncation, prefix and suffix included."""
         return [
             len(piece.ids) + self.prompt_limit - self._room(prompt)
             for prompt, piece in zip(prompts, self._encoder.prompts(prompts), strict=True)
         ]
 
     def response_lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of responses before truncation, EOS included."""
+        """Count the tokens of responses before truncation, EOS included."""
         return [len(row) + 1 for row in self._whole_responses(texts)]
 
     def count_prompts(self, rows: RowData[Any]) -> NDArray[np.int64]:
-        """`prompt_lengths` of all rows."""
+        """Return `prompt_lengths` for all rows."""
         return self._counts(rows, 0) + self.prompt_limit - self._room()
 
     def count_responses(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """`response_lengths` of any number of texts."""
+        """Return `response_lengths` for any number of texts."""
         counter = self._counter
         continues = self.layout.response_continues_text
         counts = counter.continuations(texts) if continues else counter.literal(texts)
         return np.array(counts, np.int64) + 1
 
     def prompts(self, prompts: Sequence[PromptText]) -> TokenBatch:
-        """`prompt_rows` as a batch (B, P)."""
+        """Return `prompt_rows` as a batch (B, P)."""
         return TokenBatch.from_lists(self.prompt_rows(prompts))
 
     def responses(self, texts: Sequence[str], finished: Sequence[bool] | None = None) -> TokenBatch:
-        """`response_rows` as a batch (B, R)."""
+        """Return `response_rows` as a batch (B, R)."""
         return TokenBatch.from_lists(self.response_rows(texts, finished))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of one response: EOS and what follows dropped, special tokens skipped."""
+        """Return the text of one response, without EOS, anything after it, and special tokens."""
         return self.decode_rows([ids])[0]
 
     def decode_rows(self, rows: Sequence[Sequence[int]]) -> list[str]:
-        """Texts of responses; see `decode`."""
-        # Decoders drop the first token's space; behind an anchor the response has none to lose.
+        """Return the texts of responses; see `decode`."""
+        # Decoders drop the first token's space; after an anchor the response keeps its own.
         texts = self._decode([self._decode_anchor, *map(self._until_eos, rows)])
         return [text[len(texts[0]) :] for text in texts[1:]] if self._decode_anchor else texts[1:]
 
     def check_template(self, renderer: PromptRenderer, conversations: bool = False) -> None:
-        """Checks that the limit leaves room for some input beside the fixed text.
+        """Check that the limit leaves room for some input besides the fixed text.
 
         Args:
             renderer: The renderer of the prompts.
             conversations: Whether the data have `messages`, so that the chat template counts too.
 
         Raises:
-            InputError: If not a single token of input fits.
+            InputError: If not even one token of input fits.
         """
         word = "a"
         fields = [PromptFields(word, (), None)]
@@ -218,10 +218,10 @@ class PromptCodec:
                 raise InputError(self._too_small(prompt))
 
     def check_prompts(self, rows: RowData[Any]) -> PromptLengths:
-        """Counts the prompts that the limit shortens.
+        """Count the prompts that the limit shortens.
 
         Raises:
-            InputError: For prompts of which more must be kept than fits, with their lines.
+            InputError: If the mandatory part of some prompts does not fit; names their lines.
         """
         room = self._room()
         counts = self._counts(rows, room)
@@ -244,10 +244,10 @@ class PromptCodec:
         return PromptLengths(len(rows), int((counts > room).sum()), longest, self.prompt_limit)
 
     def _counts(self, rows: RowData[Any], limit: int) -> NDArray[np.int64]:
-        """Tokens of the rows' prompts; of those that surely have at most `limit`, perhaps less."""
+        """Count the tokens of the rows' prompts; counts of at most `limit` may be too low."""
         counter = self._counter
         known = rows.token_counts.setdefault(counter.identity, _Counts(len(rows.table)))
-        without_prefix = np.zeros(len(rows), bool)  # what their template wrote is in the counts
+        without_prefix = np.zeros(len(rows), bool)  # the count includes what their template wrote
         start = 0
         for batch in rows.batches(("text", "template_bos", "spans", "reserve")):
             stored = rows.stored[start : start + batch.num_rows]
@@ -266,12 +266,12 @@ class PromptCodec:
         return np.maximum(counts - without_prefix * len(self.layout.prefix_ids), 0)
 
     def _in_doubt(self, rows: RowData[Any], counts: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether what must be kept of a long prompt could be more than fits."""
+        """Return which long prompts may have a mandatory part that does not fit."""
         doubts: list[NDArray[np.bool_]] = [np.zeros(0, bool)]
         for batch in rows.batches(("text", "spans", "reserve")):
             characters, size = text_sizes(batch.column("text"))
             fixed = characters - sum(_covered(batch.column(name)) for name in ("spans", "reserve"))
-            # A character is at most its bytes; a normalizer may make several characters of one.
+            # A character is at most its bytes; a normalizer may expand one into several characters.
             most = np.where(characters == size, fixed, 32 * fixed) + MARGIN
             self._look_at_beginnings(batch, characters, most)
             doubts.append((most > self._room()) | (not self._counter.one_per_character))
@@ -280,7 +280,7 @@ class PromptCodec:
     def _look_at_beginnings(
         self, batch: Any, characters: NDArray[np.int64], most: NDArray[np.int64]
     ) -> None:
-        """Sets `most` where only a beginning must be kept, which is the same in all such rows."""
+        """Set `most` where only a beginning must be kept, which is the same for all such rows."""
         counted: dict[int, int] = {}
         for place in np.flatnonzero(most > self._room()).tolist():
             spans = batch.column("spans")[place].as_py()
@@ -298,11 +298,11 @@ class PromptCodec:
         return [piece.ids for piece in self._encoder.literal(texts)]
 
     def _prefix(self, prompt: PromptText) -> tuple[int, ...]:
-        """What is put before a prompt; a chat template has written its own."""
+        """Return what is put before a prompt; a chat template has already written its own."""
         return self.layout.prefix_ids if prompt.template_bos is None else ()
 
     def _room(self, prompt: PromptText | None = None) -> int:
-        """Tokens of a prompt's own that fit; without one, behind the layout's prefix."""
+        """Return how many of a prompt's own tokens fit; without one, after the layout's prefix."""
         prefix = self.layout.prefix_ids if prompt is None else self._prefix(prompt)
         return self.prompt_limit - len(prefix) - len(self.layout.suffix_ids)
 
@@ -316,7 +316,7 @@ class PromptCodec:
         )
 
     def _shorten(self, prompt: PromptText, piece: Piece) -> list[int] | None:
-        """The ids that fit, or None if what must be kept does not fit."""
+        """Return the ids that fit, or None if the part that must be kept does not fit."""
         excess = len(piece.ids) - self._room(prompt)
         if excess <= 0:
             return piece.ids
@@ -324,18 +324,18 @@ class PromptCodec:
         if excess > len(order):
             return None
         dropped = set(order[:excess])
-        # Tokens that are bytes of one character go together.
+        # Tokens that are bytes of the same character are dropped together.
         for place in order[excess:]:
             near = place - 1 if self.truncation_side == "left" else place + 1
             if near not in dropped or not overlap(piece.offsets[near], piece.offsets[place]):
                 break
             dropped.add(place)
         if len(dropped) == len(piece.ids) and not (self._prefix(prompt) or self.layout.suffix_ids):
-            dropped = set(order[:excess])  # half a character is better than a prompt of nothing
+            dropped = set(order[:excess])  # half a character is better than an empty prompt
         return [id_ for place, id_ in enumerate(piece.ids) if place not in dropped]
 
     def _removable(self, prompt: PromptText, piece: Piece) -> list[int]:
-        """Places of tokens that truncation may drop, the first to go first."""
+        """Return the places of tokens that truncation may drop, in order of dropping."""
         order: list[int] = []
         for spans in (prompt.spans, prompt.reserve):
             places = [
@@ -361,7 +361,7 @@ class PromptCodec:
         )
 
     def _find_decode_anchor(self) -> list[int]:
-        """Ids of a visible text that decoding neither changes nor joins to what follows."""
+        """Return ids of visible text that decoding neither alters nor merges with what follows."""
         for anchor in ANCHORS[1:]:
             ids = self._encoder.literal([anchor])[0].ids
             if self._decode([ids])[0].strip() == anchor:
@@ -370,14 +370,14 @@ class PromptCodec:
 
 
 class _Counts:
-    """Tokens of all prompts of a table, -1 where they are not known yet."""
+    """Token counts of all prompts in a table, -1 where not yet known."""
 
     def __init__(self, size: int) -> None:
         self.counts = np.full(size, -1, np.int32)
 
 
 def _covered(spans: Any) -> NDArray[np.int64]:
-    """(N,) characters in the ranges of an Arrow column of [start, end, start, end, …]."""
+    """Return (N,) characters in the ranges of an Arrow column of [start, end, start, end, …]."""
     ends = spans.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
     ends[::2] *= -1
     sums = np.concatenate([[0], np.cumsum(ends)])

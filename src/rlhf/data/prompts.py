@@ -1,13 +1,12 @@
-"""From the fields of a row to the text that the model reads.
+"""Rendering: from the fields of a row to the text that the model reads.
 
 `input_text` is never wrapped in a chat template. The prompt is the instruction, the context and the
-input, those that there are, with an empty line between them. Special tokens written in it are
-plain text.
+input, as far as present, separated by empty lines. The text of special tokens in it is plain text.
 
-`messages` are rendered with the tokenizer's chat template, generation prompt included; instruction,
-context and the conversation's own system turn (in this order, an empty line between them) are its
-system turn, or stand before the first user turn where the template knows no system turn. A
-tokenizer without a template gets the plain one:
+`messages` are rendered with the tokenizer's chat template, generation prompt included. The
+instruction, the context and the conversation's own system turn, separated by empty lines, form the
+system turn; if the template does not support one, they precede the first user turn. A tokenizer
+without a template gets the plain one:
 
     <system>
 
@@ -37,12 +36,12 @@ _PLAIN_NAMES = {"user": "User: ", "assistant": "Assistant: ", "system": ""}
 
 
 class PromptRenderer:
-    """Renders rows; needs no model, and a tokenizer only for its chat template.
+    """Renderer of rows; needs no model, and a tokenizer only for its chat template.
 
     Args:
-        instruction: Text put before every input, or None.
+        instruction: Text to put before every input, or None.
         chat_template: Jinja text of a Hugging Face chat template; None for the plain one.
-        special_tokens: Names and texts that the template may use, such as `bos_token`.
+        special_tokens: Names and texts of tokens that the template may use, such as `bos_token`.
     """
 
     def __init__(
@@ -54,18 +53,18 @@ class PromptRenderer:
         self.instruction = instruction or ""
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
-        # The literal text around the turns depends on who speaks when, and on nothing else.
+        # The literal text around the turns depends only on the order of the speakers.
         self._scaffolding = lru_cache(maxsize=256)(self._find_scaffolding)
 
     @classmethod
     def for_tokenizer(
         cls, tokenizer: "PreTrainedTokenizerBase | None", instruction: str | None = None
     ) -> "PromptRenderer":
-        """The renderer for a tokenizer's own chat template, or the plain one if it has none."""
+        """Return the renderer for a tokenizer's chat template, or the plain one if it has none."""
         template = getattr(tokenizer, "chat_template", None)
         if not template:
             return cls(instruction)
-        if isinstance(template, dict):  # several by name; one is the default
+        if isinstance(template, dict):  # several named templates, one of them the default
             template = template.get("default") or next(iter(template.values()))
         names = getattr(tokenizer, "special_tokens_map", {})
         tokens = {name: str(text) for name, text in names.items() if isinstance(text, str)}
@@ -73,14 +72,14 @@ class PromptRenderer:
 
     @property
     def identity(self) -> str:
-        """Equal for two renderers exactly if they render every row alike; 16 characters."""
+        """16 characters that are equal for two renderers exactly if they render all rows alike."""
         parts = [self.instruction, self.chat_template or _PLAIN_TEMPLATE]
         if self.chat_template:
             parts += [f"{name}={text}" for name, text in sorted(self.special_tokens.items())]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def render(self, fields: PromptFields) -> PromptText:
-        """The prompt of one row.
+        """Render the prompt of one row.
 
         Raises:
             ValueError: If the chat template refuses the conversation; the message says why.
@@ -94,14 +93,14 @@ class PromptRenderer:
         return PromptText(turn.text, turn.marked("span"))
 
     def render_text(self, text: str) -> PromptText:
-        """The prompt of a row that has an input and nothing else."""
+        """Render the prompt of a row that has only an input."""
         if not text:
             return PromptText(self.instruction, ())
         before = self.instruction + SEPARATOR if self.instruction else ""
         return PromptText(before + text, ((len(before), len(before) + len(text)),))
 
     def raw_input(self, fields: PromptFields) -> str:
-        """The row's own input, as predictions repeat it."""
+        """Return the row's own input, as it appears in predictions."""
         if not fields.messages:
             return fields.input_text or ""
         turns = [{"author": turn.author, "content": turn.content} for turn in fields.messages]
@@ -123,26 +122,26 @@ class PromptRenderer:
         try:
             return self._scaffolding(authors) is not None
         except ValueError:
-            # Only blame the system turn if the template is content without it.
+            # Blame the system turn only if the template accepts the rest without it.
             self._scaffolding(authors[1:])
             return False
 
     def _fill(self, turns: "Sequence[tuple[str, _Turn]]") -> PromptText:
-        """Renders the turns and finds their characters in the result."""
+        """Render the turns and find their characters in the result."""
         text = self._apply([Message(author, turn.text) for author, turn in turns])
         pieces = self._scaffolding(tuple(author for author, _ in turns))
         contents = [turn for _, turn in turns]
         places = _locate(text, [turn.text for turn in contents], pieces)
         bos = self.special_tokens.get("bos_token", "")
         bos = bos if text.startswith(bos) else ""
-        start = len(bos)  # kept apart: other tokenizers and people read the rest
+        start = len(bos)  # kept apart, since other tokenizers and people read the rest
         marks: dict[str, list[Span]] = {"span": [], "reserve": []}
         for turn, place in zip(contents, places, strict=True):
             if place is None:
                 continue
             for kind, spans in marks.items():
                 for first, last in turn.marked(kind):
-                    # The template may have trimmed the content's ends.
+                    # The template may have stripped the content.
                     low = max(place[0], place[2] + first)
                     high = min(place[1], place[2] + last)
                     if low < high:
@@ -152,7 +151,7 @@ class PromptRenderer:
         return PromptText(text[start:], tuple(spans), tuple(reserve), template_bos)
 
     def _find_scaffolding(self, authors: tuple[str, ...]) -> tuple[str, ...] | None:
-        """The literal text before, between and after the turns; None if a turn is not shown."""
+        """Return the literal text before, between and after the turns; None if a turn is hidden."""
         marks = [f"\ue000{number}\ue001" for number in range(len(authors))]
         turns = zip(authors, marks, strict=True)
         rest = self._apply([Message(author, mark) for author, mark in turns])
@@ -172,14 +171,14 @@ class PromptRenderer:
 
 
 class _Turn:
-    """A text made of parts, of which each has a kind."""
+    """A text made of parts, each of some kind."""
 
     def __init__(self, parts: Sequence[tuple[str, str]]) -> None:
         self.parts = list(parts)
         self.text = SEPARATOR.join(text for text, _ in parts)
 
     def marked(self, kind: str) -> tuple[Span, ...]:
-        """Where the parts of one kind stand."""
+        """Return the ranges of the parts of one kind."""
         spans, start = [], 0
         for text, own in self.parts:
             if own == kind:
@@ -189,7 +188,7 @@ class _Turn:
 
 
 def _join(parts: Sequence[tuple[str, str]]) -> _Turn:
-    """Joins the parts that are not empty."""
+    """Join the non-empty parts."""
     return _Turn([(text, kind) for text, kind in parts if text])
 
 
@@ -214,15 +213,15 @@ def _apply_jinja(template: str, messages: Sequence[Message], tokens: Mapping[str
 def _locate(
     text: str, contents: Sequence[str], pieces: Sequence[str] | None
 ) -> list[tuple[int, int, int] | None]:
-    """Where each content stands in the rendered text.
+    """Find each content in the rendered text.
 
     Returns:
-        Per content (start, end, origin), where origin is where its first character would stand had
-        the template not trimmed it; None for a content that the template changed otherwise.
+        Per content (start, end, origin), where origin is the position its first character would
+        have if the template had not stripped it; None if the template changed it otherwise.
     """
     if pieces is not None and (exact := _locate_exactly(text, contents, pieces)) is not None:
         return exact
-    # The template looks into the contents (hides earlier reasoning, say): find what is left.
+    # The template inspects the contents (to hide earlier reasoning, say): find what is left.
     places: list[tuple[int, int, int] | None] = []
     position = 0
     for content in contents:

@@ -1,8 +1,8 @@
-"""From JSON Lines to checked and rendered rows on disk.
+"""From JSON Lines to checked, rendered rows on disk.
 
-Nothing here needs a model. However long the input, memory stays bounded: one pass writes every row
-into a temporary Arrow file, and each stage takes from it what it wants. Inside `read_once` no file
-is read twice.
+Nothing here needs a model. Memory stays bounded for any input: one pass writes every row to a
+temporary Arrow file, and each stage selects the rows it needs. Inside `read_once` no file is read
+twice.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ __all__ = [
 
 Paths = str | Sequence[str]
 
-_MOST_SCANS = 8  # each is a file on disk
+_MOST_SCANS = 8  # each of them is a file on disk
 
 
 def load_prompts(
@@ -45,17 +45,17 @@ def load_prompts(
     require_output: bool = False,
     name: str = "prompt_dataset",
 ) -> PromptData:
-    """Reads prompt rows; preference rows are prompt rows too.
+    """Read prompt rows; preference rows are prompt rows too.
 
     Args:
-        paths: Path, glob, fsspec address, or a list of these.
-        renderer: Makes the prompt's text.
-        on_bad_rows: Whether a bad row is an error or is left out and counted.
+        paths: A path, a glob, an fsspec address, or a list of these.
+        renderer: Renders the prompts.
+        on_bad_rows: Whether bad rows are an error, or are skipped and counted.
         require_output: Whether each row must have `output_text` (demonstrations).
-        name: Name of the configuration field, for messages.
+        name: Configuration field to name in messages.
 
     Raises:
-        InputError: For missing files, bad rows (all of them at once), or if no row is left.
+        InputError: If files are missing, rows are bad (lists them all), or no row is left.
     """
     scanned = scan_files(paths, renderer, name)
     wants = Wants(output="required" if require_output else "if present")
@@ -70,18 +70,18 @@ def load_preferences(
     candidates_optional: bool = False,
     name: str = "preference_dataset",
 ) -> PreferenceData:
-    """Reads preference rows; pairs of identical candidates are left out and counted.
+    """Read preference rows; pairs of identical candidates are left out and counted.
 
     Args:
-        paths: Path, glob, fsspec address, or a list of these.
-        renderer: Makes the prompt's text.
-        on_bad_rows: Whether a bad row is an error or is left out and counted.
-        candidates_optional: Pass over rows without any candidate field, as an `eval_dataset` may
-            have them; the result may then be empty.
-        name: Name of the configuration field, for messages.
+        paths: A path, a glob, an fsspec address, or a list of these.
+        renderer: Renders the prompts.
+        on_bad_rows: Whether bad rows are an error, or are skipped and counted.
+        candidates_optional: Whether to pass over rows without candidate fields, which an
+            `eval_dataset` may have; the result may then be empty.
+        name: Configuration field to name in messages.
 
     Raises:
-        InputError: For missing files, bad rows (all of them at once), or if no row is left.
+        InputError: If files are missing, rows are bad (lists them all), or no row is left.
     """
     scanned = scan_files(paths, renderer, name)
     wants = Wants(pair="required", pass_over=candidates_optional, output="ignored")
@@ -89,7 +89,7 @@ def load_preferences(
 
 
 def _data(scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows) -> tuple[Any, ...]:
-    """What a data set is made of: the rows of a scan that a stage wants."""
+    """Return the parts of a data set: the rows of a scan that a stage wants."""
     taken = rows_wanted(scanned, wants, name, on_bad_rows)
     return (
         scanned.table,
@@ -104,19 +104,19 @@ def _data(scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows) -> tup
 def split_holdout(
     preferences: PreferenceData, fraction: float = 0.05, limit: int = 1000, *, seed: int = 0
 ) -> tuple[PreferenceData, PreferenceData]:
-    """Holds out pairs for evaluation; all pairs of one prompt stay on the same side.
+    """Hold out pairs for evaluation; all pairs of one prompt stay on the same side.
 
     Args:
         preferences: All pairs.
         fraction: Share of the pairs to hold out.
-        limit: At most so many pairs.
-        seed: Chooses the prompts.
+        limit: Maximum number of pairs to hold out.
+        seed: Determines which prompts are chosen.
 
     Returns:
         (training pairs, held-out pairs), both in their original order. With a single prompt
         nothing can be held out; otherwise at least one prompt is.
     """
-    from rlhf.data.batching import permutation  # torch: not for those who only check files
+    from rlhf.data.batching import permutation  # needs torch, which checking files does not
 
     batches = preferences.batches(("prompt_hash",))
     group_of = group_rows([column_values(batch, "prompt_hash") for batch in batches])
@@ -125,7 +125,7 @@ def split_holdout(
     held: list[int] = []
     count = 0
     for group in permutation(len(sizes), "holdout", seed)[: len(sizes) - 1]:
-        # A prompt with very many pairs may not fit; it is only taken if nothing else is there.
+        # A prompt with too many pairs is only taken if nothing else was.
         if count + sizes[group] <= wanted:
             held.append(group)
             count += sizes[group]
@@ -141,14 +141,14 @@ def split_holdout(
 
 
 class _Scans:
-    """The last scans of a run, by the files and how they were rendered."""
+    """The latest scans of a run, keyed by files and rendering."""
 
     def __init__(self, keep_lines: bool) -> None:
         self.keep_lines = keep_lines
         self._scans: OrderedDict[tuple[object, ...], Scan] = OrderedDict()
 
     def get(self, files: Sequence[str], renderer: PromptRenderer) -> Scan:
-        """The scan of files; of files that were changed a new one."""
+        """Return the scan of some files; scan them again if they changed."""
         key = (renderer.identity, *map(_stamp, files))
         if key not in self._scans:
             self._scans[key] = scan(files, renderer, self.keep_lines)
@@ -163,13 +163,13 @@ _scans: _Scans | None = None
 
 @contextlib.contextmanager
 def read_once(keep_lines: bool = False) -> Iterator[None]:
-    """Inside, files that did not change are read once, however many stages ask for them.
+    """Read unchanged files only once inside this context, however many stages ask for them.
 
     Args:
-        keep_lines: Keep the lines as they are, for `RowData.raw_lines`.
+        keep_lines: Whether to keep the original lines, for `RowData.raw_lines`.
     """
     global _scans
-    if _scans is not None:  # the outermost one rules
+    if _scans is not None:  # nested: the outermost context applies
         yield
         return
     _scans = _Scans(keep_lines)
@@ -180,27 +180,27 @@ def read_once(keep_lines: bool = False) -> Iterator[None]:
 
 
 def scan_files(paths: Paths, renderer: PromptRenderer, name: str) -> Scan:
-    """All rows of some files, good and bad.
+    """Scan all rows of some files, good and bad.
 
     Args:
-        paths: Path, glob, fsspec address, or a list of these.
-        renderer: Makes the prompts' texts.
-        name: Name of the configuration field, for messages.
+        paths: A path, a glob, an fsspec address, or a list of these.
+        renderer: Renders the prompts.
+        name: Configuration field to name in messages.
 
     Raises:
-        InputError: For missing files.
+        InputError: If files are missing.
     """
     files = expand_paths(paths, name)
     return scan(files, renderer) if _scans is None else _scans.get(files, renderer)
 
 
 def _stamp(path: str) -> tuple[object, ...]:
-    """Changes when a file does."""
+    """Return a value that changes whenever the file does."""
     try:
         if is_remote(path):
             filesystem, root = open_store(path)
             return path, filesystem.ukey(root)
         about = os.stat(path)
-    except Exception:  # every store raises its own; reading will tell
+    except Exception:  # every store raises its own kind; reading will report the problem
         return path, object()
     return path, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns

@@ -1,9 +1,9 @@
-"""Rows in an Arrow file on disk, written one by one and read when asked for.
+"""Rows in an Arrow file on disk, written one by one and read on demand.
 
-A `RowTable` has a row for each line of the files that were read, good or bad; a `RowData` is those
-of them that a stage wants.
+A `RowTable` has a row for each line of the input files, good or bad; a `RowData` holds those that a
+stage wants.
 
-The file is temporary: it goes with the last object that uses it, or with the process.
+The file is temporary: it disappears with the last object that uses it, or with the process.
 """
 
 import hashlib
@@ -33,17 +33,17 @@ _NO_CANDIDATES = (None, None, 0, None, 0, 0)
 
 
 class Flag:
-    """What a row of a table is, as bits."""
+    """Properties of a table row, as bits."""
 
-    OBJECT = 1  # a JSON object
-    HAS_PAIR = 2  # it has candidate fields
+    OBJECT = 1  # is a JSON object
+    HAS_PAIR = 2  # has candidate fields
     IDENTICAL = 4  # both candidates are the same text
     CONVERSATION = 8
     MENDED = 16
     NO_OUTPUT = 32
     BAD_LINE = 64
     REPEATS = 4096  # both candidates begin with the whole input
-    WHOLE_FILE = 128  # no line, but a file that cannot be read
+    WHOLE_FILE = 128  # not a line, but a file that cannot be read
     BAD_PAIR = 256
     BAD_PROMPT = 512
     BAD_RENDER = 1024
@@ -52,22 +52,22 @@ class Flag:
 
 @dataclass
 class ReadReport:
-    """What reading a data set came upon.
+    """Summary of reading a data set.
 
     Attributes:
         name: Name of the configuration field.
         files: Number of files.
-        rows: Rows that are kept.
-        skipped: Bad rows that were left out (`on_bad_rows: skip`).
+        rows: Rows that were kept.
+        skipped: Bad rows that were skipped (`on_bad_rows: skip`).
         identical: Pairs left out because both candidates are the same text.
-        blank_candidates: Candidates without text; they are kept.
-        blank_references: Texts of `output_text` without text; they are kept.
+        blank_candidates: Candidates that are blank; they are kept.
+        blank_references: Texts of `output_text` that are blank; they are kept.
         without_candidates: Rows passed over because they are not preferences.
         mended: Rows with half characters, which were replaced.
         conversations: Kept rows that have `messages`.
-        repeated: Kept pairs that say what an earlier one says.
-        contradictions: Pairs of a prompt and two candidates that are kept with either choice.
-        unused: Names of fields that hold something and that no stage reads; the first ones.
+        repeated: Kept pairs that repeat an earlier one.
+        contradictions: Kept pairs of a prompt and two candidates that occur with either choice.
+        unused: Names of the first few non-empty fields that no stage reads.
         problems: The first problems of skipped rows.
     """
 
@@ -87,7 +87,7 @@ class ReadReport:
     problems: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """The report for people, one fact a line."""
+        """Return the report for people, one fact per line."""
         facts = (
             (self.conversations, "of them conversations"),
             (self.skipped, "bad rows left out"),
@@ -107,11 +107,11 @@ class ReadReport:
 
 
 class RowTable:
-    """The rows of a finished Arrow file, mapped into memory; the file itself has no name any more.
+    """Rows of a finished Arrow file, memory-mapped; the file itself has already been unlinked.
 
     Attributes:
         batches: Arrow record batches.
-        starts: Number of the first row of each batch, and of all rows at the end.
+        starts: Index of the first row of each batch, followed by the total number of rows.
     """
 
     def __init__(self, path: str) -> None:
@@ -127,33 +127,33 @@ class RowTable:
         return int(self.starts[-1])
 
     def scan(self) -> Iterator[tuple[int, Any]]:
-        """Every batch with the number of its first row; what was read leaves the memory again."""
+        """Yield every batch with the index of its first row; release memory after reading."""
         for number, batch in enumerate(self.batches):
             yield int(self.starts[number]), batch
             if number % 8 == 7 and hasattr(mmap, "MADV_DONTNEED"):
                 self._map.madvise(mmap.MADV_DONTNEED)
 
     def row(self, number: int, columns: Sequence[str]) -> dict[str, Any]:
-        """Some columns of one row."""
+        """Return some columns of one row."""
         batch = int(np.searchsorted(self.starts, number, side="right")) - 1
         place = number - int(self.starts[batch])
         return {name: self.batches[batch].column(name)[place].as_py() for name in columns}
 
 
 class RowData(Sequence[RowT], Generic[RowT]):
-    """Rows on disk, read when asked for.
+    """Rows on disk, read on demand.
 
     Args:
         table: All rows of the files.
         files: The files, for `FILE:LINE`.
-        report: What reading came upon.
+        report: Summary of reading.
         fingerprint: Hash of the rows' contents and order.
-        stored: The rows of the table that these are.
+        stored: Indices of these rows in the table.
 
     Attributes:
-        report: What reading came upon.
+        report: Summary of reading.
         fingerprint: Hash of the rows' contents and order.
-        stored: The rows of the table that these are.
+        stored: Indices of these rows in the table.
         table: All rows of the files.
     """
 
@@ -183,7 +183,7 @@ class RowData(Sequence[RowT], Generic[RowT]):
     @overload
     def __getitem__(self, place: slice) -> list[RowT]: ...
     def __getitem__(self, place: int | slice) -> RowT | list[RowT]:
-        """One row, or a list of rows for a slice."""
+        """Return one row, or a list of rows for a slice."""
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
         number = range(len(self))[place]
@@ -200,7 +200,7 @@ class RowData(Sequence[RowT], Generic[RowT]):
                     number += 1
 
     def batches(self, columns: Sequence[str]) -> Iterator[Any]:
-        """The rows' columns as Arrow record batches, in their order."""
+        """Yield columns of the rows as Arrow record batches, in row order."""
         if len(self.stored) and np.any(np.diff(self.stored) < 0):  # chosen in another order
             for number in self.stored:
                 batch = int(np.searchsorted(self.table.starts, number, side="right")) - 1
@@ -214,12 +214,12 @@ class RowData(Sequence[RowT], Generic[RowT]):
                 yield take(batch.select(list(columns)), rows)
 
     def raw_lines(self) -> Iterator[bytes]:
-        """The lines that the rows come from, if they were kept (`rlhf.data.reading.read_once`)."""
+        """Yield the original lines of the rows, if kept (`rlhf.data.reading.read_once`)."""
         for batch in self.batches(("raw",)):
             yield from batch.column("raw").to_pylist()
 
     def select_rows(self, rows: Sequence[int] | NDArray[np.int64]) -> Self:
-        """The given rows in the given order, on the same file."""
+        """Return the given rows in the given order, backed by the same file."""
         chosen = np.asarray(rows, dtype=np.int64)
         digest = hashlib.sha256(self.fingerprint.encode() + chosen.tobytes()).hexdigest()
         return type(self)(
@@ -231,11 +231,11 @@ class RowData(Sequence[RowT], Generic[RowT]):
 
     @abstractmethod
     def _row(self, columns: dict[str, Any], number: int) -> RowT:
-        """Row `number` from its columns in the table."""
+        """Return row `number`, given its columns of the table."""
 
 
 class PromptData(RowData[PromptRow]):
-    """Prompts, with references where the rows have them."""
+    """Prompts, with references for rows that have them."""
 
     columns: ClassVar[tuple[str, ...]] = ("references",)
 
@@ -267,7 +267,7 @@ class PreferenceData(RowData[PreferenceRow]):
 
 
 class TableWriter:
-    """Writes a table, batch by batch, into a temporary file.
+    """Writer of a table, batch by batch, to a temporary file.
 
     Attributes:
         rows: Rows added so far.
@@ -302,17 +302,17 @@ class TableWriter:
         flags: int,
         counts: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
-        """Appends one row.
+        """Append one row.
 
         Args:
-            prompt: The rendered prompt, if it is good.
+            prompt: The rendered prompt, if valid.
             input_text: The row's own input.
-            pair: Its two answers, if they are good.
+            pair: Its two answers, if valid.
             references: Texts of `output_text`.
-            raw: The line as it is, if it is to be kept.
-            place: Numbers of file and line.
-            flags: Of `Flag`.
-            counts: Problems of the pair, the prompt and `output_text`.
+            raw: The original line, if lines are kept.
+            place: File index and line number.
+            flags: Bits of `Flag`.
+            counts: Numbers of problems with the pair, the prompt and `output_text`.
         """
         self.rows += 1
         prompt = prompt or _PROMPT
@@ -347,7 +347,7 @@ class TableWriter:
             self._flush()
 
     def finish(self) -> RowTable:
-        """The table, once all rows are added."""
+        """Return the table, once all rows are added."""
         self._flush()
         self._writer.close()
         return RowTable(self._path)
@@ -365,7 +365,7 @@ class TableWriter:
 
 
 def _lists(column: Sequence[Sequence[Any]], kind: Any) -> Any:
-    """An Arrow column of lists; much faster than Arrow's own way."""
+    """Return an Arrow column of lists, much faster than Arrow's own conversion."""
     import pyarrow as pa
 
     offsets = np.zeros(len(column) + 1, np.int32)
@@ -375,14 +375,14 @@ def _lists(column: Sequence[Sequence[Any]], kind: Any) -> Any:
 
 
 def take(batch: Any, rows: NDArray[np.int64]) -> Any:
-    """Some rows of a record batch; the batch itself if they are all of its rows."""
+    """Return some rows of a record batch; the batch itself if all rows are wanted."""
     import pyarrow as pa
 
     return batch if len(rows) == batch.num_rows else batch.take(pa.array(rows))
 
 
 def text_sizes(texts: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(N,) characters and (N,) bytes of an Arrow column of texts; 0 for null."""
+    """Return (N,) characters and (N,) bytes of an Arrow column of texts; 0 for null."""
     import pyarrow.compute as pc
 
     characters, size = (
@@ -393,7 +393,7 @@ def text_sizes(texts: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text has nothing but white space."""
+    """Return whether a text is empty or all white space."""
     return not text or text.isspace()
 
 
@@ -401,7 +401,7 @@ _BASE_COLUMNS = ("text", "template_bos", "spans", "reserve", "input_text", "file
 
 
 def prompt_of(columns: Mapping[str, Any]) -> PromptText:
-    """The prompt that columns `text`, `template_bos`, `spans` and `reserve` of a row hold."""
+    """Build the prompt from a row's columns `text`, `template_bos`, `spans` and `reserve`."""
     spans, reserve = (
         tuple(zip(ends[::2], ends[1::2], strict=True))
         for ends in (columns["spans"], columns["reserve"])
@@ -421,7 +421,7 @@ def _schema() -> Any:
         {
             "text": pa.string(),
             "template_bos": pa.string(),
-            "input_text": pa.string(),  # null where it is the prompt's text
+            "input_text": pa.string(),  # null where it equals the prompt's text
             "spans": pa.list_(pa.int64()),
             "reserve": pa.list_(pa.int64()),
             "prompt_hash": pa.uint64(),

@@ -1,6 +1,6 @@
-"""One pass over files, from which every stage takes the rows that it needs.
+"""One pass over files, from which every stage takes the rows it needs.
 
-Each line becomes a row of a `RowTable` together with what is wrong with its parts: whether it is a
+Each line becomes a row of a `RowTable`, together with the problems of its parts: whether it is a
 good row depends on what a stage wants (`rlhf.data.selection`).
 """
 
@@ -25,16 +25,16 @@ _MOST_KEYS = 64
 
 
 class Parts(NamedTuple):
-    """What a row says, part by part, and what is wrong with each part.
+    """The parts of a row, and the problems of each part.
 
     Attributes:
         prompt: The rendered prompt; None if it has problems.
         input_text: The row's own input.
         pair: Its two answers; None if it has no candidate fields, or they have problems.
         references: The texts of `output_text`; None if the row has none.
-        conversation: It has `messages`.
-        has_pair: It has candidate fields.
-        problems: By part: "pair", "prompt", "render", "output"; None where nothing is wrong.
+        conversation: Whether it has `messages`.
+        has_pair: Whether it has candidate fields.
+        problems: By part: "pair", "prompt", "render", "output"; None if there are none.
     """
 
     prompt: PromptText | None
@@ -47,7 +47,7 @@ class Parts(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Which of a row's fields are which, for rows without anything unusual."""
+    """Names of a row's fields by their use, for rows without anything unusual."""
 
     prompt: str
     candidate_0: str | None
@@ -57,10 +57,10 @@ class Shape(NamedTuple):
 
 
 class RowReader:
-    """Reads rows; common ones by a short way, with the same result (`read` and `read_plain`).
+    """Reader of rows, with a fast path for common ones (`read` and `read_plain` agree).
 
     Args:
-        renderer: Makes the prompt's text.
+        renderer: Renders the prompts.
 
     Attributes:
         unused: Names of fields that no stage reads.
@@ -72,7 +72,7 @@ class RowReader:
         self._shapes: dict[tuple[str, ...], Shape | None] = {}
 
     def read(self, row: Mapping[str, Any]) -> Parts:
-        """Reads any row, field by field."""
+        """Read any row, field by field."""
         checker = RowChecker(row)
         add_names(self.unused, checker.unused())
         problems: dict[str, list[str]] = {}
@@ -109,7 +109,7 @@ class RowReader:
         )
 
     def read_plain(self, row: Mapping[str, Any]) -> Parts | None:
-        """Reads a row of texts in one of the usual layouts; None if `read` has to."""
+        """Read a row of texts in one of the usual layouts; return None if it needs `read`."""
         keys = tuple(row)
         try:
             shape = self._shapes[keys]
@@ -142,7 +142,7 @@ class RowReader:
         return Parts(prompt, text, pair, references, False, pair is not None, None)
 
     def _learn(self, keys: tuple[str, ...]) -> Shape | None:
-        if len(self._shapes) >= _MOST_SHAPES:  # every row is another one
+        if len(self._shapes) >= _MOST_SHAPES:  # every row has a different shape
             self._shapes.clear()
         if len(keys) > _MOST_KEYS or sum(map(len, keys)) > _MOST_KEYS * 64:
             return None
@@ -168,7 +168,7 @@ def _shape(keys: frozenset[str], order: tuple[str, ...]) -> Shape | None:
 
 
 class Faults:
-    """What is wrong with bad rows: the texts of those that may have to be told.
+    """Problems of bad rows: the texts of those that may have to be reported.
 
     However many rows are bad, only a few texts are kept: the first ones of each kind.
     """
@@ -179,36 +179,36 @@ class Faults:
         self._counts: dict[tuple[str, bool, bool], int] = {}
 
     def wanted(self, part: str, has_pair: bool, bad_pair: bool) -> bool:
-        """Whether the texts of another such row may have to be told; counts it.
+        """Count another bad row; return whether its texts may have to be reported.
 
         Args:
             part: The part that has the problems.
-            has_pair: The row has candidate fields: some stages pass over those without.
-            bad_pair: Its candidates have problems, which hide those of rendering.
+            has_pair: Whether the row has candidate fields: some stages pass over those without.
+            bad_pair: Whether its candidates have problems, which hide those of rendering.
         """
         key = (part, has_pair, bad_pair)
         self._counts[key] = self._counts.get(key, 0) + 1
         return self._counts[key] <= MAX_PROBLEMS
 
     def add(self, row: int, part: str, texts: Sequence[str]) -> None:
-        """Keeps the texts of one part of a row."""
+        """Store the texts of one part of a row."""
         self._texts[row, part] = list(texts[:MAX_PROBLEMS])
 
     def of(self, row: int, parts: Sequence[str]) -> list[str]:
-        """The texts of some parts of a row."""
+        """Return the texts of some parts of a row."""
         return [text for part in parts for text in self._texts.get((row, part), ())]
 
 
 class Scan:
-    """What one pass over files found.
+    """Result of one pass over files.
 
     Attributes:
         files: The files.
         table: A row for each line.
-        faults: What is wrong with the bad ones.
+        faults: Problems of the bad rows.
         unused: Names of fields that no stage reads.
-        token_counts: Tokens of the prompts by tokenizer, kept for the next stage.
-        selections: What stages took, likewise.
+        token_counts: Token counts of the prompts by tokenizer, cached for the next stage.
+        selections: What stages selected, likewise.
     """
 
     def __init__(
@@ -223,12 +223,12 @@ class Scan:
 
 
 def scan(files: Sequence[str], renderer: PromptRenderer, keep_lines: bool = False) -> Scan:
-    """Reads files once, in bounded memory.
+    """Read files once, in bounded memory.
 
     Args:
         files: Existing files.
-        renderer: Makes the prompts' texts.
-        keep_lines: Keep every line as it is, too.
+        renderer: Renders the prompts.
+        keep_lines: Whether to keep every original line, too.
     """
     reader, faults = RowReader(renderer), Faults()
     with TableWriter() as writer:
@@ -246,7 +246,7 @@ def scan(files: Sequence[str], renderer: PromptRenderer, keep_lines: bool = Fals
 
 
 def _add_fault(line: JsonLine, files: Sequence[str], faults: Faults, writer: TableWriter) -> None:
-    """A line that holds no object."""
+    """Add a line that contains no JSON object."""
     problem = line.problem or f"is {in_words(line.value)}, expected a JSON object"
     flags = Flag.BAD_LINE
     if line.whole_file:

@@ -1,4 +1,4 @@
-"""The rows of the library: what a JSON object must hold, and what the stages get from it.
+"""The library's rows: what a JSON object must contain, and what the stages get from it.
 
 Preference rows have `input_text` or `messages` (or `prompt`), and `candidate_0`, `candidate_1`,
 `choice` (or `chosen`, `rejected`). Prompt rows have `input_text` or `messages` (or `prompt`). Both
@@ -31,17 +31,17 @@ _MOST_KEYS = 64
 class PromptText:
     """A rendered prompt and which parts of it truncation may shorten.
 
-    Characters outside `spans` and `reserve` (instruction, chat scaffolding) are kept whole, and
-    only there a special token's text means that token; inside, it is plain text.
+    Characters outside `spans` and `reserve` (instruction, chat scaffolding) are always kept, and
+    only there does the text of a special token mean that token; inside, it is plain text.
 
     Attributes:
         text: The prompt as the model reads it, without a beginning-of-sequence token.
         spans: Character ranges [start, end) of `text`, in text order, not overlapping.
-        reserve: Like `spans`, but only shortened when nothing is left of those: the conversation's
+        reserve: Like `spans`, but only shortened once nothing is left of those: the conversation's
             own system turn.
-        template_bos: What a chat template wrote before `text` as beginning-of-sequence token, ""
-            if it wrote none; nothing else is put before such a prompt. None for a prompt that no
-            template wrote, which gets what the tokenizer adds.
+        template_bos: The beginning-of-sequence token that a chat template wrote before `text`, ""
+            if it wrote none; nothing else is put before such a prompt. None for a prompt without a
+            template, which gets what the tokenizer adds.
     """
 
     text: str
@@ -50,7 +50,7 @@ class PromptText:
     template_bos: str | None = None
 
     def with_bos(self) -> "PromptText":
-        """The same prompt, the BOS of its template part of the text."""
+        """Return the prompt with its template's BOS as part of the text."""
         if not self.template_bos:
             return self
         shift = len(self.template_bos)
@@ -71,7 +71,7 @@ class Message:
 
 @dataclass(frozen=True)
 class PromptFields:
-    """What a row says about its prompt: either `input_text` or `messages`."""
+    """The fields of a row that make up its prompt: either `input_text` or `messages`."""
 
     input_text: str | None
     messages: tuple[Message, ...]
@@ -80,14 +80,14 @@ class PromptFields:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt with the human references for it.
+    """A prompt with its human references.
 
     Attributes:
         prompt: Rendered prompt.
-        input_text: Raw input for predictions; of `messages`, the conversation as JSON.
+        input_text: Raw input for predictions; for `messages`, the conversation as JSON.
         references: The texts of `output_text`, possibly none.
         source: `FILE:LINE`.
-        row: Number of the row in its data set, from 0.
+        row: Index of the row in its data set, from 0.
     """
 
     prompt: PromptText
@@ -99,16 +99,16 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """A prompt with two answers of which one was preferred.
+    """A prompt with two answers, one of which was preferred.
 
     Attributes:
         prompt: Rendered prompt.
         candidate_0: One answer.
         candidate_1: The other answer.
         choice: 0 or 1, the preferred one.
-        margin: By how much it was preferred, where the row says so.
+        margin: By how much it was preferred, if the row says so.
         source: `FILE:LINE`.
-        row: Number of the row in its data set, from 0.
+        row: Index of the row in its data set, from 0.
     """
 
     prompt: PromptText
@@ -132,7 +132,7 @@ class PreferenceRow:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a row says about its two answers; see `PreferenceRow`."""
+    """The fields of a row about its two answers; see `PreferenceRow`."""
 
     candidate_0: str
     candidate_1: str
@@ -141,10 +141,10 @@ class Candidates:
 
 
 class RowChecker:
-    """Reads one JSON object field by field and notes everything that is wrong with it.
+    """Reader of one JSON object, field by field, that collects everything wrong with it.
 
     Attributes:
-        problems: `field: what is wrong, what is expected`, in the order in which they were found.
+        problems: `field: what is wrong, what is expected`, in the order found.
     """
 
     def __init__(self, row: Mapping[str, Any]) -> None:
@@ -152,7 +152,7 @@ class RowChecker:
         self.problems: list[str] = []
 
     def prompt(self) -> PromptFields:
-        """Reads `input_text`, `messages` or `prompt`, and `context`."""
+        """Read `input_text`, `messages` or `prompt`, and `context`."""
         present = [name for name in ("input_text", "messages", "prompt") if self._has(name)]
         context = self._optional_text("context")
         if "input_text" in present and "messages" in present:
@@ -167,7 +167,7 @@ class RowChecker:
         return PromptFields(text or "", (), context)
 
     def references(self, required: bool = False) -> list[str]:
-        """Reads `output_text`: a text, several in a list, or nothing unless `required`."""
+        """Read `output_text`: a text, a list of texts, or nothing unless `required`."""
         if not self._has("output_text"):
             if required:
                 self._missing("output_text", "text (the answer to learn)")
@@ -182,7 +182,7 @@ class RowChecker:
         return texts
 
     def candidates(self) -> Candidates:
-        """Reads `candidate_0`, `candidate_1` and `choice`, or `chosen` and `rejected`."""
+        """Read `candidate_0`, `candidate_1` and `choice`, or `chosen` and `rejected`."""
         margin = self._margin()
         own = any(self._has(name) for name in ("candidate_0", "candidate_1"))
         if not own and (self._has("chosen") or self._has("rejected")):
@@ -192,11 +192,11 @@ class RowChecker:
         return Candidates(first or "", second or "", self._choice(), margin)
 
     def has_candidates(self) -> bool:
-        """Whether the row says anything about two answers."""
+        """Return whether the row has any field about two answers."""
         return any(self._has(name) for name in CANDIDATE_FIELDS)
 
     def used(self) -> set[str]:
-        """The names of fields that some stage reads, of a row that says everything once."""
+        """Return the names of the fields that some stage reads; of two spellings, only one."""
         used = set(FIELDS)
         if self._has("input_text") or self._has("messages"):
             text = self.row.get("input_text")
@@ -208,7 +208,7 @@ class RowChecker:
         return used
 
     def unused(self) -> list[str]:
-        """The names of fields that hold something and that no stage reads, its turns' too."""
+        """Return the names of non-empty fields that no stage reads, including fields of turns."""
         used = self.used()
         names = [name for name, value in self.row.items() if name not in used]
         names = [name for name in names if holds_something(self.row[name])]
@@ -312,7 +312,7 @@ class RowChecker:
 
 @lru_cache(maxsize=256)
 def _hint(name: str, keys: tuple[str, ...]) -> str:
-    """What a row with some keys may have meant by a field that it lacks."""
+    """Guess what a row with these keys meant by a field that it lacks."""
     if not keys:
         return " (the row is empty)"
     if "instruction" in keys and "output" in keys:
@@ -320,19 +320,19 @@ def _hint(name: str, keys: tuple[str, ...]) -> str:
     own = [key for key in keys if key not in FIELDS]
     near = closest(name, own)
     missing = FIELDS - {name} - set(keys)
-    # Nobody shall rename a field and lose by it what stands in another one.
+    # Suggest renaming a field only if no other field would lose its content by it.
     if near and all(key == near or closest(key, missing) for key in own):
         return f" (did you mean {name} by {_shorten(near)}?)"
     return f" (the row has {named(keys[:8])})"
 
 
 def holds_something(value: Any) -> bool:
-    """Whether losing a field with this value would lose something."""
+    """Return whether dropping a field with this value would lose information."""
     return value is not None and value != "" and value != [] and value != {}
 
 
 def add_names(names: list[str], more: Iterable[str]) -> None:
-    """Adds the names that are not there yet, up to a few more than are ever shown."""
+    """Add the names that are missing, up to a few more than are ever shown."""
     for name in more:
         if len(names) > _MOST_NAMES:
             return
@@ -341,19 +341,19 @@ def add_names(names: list[str], more: Iterable[str]) -> None:
 
 
 def named(names: Sequence[str]) -> str:
-    """Names of fields for people, some of them if they are many."""
+    """List names of fields for people, only some of them if there are many."""
     rest = ["…"] if len(names) > _MOST_NAMES else []
     return ", ".join([*map(_shorten, names[:_MOST_NAMES]), *rest])
 
 
 def _shorten(text: str) -> str:
     shown = text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…"
-    # Bad rows are quoted to terminals and logs: no control characters, no broken surrogates.
+    # Bad rows are quoted in terminals and logs: no control characters, no broken surrogates.
     return "".join(char if char.isprintable() else "\ufffd" for char in shown)
 
 
 def in_words(value: Any) -> str:
-    """A JSON value in words that a person recognizes in the file."""
+    """Describe a JSON value in words that a person can match to the file."""
     if value is None:
         return "null"
     if isinstance(value, bool):

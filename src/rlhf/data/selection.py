@@ -1,4 +1,4 @@
-"""Which rows of a scan a stage takes, which of them are bad, and what it hears about them."""
+"""Selection: which rows of a scan a stage takes, which are bad, and what is reported."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,14 +22,13 @@ _PAIR_COLUMNS = ("candidate_0", "candidate_1", "choice", "margin")
 
 @dataclass(frozen=True)
 class Wants:
-    """What a stage wants of a row.
+    """What a stage requires of a row.
 
     Attributes:
-        pair: Whether two candidates are required, must be good where there are any, or do not
-            matter. Pairs of identical candidates are left out unless they do not matter.
-        pass_over: Pass over rows without candidate fields.
-        output: Whether `output_text` is required, must be good where there is any, or does not
-            matter.
+        pair: Whether two candidates are required, must be valid if present, or do not matter. Pairs
+            of identical candidates are left out unless they do not matter.
+        pass_over: Whether to pass over rows without candidate fields.
+        output: Whether `output_text` is required, must be valid if present, or does not matter.
     """
 
     pair: Literal["required", "if present", "ignored"] = "ignored"
@@ -37,7 +36,7 @@ class Wants:
     output: Literal["required", "if present", "ignored"] = "if present"
 
     def parts(self, flags: int) -> tuple[str, ...]:
-        """The parts of a bad row with these flags whose problems are told, in this order."""
+        """Return the parts whose problems to report for a bad row with these flags, in order."""
         if not flags & Flag.OBJECT:
             return ("line",)
         has_pair = bool(flags & Flag.HAS_PAIR)
@@ -45,7 +44,7 @@ class Wants:
         if self.pair == "required" or (self.pair == "if present" and has_pair):
             parts = ("pair", "prompt")
             if flags & Flag.BAD_PAIR or not has_pair:
-                return parts + self._output_parts(flags)  # rendering was not even tried
+                return parts + self._output_parts(flags)  # rendering was not attempted
         return (*parts, "render", *self._output_parts(flags))
 
     def _output_parts(self, flags: int) -> tuple[str, ...]:
@@ -60,8 +59,8 @@ class Selection:
     """The rows of a scan that a stage takes.
 
     Attributes:
-        index: Their numbers in the scan's table.
-        report: What reading came upon.
+        index: Their indices in the scan's table.
+        report: Summary of reading.
         fingerprint: Hash of their contents and order.
     """
 
@@ -72,7 +71,7 @@ class Selection:
 
 @dataclass
 class _Sums:
-    """What is added up over the batches of a scan."""
+    """Totals over the batches of a scan."""
 
     problems: int = 0
     first: list[str] = field(default_factory=list)
@@ -83,17 +82,17 @@ class _Sums:
 def rows_wanted(
     scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows, fingerprint: bool = True
 ) -> Selection:
-    """Takes the rows that a stage wants.
+    """Select the rows that a stage wants.
 
     Args:
         scanned: All rows.
-        wants: What is a good row.
-        name: Name of the configuration field, for messages.
-        on_bad_rows: Whether a bad row is an error or is left out and counted.
+        wants: What makes a row good.
+        name: Configuration field to name in messages.
+        on_bad_rows: Whether bad rows are an error, or are skipped and counted.
         fingerprint: Whether to hash the rows.
 
     Raises:
-        InputError: For bad rows (all of them at once), or if no row is left.
+        InputError: If rows are bad (lists them all), or no row is left.
     """
     key = (wants, name, on_bad_rows, fingerprint)
     if key not in scanned.selections:
@@ -126,7 +125,7 @@ def _select(
 def _decide(
     batch: Any, start: int, wants: Wants, scanned: Scan, report: ReadReport, sums: _Sums
 ) -> NDArray[np.int64]:
-    """Counts what is in a batch. Returns the places of the rows that are kept."""
+    """Count what is in a batch; return the places of the rows to keep."""
     flags = column_values(batch, "flags")
 
     def have(bits: int) -> NDArray[np.bool_]:
@@ -171,7 +170,7 @@ def _note_problems(
     scanned: Scan,
     sums: _Sums,
 ) -> None:
-    """Counts the problems of bad rows, and keeps the first ones."""
+    """Count the problems of bad rows, and keep the first few."""
     flags = column_values(batch, "flags")
     counts = {
         part: column_values(batch, f"{part}_problems") for part in ("pair", "prompt", "output")
@@ -199,14 +198,14 @@ def _note_problems(
             sums.first += [where + text for text in texts][: MAX_PROBLEMS - len(sums.first)]
 
 
-# `candidate_0`, `candidate_1` and `choice` are missing.
+# Problems of a row without a pair: `candidate_0`, `candidate_1` and `choice` are missing.
 NO_PAIR_PROBLEMS = 3
 
 
 def _raise_if_bad(
     scanned: Scan, sums: _Sums, on_bad_rows: OnBadRows, report: ReadReport, may_be_empty: bool
 ) -> None:
-    """Raises InputError for what cannot be let pass."""
+    """Raise InputError if there are bad rows that may not be skipped, or no row is left."""
     if sums.problems and on_bad_rows == "error":
         rest = sums.problems - len(sums.first)
         raise InputError([*sums.first, *([f"… and {rest} more problems"] if rest else [])])
@@ -218,13 +217,13 @@ def _raise_if_bad(
 
 
 def column_values(batch: Any, column: str) -> NDArray[Any]:
-    """A column of numbers without nulls."""
+    """Return a column of numbers without nulls."""
     values: NDArray[Any] = batch.column(column).to_numpy(zero_copy_only=False)
     return values
 
 
 class _Digest:
-    """A hash of columns that does not depend on how they are cut into batches."""
+    """A hash of columns, independent of how they are split into batches."""
 
     def __init__(self) -> None:
         self._columns: dict[str, tuple[Any, Any]] = {}
@@ -260,7 +259,7 @@ def _bytes(column: Any) -> NDArray[Any]:
 
 
 def group_rows(hashes: Sequence[NDArray[np.uint64]]) -> NDArray[np.int64]:
-    """For each value the number of its group, by when a group first appears: 0, 1, 2 and so on."""
+    """Return the group of each value, numbered 0, 1, 2 and so on by first appearance."""
     values = np.concatenate([*hashes, np.zeros(0, np.uint64)])
     _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
     order = np.empty(len(first), np.int64)

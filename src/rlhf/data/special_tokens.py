@@ -1,6 +1,6 @@
-"""The special tokens that a tokenizer itself puts around a text.
+"""The special tokens that a tokenizer puts around a text.
 
-Whether it names a BOS or an EOS says nothing of that: SmolLM2, Qwen and Yi name one and add none.
+Having a BOS or EOS does not imply adding it: SmolLM2, Qwen and Yi name one but add none.
 """
 
 import copy
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBES = ("a", "1", ".")
-# Flags by which other classes would put their own tokens around a text when they load.
+# Flags that make other tokenizer classes add their own tokens around a text after loading.
 _FLAGS = ("add_bos_token", "add_eos_token")
 
 
 def added_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids that `tokenizer(text)` puts before and after a text's own, found by trying it."""
+    """Return the ids that `tokenizer(text)` puts before and after a text, found by trying."""
     for probe in _PROBES:
         encoded = tokenizer(probe, return_special_tokens_mask=True, verbose=False)
         ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
@@ -35,9 +35,9 @@ def save_tokenizer(
     suffix_ids: tuple[int, ...],
     folder: Path,
 ) -> None:
-    """Writes a tokenizer whose `tokenizer(text)` puts exactly these ids around a text.
+    """Save a tokenizer so that `tokenizer(text)` puts exactly these ids around a text.
 
-    One that does so already is written as it is.
+    A tokenizer that already does so is saved unchanged.
     """
     if added_ids(tokenizer) == (prefix_ids, suffix_ids):
         tokenizer.save_pretrained(folder)
@@ -45,7 +45,7 @@ def save_tokenizer(
     changed: Any = copy.deepcopy(tokenizer)
     changed.backend_tokenizer.post_processor = _template(tokenizer, prefix_ids, suffix_ids)
     changed.save_pretrained(folder)
-    # The classes of some families add what their flags say, not what tokenizer.json says.
+    # The classes of some families follow their flags, not tokenizer.json.
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config = {name: value for name, value in config.items() if name not in _FLAGS}

@@ -1,8 +1,8 @@
-"""Chat templates: Jinja from a model's folder, rendered within bounds.
+"""Chat templates: Jinja from a model's folder, rendered within limits.
 
-Jinja's sandbox keeps a template from reaching Python, not from looping for ever or from making
-texts that fill the memory. Here every loop, call, filter and operator is paid for from a budget
-that no conversation needs, so what a template does depends on no clock.
+Jinja's sandbox keeps a template from reaching Python, but not from looping forever or building
+texts that fill the memory. Here every loop, call, filter and operator is charged to a budget that
+no conversation needs in full. No clock is involved, so results are reproducible.
 """
 
 import datetime
@@ -18,16 +18,16 @@ from jinja2 import nodes
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# Some templates print today's date; prompts must not change from one day to the next.
+# Some templates print today's date; prompts must not change from day to day.
 _TEMPLATE_DATE = datetime.datetime(2024, 7, 26)
-# Of one rendering: steps (loops, calls, operators), and characters or elements that they handle.
+# Limits per rendering: steps (loops, calls, operators), and the characters or elements they handle.
 _MOST_STEPS, _MOST_HANDLED = 500_000, 2**28
-# An element of a list costs as much as so many characters.
+# A list element costs as much as this many characters.
 _ELEMENT = 64
-# What one number in a template may ask for: a width, a count, an exponent.
+# Largest number a template may ask for: a width, a count, an exponent.
 _LARGEST_NUMBER = 100_000
 _WIDE = re.compile(r"[0-9]{5}")
-# Filters whose result grows with the product of what they get, and those that look into no text.
+# Filters whose result grows with the product of their inputs, and filters that never read texts.
 _MULTIPLYING = frozenset({"replace", "join", "indent", "center", "wordwrap", "batch", "slice"})
 _PASSING = frozenset(
     "attr batch count d default dictsort first groupby items last length list map max min reject "
@@ -36,7 +36,7 @@ _PASSING = frozenset(
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}` marks what the assistant says; here it is only let through."""
+    """`{% generation %}` marks the assistant's text; here it is just passed through."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -46,7 +46,7 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox of transformers, in which everything that can grow is counted."""
+    """The sandbox of transformers, with everything that can grow charged to a budget."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%", "-", "/", "//"})
 
@@ -55,7 +55,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
-            optimized=False,  # would compute constants before anybody counts
+            optimized=False,  # would evaluate constants before they are charged
         )
         self.steps = self.handled = self.length = 0
         self.filters["tojson"] = _to_json
@@ -70,12 +70,12 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.globals.pop("lipsum", None)
 
     def start(self, length: int = 0) -> None:
-        """Begin with a full budget; `length` characters of template are what a macro repeats."""
+        """Reset the budget; `length` is the number of template characters a macro may repeat."""
         self.steps = self.handled = 0
         self.length = length
 
     def pay(self, value: Any, whole: bool = False) -> Any:
-        """Pay for a value and return it; `whole` with the texts in it, as showing it takes."""
+        """Charge for a value and return it; `whole` includes its texts, as printing does."""
         self.steps += 1
         self.handled += self._size(value, whole)
         if self.steps > _MOST_STEPS or self.handled > _MOST_HANDLED:
@@ -100,7 +100,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return size
 
     def ask(self, arguments: Iterable[Any], base: int = 1) -> None:
-        """Refuse, before it is done, what numbers and texts given to a function multiply to."""
+        """Refuse in advance a call whose numbers and texts multiply to an absurd size."""
         for argument in arguments:
             if isinstance(argument, int | float) and not abs(argument) <= _LARGEST_NUMBER:
                 raise jinja2.TemplateError(f"it asks for {argument!s:.20}, which is too many")
@@ -119,7 +119,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             yield value
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute an operator, unless its result would be absurd."""
+        """Compute an operator, unless its result would be absurdly large."""
         if operator in ("*", "**"):
             self.ask([left, right], len(left) if isinstance(left, list) else 1)
         if operator == "%" and isinstance(left, str):
@@ -134,7 +134,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, function: Any, *arguments: Any, **named: Any) -> Any:
         """Call a method, macro or function."""
-        # The sandbox puts str.format into a function of its own.
+        # The sandbox wraps str.format in its own function.
         owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
         values = [*arguments, *named.values()]
         if isinstance(owner, str) and function.__name__ in ("format", "format_map"):
@@ -156,7 +156,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
             if isinstance(node, nodes.Concat):
                 node.nodes = [self._filter(part, "_shown") for part in node.nodes]
             elif isinstance(node, nodes.List | nodes.Tuple):
-                if getattr(node, "ctx", "load") == "load":  # else it is what a loop assigns to
+                if getattr(node, "ctx", "load") == "load":  # otherwise it is an assignment target
                     node.items = [self._filter(part, "_made") for part in node.items]
             elif isinstance(node, nodes.For):
                 node.iter = self._filter(node.iter, "_loop", len(source))
@@ -178,7 +178,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
 def _paid(
     environment: _BoundedEnvironment, filter_name: str, function: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Wrap a filter or test; those that take the environment or context get it as before."""
+    """Wrap a filter or test; it still gets the environment or context if it asks for one."""
     passed = getattr(function, "jinja_pass_arg", None)
 
     def paid(*arguments: Any, **named: Any) -> Any:
@@ -211,13 +211,13 @@ def _raise_exception(message: str) -> None:
 
 
 def template_date(format_: str) -> str:
-    """Return the day that templates are told, in a format of strftime."""
+    """Return the date that templates see, in a strftime format."""
     return _TEMPLATE_DATE.strftime(format_)
 
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> tuple[_BoundedEnvironment, jinja2.Template]:
-    """Compile as transformers does, but with a fixed date, which it does not let callers set."""
+    """Compile like transformers, but with a fixed date, which transformers cannot set."""
     environment = _BoundedEnvironment()
     environment.start(len(template))
     return environment, environment.from_string(template)
@@ -227,11 +227,11 @@ def render(template: str, **values: Any) -> str:
     """Render a chat template.
 
     Args:
-        template: Its Jinja text.
-        **values: What it may use.
+        template: Jinja source.
+        **values: Variables for the template.
 
     Raises:
-        ValueError: It is broken, refuses these values, or takes more than any conversation needs.
+        ValueError: If it is broken, rejects these values, or needs more than any conversation does.
     """
     try:
         environment, compiled = _compile(template)

@@ -1,7 +1,7 @@
-"""Conversations as other layouts write them, put together without saying anything twice.
+"""Conversations of other layouts, merged without repeating any turn.
 
-A turn is an object with `role` (or `author`) and `content`; two turns are the same one if author
-and text are, spaces around the text aside.
+A turn is an object with `role` (or `author`) and `content`; two turns are equal if their authors
+and texts are, ignoring surrounding spaces.
 """
 
 from typing import Any
@@ -12,17 +12,17 @@ Row = dict[str, Any]
 
 
 class RowError(ValueError):
-    """A row is not of its layout; the message has the form of `RowChecker`'s problems."""
+    """A row does not match its layout; the message has the form of `RowChecker`'s problems."""
 
 
 class NoPreferenceError(Exception):
-    """A row is of its layout, but no preference between two answers to one prompt."""
+    """A row matches its layout but states no preference between two answers to one prompt."""
 
 
 def split_answers(
     prompt: str | list[Row] | None, chosen: list[Any], rejected: list[Any]
 ) -> tuple[list[Row], list[str]]:
-    """The turns before two answers, and the answers."""
+    """Return the turns before two answers, and the answers."""
     if not chosen or not rejected:
         raise NoPreferenceError
     for name, conversation in (("chosen", chosen), ("rejected", rejected)):
@@ -43,7 +43,7 @@ def split_answers(
     if isinstance(prompt, list) and prompt and _said(prompt[-1]) in map(_said, answers):
         own, others = list(map(_said, prompt[:-1])), list(map(_said, shared))
         if own[len(own) - len(others) :] == others:
-            prompt = prompt[:-1]  # some files repeat the answer, too
+            prompt = prompt[:-1]  # some files also repeat the answer
     turns = joined(prompt, shared)
     if not turns:
         raise NoPreferenceError
@@ -51,7 +51,7 @@ def split_answers(
 
 
 def joined(prompt: str | list[Row] | None, shared: list[Row]) -> list[Row]:
-    """The prompt's own turns and those that the conversations share, each of them once."""
+    """Merge the prompt's own turns with those that the conversations share, each once."""
     if isinstance(prompt, str):
         if any(turn["content"].strip() == prompt.strip() for turn in shared):
             return shared
@@ -77,7 +77,7 @@ def _contains(turns: list[Any], part: list[Any]) -> bool:
 
 
 def history_turns(history: list[Any]) -> list[Row]:
-    """The turns of a list of [question, answer], or of a list that holds turns already."""
+    """Return the turns of a list of [question, answer] pairs, or of a list of turns."""
     if all(isinstance(turn, dict) for turn in history):
         return checked_turns(history, "history")
     turns = []
@@ -93,7 +93,7 @@ def history_turns(history: list[Any]) -> list[Row]:
 
 
 def checked_turns(values: list[Any], name: str) -> list[Row]:
-    """Turns whose content is text; texts in parts are put together."""
+    """Return turns whose content is text; join texts that are split into parts."""
     turns = []
     for number, turn in enumerate(values):
         content = _content(turn) if isinstance(turn, dict) else None
@@ -115,10 +115,10 @@ def _content(turn: Row) -> Any:
 
 
 def author(turn: Row) -> Any:
-    """Who speaks, as `author` or `role` tells it; None if neither does."""
+    """Return the speaker, from `author` or `role`; None if neither is given."""
     return turn.get("role") if turn.get("author") is None else turn["author"]
 
 
 def _said(turn: Row) -> tuple[Any, str]:
-    """What makes two turns the same one."""
+    """Return what makes two turns equal."""
     return author(turn), turn["content"].strip()

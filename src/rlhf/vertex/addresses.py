@@ -1,4 +1,4 @@
-"""Addresses of a run, looked at from the jobs: what they can reach, and what can be an address."""
+"""Checks of a run's addresses: whether they are valid and the jobs can reach them."""
 
 import os
 import re
@@ -9,9 +9,9 @@ from rlhf.files.storage import as_url
 # It becomes part of folder and job names.
 LONGEST_RUN_NAME = 100
 RUN_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_RUN_NAME - 1}}}")
-# The folder beside the runs in which Vertex keeps its own files.
+# The folder next to the runs in which Vertex keeps its own files.
 PIPELINE_ROOT = "pipeline_root"
-# Fields that hold files or folders which the jobs read.
+# Fields that name files or folders read by the jobs.
 _PATHS = (
     "preference_dataset",
     "prompt_dataset",
@@ -23,7 +23,7 @@ _PATHS = (
 
 
 def not_in_the_cloud(config: PipelineConfig) -> list[str]:
-    """Name the fields with addresses that a job on another machine cannot see, or nobody can."""
+    """Report fields whose addresses are invalid or out of reach for a job on another machine."""
     output_dir = as_url(config.output_dir).rstrip("/")
     problems = _of_output(output_dir)
     root = config.vertex.pipeline_root.rstrip("/")
@@ -32,7 +32,7 @@ def not_in_the_cloud(config: PipelineConfig) -> list[str]:
     for stage in ("reward_model", "ppo", "inference"):
         stage_config, own = config.stage_config(stage), getattr(config, stage)
         for field in _PATHS:
-            # What a stage gets in the place of a field that was not given was named already.
+            # A problem with an inherited value was already reported for the field itself.
             if field not in own and getattr(config, field, None) is None:
                 continue
             given = getattr(stage_config, field, None) or []
@@ -53,7 +53,7 @@ def _of_output(output_dir: str) -> list[str]:
         return [f"output_dir: {wrong}"]
     if run_name == PIPELINE_ROOT:
         return [
-            f"output_dir: {PIPELINE_ROOT} is where Vertex keeps its own files; name it otherwise"
+            f"output_dir: {PIPELINE_ROOT} is where Vertex keeps its own files; choose another name"
         ]
     if not RUN_NAME.fullmatch(run_name):
         return [

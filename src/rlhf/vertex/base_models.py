@@ -1,8 +1,8 @@
-"""The model names of Google's `rlhf_pipeline`, and what they stand for on the Hugging Face Hub."""
+"""Model names of Google's `rlhf_pipeline`, and their equivalents on the Hugging Face Hub."""
 
 from rlhf.config.describe import nearest
 
-# Google's T5 checkpoints are Flan-T5's; its llama-2 ones are Meta's.
+# Google's T5 checkpoints are Flan-T5; its llama-2 checkpoints are Meta's.
 HUB_NAMES = {
     "t5-small": "google/flan-t5-small",
     "t5-large": "google/flan-t5-large",
@@ -13,22 +13,22 @@ HUB_NAMES = {
     "llama-2-13b": "meta-llama/Llama-2-13b-hf",
     "llama-2-13b-chat": "meta-llama/Llama-2-13b-chat-hf",
 }
-# Names that are other models' on the Hub: the original T5, not Flan-T5.
+# Names that mean another model on the Hub: the original T5, not Flan-T5.
 AMBIGUOUS = frozenset({"t5-small", "t5-large"})
 # Models that only Google can run: their weights cannot be downloaded.
 _CLOSED = ("bison", "gecko", "otter", "unicorn", "elephant", "gemini", "palm")
 
 
 def hub_name(reference: str) -> str:
-    """Return the address of a base model: what Google's name means, or the address itself.
+    """Return the address of a base model: translate Google's names, keep anything else.
 
     Args:
         reference: `t5-small`, `llama-2-7b`, …, a Hub id, or a local, `gs://` or `/gcs/` folder.
 
     Raises:
-        ValueError: The model's weights are not available, or a bare name is unknown.
+        ValueError: If the model's weights are not available, or a bare name is unknown.
     """
-    # Google's pipeline takes LLAMA_2_7B too.
+    # Google's pipeline also accepts LLAMA_2_7B.
     if (google := reference.lower().replace("_", "-")) in HUB_NAMES:
         return HUB_NAMES[google]
     bare = reference.split("/")[-1].split("@")[0].lower()

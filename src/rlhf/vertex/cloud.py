@@ -1,4 +1,4 @@
-"""The two Google Cloud services that a job itself calls: Secret Manager and the Model Registry."""
+"""The two Google Cloud services that a job calls itself: Secret Manager and the Model Registry."""
 
 import hashlib
 import os
@@ -8,14 +8,14 @@ from rlhf.errors import InputError
 
 
 def export_huggingface_token(secret: str, project: str) -> None:
-    """Read a Hugging Face token as the job's service account; transformers finds it in HF_TOKEN.
+    """Read a Hugging Face token as the job's service account and set HF_TOKEN for transformers.
 
     Args:
         secret: NAME, projects/P/secrets/NAME or …/versions/V.
         project: Where a bare NAME lives.
 
     Raises:
-        InputError: There is no such secret, or this service account may not read it.
+        InputError: If there is no such secret, or this service account may not read it.
     """
     from google.api_core.exceptions import GoogleAPIError
     from google.auth.exceptions import GoogleAuthError
@@ -52,10 +52,10 @@ def register_model(
         project: Project of the registry.
         location: Its region.
         display_name: Name shown in the console.
-        run_directory: gs:// folder of the run; makes the entry's identity.
+        run_directory: gs:// folder of the run; identifies the entry.
         model_path: gs:// folder of merged/.
         serving_image: Container image that serves it.
-        encryption_key: Customer-managed key; "" for none.
+        encryption_key: Customer-managed key, or "".
 
     Returns:
         Resource name of the model.
@@ -64,8 +64,8 @@ def register_model(
     from google.cloud import aiplatform
 
     aiplatform.init(project=project, location=location)
-    # A job may be restarted after the upload: the same run must not make a second entry.
-    # Its folder is its identity; two long ones may end alike, hence the hash.
+    # A job may be restarted after the upload; the same run must not create a second entry.
+    # The run's folder is its identity; long ones may share their ending, hence the hash.
     words = re.sub(r"[^a-z0-9]+", "-", run_directory.removeprefix("gs://").lower())[-40:]
     digest = hashlib.sha256(run_directory.rstrip("/").encode()).hexdigest()[:12]
     identity = f"rlhf-{words.strip('-')}-{digest}"

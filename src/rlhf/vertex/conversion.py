@@ -1,4 +1,4 @@
-"""From a parameter dict to a configuration, and from a configuration to a parameter dict."""
+"""Conversion between parameter dicts and configurations, in both directions."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from rlhf.vertex.parameters import PARAMETERS, REQUIRED, SECTIONS, Parameter
 
 # Numbers travel as doubles.
 LARGEST = 2**53
-# Each stage's base and steps, by the section that they belong to.
+# Each stage's base and steps, by configuration section.
 _NAMED_IN_SECTION = {
     section: {
         parameter.field.removeprefix(f"{section}."): parameter.name
@@ -32,23 +32,23 @@ _NAMED_ON_TOP = {
     for parameter in PARAMETERS.values()
     if parameter.field and "." not in parameter.field
 }
-# A stage may do without the evaluation rows, or have others.
+# Fields that a stage may lack or set differently from the rest of the pipeline.
 _OWN_IN_SECTIONS = frozenset({"eval_dataset"})
-# What stages get from the pipeline itself.
+# Fields that the pipeline itself passes to its stages.
 _HANDED_OVER = frozenset(
     {"output_dir", "policy_path", "reward_model_path", "eval_dataset", "dry_run"}
 )
 
 
 def to_config(parameters: Mapping[str, Any]) -> PipelineConfig:
-    """Build the configuration that a parameter dict means.
+    """Build the configuration that a parameter dict describes.
 
     Args:
-        parameters: Parameter name to value; those left out have their defaults. `null` counts as
-            left out, and whole numbers may come as 64.0, as REST writes them.
+        parameters: Parameter name to value; missing ones get their defaults. `null` counts as
+            missing, and whole numbers may be written as 64.0, as REST does.
 
     Raises:
-        InputError: All unknown, mistyped, missing or clashing parameters, by the parameter's name.
+        InputError: If parameters are unknown, mistyped, missing or clash; lists all by name.
     """
     problems = [
         f"{name}: unknown parameter{nearest(name, PARAMETERS)}"
@@ -56,7 +56,7 @@ def to_config(parameters: Mapping[str, Any]) -> PipelineConfig:
         if name not in PARAMETERS
     ]
     values: dict[str, Any] = {}
-    wrong: set[str] = set()  # named already; what follows from them is not said too
+    wrong: set[str] = set()  # already reported; their consequences are not
     for name, parameter in PARAMETERS.items():
         given = parameters.get(name)
         try:
@@ -74,7 +74,7 @@ def to_config(parameters: Mapping[str, Any]) -> PipelineConfig:
             fields[parameter.field] = value
     data = nested(fields)
     if values["reward_model_reference"]:
-        # Without this the policy's revision would be asked of the reward model's base.
+        # Otherwise the policy's revision would be requested from the reward model's base.
         data["reward_model"].setdefault("revision", None)
     elif values["reward_model_revision"] and "reward_model_reference" not in wrong:
         problems.append("reward_model_revision: is for a reward_model_reference, give one")
@@ -95,11 +95,11 @@ def to_config(parameters: Mapping[str, Any]) -> PipelineConfig:
 
 
 def to_parameters(config: PipelineConfig) -> dict[str, Any]:
-    """Write a configuration as a parameter dict, so that `to_config` gives the same stages.
+    """Write a configuration as a parameter dict from which `to_config` gives the same stages.
 
     Raises:
-        InputError: What the pipeline cannot do: an SFT stage, or stages that differ in what is one
-            parameter.
+        InputError: If the pipeline cannot do it: an SFT stage, or stages that differ in a setting
+            that is a single parameter.
     """
     problems = _not_in_the_pipeline(config)
     folder, _, run_name = config.output_dir.rstrip("/").rpartition("/")
@@ -120,7 +120,7 @@ def to_parameters(config: PipelineConfig) -> dict[str, Any]:
         stage = config.stage_config(section).model_dump(mode="json", exclude_unset=True)
         own = getattr(config, section)
         named = _NAMED_IN_SECTION[section]
-        # A stage that goes by epochs, or by its default, must not get the pipeline's step count.
+        # A stage that counts epochs, or uses its default, must not get the pipeline's step count.
         values |= {
             parameter: 0 for field, parameter in named.items() if field.endswith("train_steps")
         }
@@ -133,7 +133,7 @@ def to_parameters(config: PipelineConfig) -> dict[str, Any]:
                 if field in own and field not in named and value != getattr(config, field):
                     problems.append(
                         f"{section}.{field}: the pipeline has one {_NAMED_ON_TOP[field]} for all "
-                        "stages; give it on top"
+                        "stages; give it at the top level"
                     )
             elif field in own or field not in _HANDED_OVER:
                 rest[field] = value
@@ -149,18 +149,19 @@ def to_parameters(config: PipelineConfig) -> dict[str, Any]:
 
 
 def problems_in_the_cloud(config: PipelineConfig, cuda: int | None = None) -> list[str]:
-    """Say by the parameters' names what a run, right in itself, cannot do on Vertex AI.
+    """List, by parameter name, what an otherwise valid run cannot do on Vertex AI.
 
     Args:
         config: The run.
-        cuda: torch's CUDA build in the image, 126 for 12.6, 0 for none; None: by the image's tag.
+        cuda: torch's CUDA build in the image, 126 for 12.6, 0 for none; None: derive it from the
+            image's tag.
     """
     found = [*not_in_the_cloud(config), *problems_of_run(config, cuda)]
     return list(map(_in_parameters, found))
 
 
 def _not_in_the_pipeline(config: PipelineConfig) -> list[str]:
-    """What `rlhf run` does and the Vertex pipeline does not, or not in the same way."""
+    """List what `rlhf run` does and the Vertex pipeline does not, or does differently."""
     problems = []
     if "sft" in config.stages():
         problems.append(
@@ -189,7 +190,7 @@ def _not_in_the_pipeline(config: PipelineConfig) -> list[str]:
 
 
 def _typed(parameter: Parameter, value: Any) -> Any:
-    """A value of the parameter's type; ValueError says what was expected instead."""
+    """Convert a value to the parameter's type; ValueError says what was expected."""
     if value is REQUIRED:
         raise ValueError("is required, but not given")
     if isinstance(value, int | float) and LARGEST < abs(value) != math.inf:
@@ -209,7 +210,7 @@ def _typed(parameter: Parameter, value: Any) -> Any:
 
 
 def _meant(name: str, value: Any) -> Any:
-    """What a value of the right type stands for; ValueError where it cannot be used."""
+    """Interpret a value of the right type; ValueError if it cannot be used."""
     if name in ("large_model_reference", "reward_model_reference") and value:
         return hub_name(value)
     if name in ("prompt_dataset", "preference_dataset", "eval_dataset") and value.startswith("["):
@@ -234,7 +235,7 @@ def _meant(name: str, value: Any) -> Any:
 
 
 def _section_clashes(name: str, section: str, values: Mapping[str, Any]) -> dict[str, str]:
-    """Problem by field, of fields in a section's JSON that have a place of their own."""
+    """Return the problem of each field in a section's JSON that has its own parameter."""
     named = {**_NAMED_ON_TOP, **_NAMED_IN_SECTION[section]}
     for field in _OWN_IN_SECTIONS:
         named.pop(field, None)
@@ -265,7 +266,7 @@ def _section_clashes(name: str, section: str, values: Mapping[str, Any]) -> dict
 
 
 def _in_parameters(problem: str) -> str:
-    """Name the parameter where a problem of the configuration names a field."""
+    """Replace the field in a configuration problem with the parameter it belongs to."""
     field, colon, rest = problem.partition(":")
     for parameter in PARAMETERS.values():
         if parameter.field and (

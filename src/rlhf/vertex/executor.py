@@ -1,4 +1,4 @@
-"""What KFP hands to a task and expects back: the executor input, and the files that answer it."""
+"""KFP's interface to a task: the executor input, and the files that answer it."""
 
 import json
 from collections.abc import Mapping
@@ -10,22 +10,22 @@ from rlhf.files.storage import as_url, open_store, storage_errors
 
 
 def write_file(path: str, text: str) -> None:
-    """Write a whole file, local or in a bucket; there past any mount, with the store's retries."""
+    """Write a whole file, local or in a bucket; there directly, with retries, not via a mount."""
     with storage_errors(f"{path} cannot be written"):
         filesystem, root = open_store(as_url(path), auto_mkdir=True)
-        # Half of a surrogate pair, which JSON's escapes allow in a row, is not UTF-8.
+        # JSON escapes in a row may contain half a surrogate pair, which UTF-8 cannot encode.
         filesystem.pipe_file(root, text.encode("utf-8", "backslashreplace"))
 
 
 @dataclass
 class Task:
-    """One task of a pipeline, as its container sees it.
+    """One task of a pipeline, as seen from its container.
 
     Attributes:
         inputs: Parameter name to value.
-        parameter_files: Output parameter name to the file that takes its value.
-        artifacts: Output artifact name to what KFP says of it (`name`, `uri`, `type`).
-        output_file: Where the executor output goes; "" where KFP gave none.
+        parameter_files: Output parameter name to the file for its value.
+        artifacts: Output artifact name to KFP's description of it (`name`, `uri`, `type`).
+        output_file: Path for the executor output; "" if KFP gave none.
         values: Output parameters so far.
         metadata: Metadata of output artifacts so far.
     """
@@ -42,7 +42,7 @@ class Task:
         """Read KFP's executor input.
 
         Raises:
-            InputError: It is not the JSON that KFP writes.
+            InputError: If it is not the JSON that KFP writes.
         """
         try:
             data = json.loads(text)
@@ -69,9 +69,10 @@ class Task:
             write_file(self.artifacts[name]["uri"], text)
 
     def answer(self) -> None:
-        """Write the output parameters, and the executor output with them and the metadata.
+        """Write the output parameters, and the executor output that contains them and the metadata.
 
-        Each in its own file too, because the console and later tasks read one or the other.
+        Parameters also get their own files, because the console and later tasks read one or the
+        other.
         """
         for name, path in self.parameter_files.items():
             value = self.values.get(name, "")

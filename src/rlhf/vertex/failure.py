@@ -1,4 +1,4 @@
-"""`failure.json`: why a stage ended, left in its folder, and whether trying again makes sense."""
+"""`failure.json`: why a stage failed, written to its folder, and whether a retry makes sense."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from rlhf.vertex.executor import write_file
 FAILURE_FILE = "failure.json"
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 _CHECKPOINT = re.compile(r"checkpoints/step-(\d+)/manifest\.json")
-# Builtins, requests, httpx and google-auth, aiohttp, google-api-core.
+# Exceptions of the standard library, requests, httpx and google-auth, aiohttp, google-api-core.
 _TRANSIENT = {
     "ConnectionError",
     "TimeoutError",
@@ -32,17 +32,17 @@ _TRANSIENT = {
 
 @dataclass(frozen=True)
 class Failure:
-    """Why an attempt ended.
+    """Why an attempt failed.
 
     Attributes:
-        cause: What was wrong, a line each problem.
+        cause: What was wrong, one problem per line.
         fix: What to do about it.
-        kind: The exception's name.
-        permanent: The same attempt would end the same way.
-        attempt: Fingerprint of the job's arguments: a restart has the same, a new run another.
-        checkpoint: The newest complete checkpoint at that time; "" for none.
-        time: When, UTC.
-        details: The traceback, where the library did not foresee the problem.
+        kind: Name of the exception.
+        permanent: Whether the same attempt would fail the same way.
+        attempt: Fingerprint of the job's arguments, the same after a restart but not in a new run.
+        checkpoint: The newest complete checkpoint at that time, or "".
+        time: When it failed, UTC.
+        details: The traceback, if the library did not foresee the problem.
     """
 
     cause: str
@@ -56,12 +56,12 @@ class Failure:
 
 
 def arguments_hash(arguments: list[str]) -> str:
-    """Tell a restart of a job (same arguments) from a new submission (other output files)."""
+    """Return a hash shared by restarts of a job but not by a new submission (other outputs)."""
     return hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:16]
 
 
 def repeated_failure(folder: str, attempt: str) -> Failure | None:
-    """The permanent failure that this very job had before, unless it has got further since."""
+    """Return this very job's earlier permanent failure, unless it has made progress since."""
     earlier = read_failure(folder)
     if earlier is None or not earlier.permanent or earlier.attempt != attempt:
         return None
@@ -69,11 +69,11 @@ def repeated_failure(folder: str, attempt: str) -> Failure | None:
 
 
 def describe_failure(error: BaseException, folder: str, attempt: str) -> Failure:
-    """Say why an attempt failed and whether a restart can help.
+    """Describe why an attempt failed and whether a restart can help.
 
-    Bad input and too little memory are permanent. Anything else (a network that broke down, even
-    where it shows as an input that cannot be read; a library's bug) is tried once more; the same
-    failure again, with no checkpoint in between, is permanent too.
+    Bad input and insufficient memory are permanent. Anything else (a network failure, even one that
+    surfaces as an unreadable input, or a library's bug) is retried once; if it fails the same way
+    again with no new checkpoint in between, it is permanent too.
     """
     details = ""
     if isinstance(error, InputError) and not _transient(error):
@@ -91,7 +91,7 @@ def describe_failure(error: BaseException, folder: str, attempt: str) -> Failure
     cause = str(error) or type(error).__name__
     try:
         checkpoint = newest_checkpoint(folder)
-    except InputError:  # the folder cannot be read, which may be the very error
+    except InputError:  # the folder cannot be read, which may itself be the error
         checkpoint = ""
     earlier = read_failure(folder)
     if earlier is not None and not permanent:
@@ -114,16 +114,16 @@ def describe_failure(error: BaseException, folder: str, attempt: str) -> Failure
 
 
 def newest_checkpoint(folder: str) -> str:
-    """Name of the newest complete checkpoint of a stage; "" for none."""
+    """Return the name of a stage's newest complete checkpoint, or ""."""
     found = map(_CHECKPOINT.fullmatch, Output(as_url(folder)).names())
     steps = [int(match[1]) for match in found if match]
     return f"step-{max(steps)}" if steps else ""
 
 
 def _transient(error: BaseException | None) -> bool:
-    """Whether the network or a service was behind an error, however it was put into words."""
+    """Return whether the network or a service caused an error, however it was wrapped."""
     while error is not None:
-        # By name, because every client library has classes of its own.
+        # By name, because every client library has its own classes.
         if _TRANSIENT & {cls.__name__ for cls in type(error).__mro__}:
             return True
         hidden = error.__suppress_context__
@@ -132,17 +132,17 @@ def _transient(error: BaseException | None) -> bool:
 
 
 def read_failure(folder: str) -> Failure | None:
-    """The failure that a stage's folder holds, if any."""
+    """Return the failure recorded in a stage's folder, if any."""
     try:
         filesystem, path = open_store(as_url(path_in(folder, FAILURE_FILE)))
         filesystem.invalidate_cache()
         return Failure(**json.loads(filesystem.cat_file(path)))
-    except Exception:  # missing, half, or out of reach: every store raises its own
+    except Exception:  # missing, truncated or unreachable: every store raises its own kind
         return None
 
 
 def write_failure(folder: str, failure: Failure) -> None:
-    """Leave a failure in a stage's folder."""
+    """Record a failure in a stage's folder."""
     text = json.dumps(asdict(failure), indent=2, ensure_ascii=False) + "\n"
     write_file(path_in(folder, FAILURE_FILE), text)
 

@@ -1,4 +1,4 @@
-"""What a submitted pipeline is doing, said as it changes, and why it failed if it did."""
+"""Progress of a submitted pipeline, reported as it changes, and why it failed if it did."""
 
 import time
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ _STEPS = ("validate", "reward_model", "ppo", "inference")
 
 @dataclass
 class _Seen:
-    """What was said already, so that only changes are."""
+    """What was already reported, so that only changes are."""
 
     lines: dict[str, str] = field(default_factory=dict)
 
@@ -39,7 +39,7 @@ class _Seen:
 
 
 def follow(job: aiplatform.PipelineJob, config: PipelineConfig) -> int:
-    """Say what a pipeline is doing until it ends.
+    """Report a pipeline's progress until it ends.
 
     Returns:
         0 if it succeeded, else 1.
@@ -47,7 +47,7 @@ def follow(job: aiplatform.PipelineJob, config: PipelineConfig) -> int:
     seen = _Seen()
     while True:
         try:
-            # The client library's own policy for calls that may be repeated.
+            # The client library's own policy for idempotent calls.
             resource = job.api_client.get_pipeline_job(
                 name=job.resource_name, retry=Retry(timeout=600.0)
             )
@@ -73,7 +73,7 @@ def follow(job: aiplatform.PipelineJob, config: PipelineConfig) -> int:
 
 
 def _custom_job(stage: str, config: PipelineConfig, pipeline: Any) -> aiplatform.CustomJob | None:
-    """The newest job of a stage that this submission started; found by its name."""
+    """Return a stage's newest job from this submission, found by its name."""
     run_name = config.output_dir.rstrip("/").rsplit("/", 1)[-1]
     vertex = config.vertex
     location = vertex.location if stage == "validate" else vertex.tuning_location or vertex.location
@@ -83,15 +83,15 @@ def _custom_job(stage: str, config: PipelineConfig, pipeline: Any) -> aiplatform
             order_by="create_time desc",
             location=location,
         )
-    except _UNREACHABLE:  # a glance that failed; the next one comes
+    except _UNREACHABLE:  # one failed look; the next one follows soon
         return None
-    # An earlier submission of the same run had jobs of the same names.
+    # An earlier submission of the same run had jobs with the same names.
     recent = [job for job in jobs if job.create_time >= pipeline.create_time]
     return recent[0] if recent else None
 
 
 def _words(job: aiplatform.CustomJob, config: PipelineConfig) -> str:
-    """State of a job, and what it waits for."""
+    """Describe the state of a job, and what it waits for."""
     state = job.gca_resource.state
     words = f"{state.name.removeprefix('JOB_STATE_').lower()} ({job.resource_name})"
     if state not in _WAITING:
@@ -112,7 +112,7 @@ def _words(job: aiplatform.CustomJob, config: PipelineConfig) -> str:
 
 
 def why(resource: Any, config: PipelineConfig) -> list[str]:
-    """What is known about a pipeline that did not succeed, and where to read more."""
+    """Return what is known about a pipeline that did not succeed, and where to read more."""
     lines = []
     if resource.error.message:
         lines.append(f"pipeline: {resource.error.message}")
@@ -131,7 +131,7 @@ def why(resource: Any, config: PipelineConfig) -> list[str]:
         folder = path_in(config.output_dir, stage) if validation else config.stage_dir(stage)
         custom_job = _custom_job(stage, config, resource)
         found = read_failure(folder)
-        # One of an earlier submission says nothing about this one.
+        # A failure of an earlier submission says nothing about this one.
         if found is not None and found.time >= resource.create_time.strftime(TIME_FORMAT):
             lines += [f"cause: {found.cause}", f"fix: {found.fix}"]
         if custom_job is not None:

@@ -1,4 +1,4 @@
-"""The container image of the jobs: which torch is in it, and the digest behind its tag."""
+"""The jobs' container image: which torch it contains, and the digest behind its tag."""
 
 import re
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from rlhf import __version__
 from rlhf.errors import InputError
 
-# What `_VARIANT` in containers/cloudbuild.yaml is by default.
+# Default of `_VARIANT` in containers/cloudbuild.yaml.
 DEFAULT_CUDA = 126
 _HOST = re.compile(r"([a-z0-9-]+\.)?gcr\.io|[a-z0-9-]+-docker\.pkg\.dev")
 # Kinds of manifest that a registry may answer with.
@@ -25,11 +25,10 @@ def cuda_of(image: str, known: int | None = None) -> int | None:
 
     Args:
         image: Its address; "" for the default one.
-        known: What is known of it already.
+        known: The build, if already known.
 
     Returns:
-        By the tag, whose end is the variant unless it is the default's; None where it does not
-        tell.
+        The build named by the end of the tag, or the default one; None if the tag does not tell.
     """
     if known is not None:
         return known
@@ -40,31 +39,31 @@ def cuda_of(image: str, known: int | None = None) -> int | None:
 
 
 def pinned(image: str, session: Any) -> tuple[str, str]:
-    """Put the digest that a tag stands for now in the tag's place.
+    """Replace an image's tag with the digest it points to now.
 
-    Tags can be moved, and the jobs of one run start hours apart: by its digest all of them, and
-    those that continue it, get the same image.
+    Tags can move, and the jobs of one run start hours apart: with a digest all of them, and those
+    that continue the run, get the same image.
 
     Args:
         image: Address with a tag or a digest.
-        session: Of `requests`, with credentials of Google Cloud.
+        session: A `requests` session with Google Cloud credentials.
 
     Returns:
-        The address, and a sentence for whoever submits; "" if there is nothing to say.
+        The address, and a sentence for the user, or "".
 
     Raises:
-        InputError: The registry has no such image.
+        InputError: If the registry has no such image.
     """
     if "@" in image:
         return image, ""
     host, _, path = image.partition("/")
     name, _, tag = path.partition(":")
     if not _HOST.fullmatch(host):
-        return image, f"image: {host} is not asked for the digest; a tag may be moved, give one"
+        return image, f"image: no digest is looked up at {host}; a tag may move, so give a digest"
     address = f"https://{host}/v2/{name}/manifests/{tag or 'latest'}"
     try:
         answer = session.head(address, headers={"Accept": _MANIFESTS}, timeout=30)
-    except Exception as error:  # of requests and of google-auth
+    except Exception as error:  # from requests or google-auth
         return image, f"image: its digest cannot be looked up: {error}"
     if answer.status_code == 404:
         raise InputError(
@@ -75,6 +74,6 @@ def pinned(image: str, session: Any) -> tuple[str, str]:
     if answer.status_code != 200 or not re.fullmatch("sha256:[0-9a-f]{64}", digest):
         return image, (
             f"image: its digest cannot be looked up ({answer.status_code}); a tag may be moved "
-            "while a run goes on: give the digest, or be given roles/artifactregistry.reader"
+            "during a run: give the digest, or get roles/artifactregistry.reader"
         )
     return f"{host}/{name}@{digest}", f"image: {tag or 'latest'} is {digest} now"

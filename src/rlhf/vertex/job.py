@@ -1,9 +1,9 @@
-"""What the container runs as a task of the pipeline: Vertex's surroundings around a stage.
+"""The container's entry point for a task of the pipeline: a stage in its Vertex environment.
 
     python -m rlhf.vertex.job STAGE --executor_input=JSON
 
-Everything comes in through KFP's executor input and the AIP_* variables; the stage itself gets its
-ordinary configuration and knows of neither. Exit codes are those of the command `rlhf`.
+All inputs come through KFP's executor input and the AIP_* variables; the stage itself gets its
+ordinary configuration and knows about neither. Exit codes are those of the command `rlhf`.
 """
 
 import hashlib
@@ -39,10 +39,10 @@ DEPLOY_NOTE = (
 
 
 def validate(task: Task) -> None:
-    """Check everything that can be checked without a GPU, and decide what the jobs get.
+    """Check everything that can be checked without a GPU, and decide the jobs' settings.
 
     Raises:
-        InputError: All problems of parameters, rows, base models, output folder and machine.
+        InputError: If parameters, rows, base models, output folder or machine are wrong; lists all.
     """
     config = to_config(task.inputs)
 
@@ -76,11 +76,11 @@ def validate(task: Task) -> None:
 
 
 def own_run_name(given: str, pipeline_job: str, pipeline_task: str) -> str:
-    """Name a run that was not named, so that no other run has its folder.
+    """Name an unnamed run so that no other run shares its folder.
 
-    The compiled pipeline's default is the name of the pipeline's job, which is the same for every
-    use of the pipeline in it, such as those of a ParallelFor. A job that is started again has the
-    same step, and so the same name.
+    The compiled pipeline's default is the name of the pipeline's job, which is shared by all uses
+    of the pipeline in that job, such as those in a ParallelFor. A restarted job has the same step
+    and therefore the same name.
 
     Args:
         given: The parameter run_name.
@@ -97,12 +97,12 @@ def own_run_name(given: str, pipeline_job: str, pipeline_task: str) -> str:
 
 
 def _cuda() -> int:
-    """Torch's CUDA build, 126 for 12.6, and 0 for a CPU build."""
+    """Return torch's CUDA build, 126 for 12.6, or 0 for a CPU build."""
     return int((torch.version.cuda or "0").replace(".", ""))
 
 
 def stage_settings(config: PipelineConfig, stage: str) -> dict[str, Any]:
-    """A stage's own configuration, as plain data; folders as gs:// addresses."""
+    """Return a stage's own configuration as plain data, with folders as gs:// addresses."""
     data: dict[str, Any] = config.stage_config(stage).model_dump(mode="json", exclude_unset=True)
     for name in ("output_dir", "policy_path", "reward_model_path", "base_model"):
         if data.get(name):
@@ -111,17 +111,17 @@ def stage_settings(config: PipelineConfig, stage: str) -> dict[str, Any]:
 
 
 def check_writable(folder: str) -> None:
-    """Write and remove a small file.
+    """Check a folder by writing and removing a small file.
 
     Raises:
-        InputError: The job's identity may not write there.
+        InputError: If the job's identity may not write there.
     """
     probe = path_in(folder, ".rlhf-write-test")
     try:
         write_file(probe, "")
         filesystem, path = open_store(as_url(probe))
         filesystem.rm_file(path)
-    except Exception as error:  # every store raises its own
+    except Exception as error:  # every store raises its own kind
         raise InputError(
             f"output_directory: {folder} cannot be written: {error}; the job's service account "
             "needs roles/storage.objectUser on the bucket"
@@ -129,7 +129,7 @@ def check_writable(folder: str) -> None:
 
 
 def run_stage(stage: str, task: Task) -> None:
-    """Run one stage of the library and tell KFP what came out.
+    """Run one stage of the library and report its outputs to KFP.
 
     Raises:
         InputError: As the stage does.
@@ -156,7 +156,7 @@ def run_stage(stage: str, task: Task) -> None:
 
 
 def _ppo_outputs(config: Any, task: Task) -> dict[str, str]:
-    """Where the tuned model is, and its entry in the Model Registry if one was asked for."""
+    """Return the tuned model's address, and its Model Registry entry if one was requested."""
     model_path = path_in(config.output_dir, "merged")
     resource = ""
     if task.inputs.get("serving_container_image"):
@@ -182,7 +182,7 @@ def _predictions(config: PipelineConfig) -> str:
 
 
 def _folder(stage: str, task: Task) -> str:
-    """Where a failure of this task is left; "" where even that is not known."""
+    """Return the folder for a failure of this task, or "" if it is unknown."""
     try:
         if stage == "validate":
             directory, name = task.inputs["output_directory"], task.inputs["run_name"]
@@ -193,14 +193,14 @@ def _folder(stage: str, task: Task) -> str:
 
 
 def _attempt(stage: str, task: Task) -> None:
-    """Run the task unless it is known to fail again; leave `failure.json` if it does."""
+    """Run the task unless it is known to fail again; write `failure.json` if it fails."""
     folder, attempt = _folder(stage, task), failure.arguments_hash(sys.argv)
     if folder and stage != "validate" and (earlier := failure.repeated_failure(folder, attempt)):
         raise InputError(
             [
                 *earlier.cause.splitlines(),
-                f"this job failed so before, at {earlier.time}, and has got no further since; it "
-                f"is not tried again. {earlier.fix}",
+                f"this job failed the same way at {earlier.time} and has made no progress since; "
+                f"it is not tried again. {earlier.fix}",
             ]
         )
     try:
@@ -222,7 +222,7 @@ def _attempt(stage: str, task: Task) -> None:
 def _leave(folder: str, found: failure.Failure) -> None:
     try:
         failure.write_failure(folder, found)
-    except Exception as error:  # the cause matters more than that it could not be written down
+    except Exception as error:  # the cause matters more than failing to record it
         say(f"failure.json cannot be written to {folder}: {error}")
 
 

@@ -1,4 +1,4 @@
-"""Whether another pipeline still writes into a run's folder."""
+"""Check whether another pipeline is still writing to a run's folder."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ _LIVING = (
 
 
 def refuse_second_writer(client: Any, parent: str, output_dir: str) -> None:
-    """Raise InputError if a pipeline that has not ended has the same output folder and run name.
+    """Raise InputError if an unfinished pipeline has the same output folder and run name.
 
     Args:
-        client: Of the pipeline service.
+        client: Client of the pipeline service.
         parent: projects/P/locations/L; pipelines in other regions are not seen.
         output_dir: gs:// folder of the run.
     """
@@ -47,7 +47,7 @@ def refuse_second_writer(client: Any, parent: str, output_dir: str) -> None:
 
 
 def _folder(values: Any) -> str:
-    """The folder that a pipeline's parameters name; "" where it was left to the pipeline."""
+    """Return the folder that a pipeline's parameters name; "" if left to the pipeline."""
     directory, name = values.get("output_directory", ""), values.get("run_name", "")
     if not (isinstance(directory, str) and isinstance(name, str) and directory and name):
         return ""

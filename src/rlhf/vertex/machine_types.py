@@ -1,6 +1,6 @@
-"""Vertex AI's machines for custom jobs, their accelerators, and which of them a stage can use.
+"""Vertex AI's machines for custom jobs, their accelerators, and which ones a stage can use.
 
-From Google's list "Configure compute resources for serverless training". What a region has of it
+From Google's list "Configure compute resources for serverless training". Availability by region
 changes and is not checked.
 """
 
@@ -20,12 +20,12 @@ class Accelerator:
     """A kind of GPU.
 
     Attributes:
-        memory: GiB of one.
-        bfloat16: Whether it multiplies in bfloat16 by itself.
+        memory: GiB per GPU.
+        bfloat16: Whether it supports bfloat16 natively.
         oldest_cuda: Oldest CUDA build of torch with code for it, 128 for 12.8; 0 for all of ours.
         newest_cuda: Newest such build.
-        flexible: Whether FLEX_START gives it.
-        refused: Why no stage can run on it; "" if one can.
+        flexible: Whether FLEX_START offers it.
+        refused: Why no stage can run on it, or "".
     """
 
     memory: int
@@ -62,14 +62,14 @@ ACCELERATORS: dict[str, Accelerator] = {
 
 @dataclass(frozen=True)
 class MachineType:
-    """A machine by its name.
+    """A machine type.
 
     Attributes:
-        name: Vertex's name of it.
-        memory: GB of main memory; 0 where that is never asked for.
-        accelerators: Accelerators that it takes, and how many of each.
-        built_in: Whether it comes with them.
-        disks: Kinds of boot disk that it takes.
+        name: Vertex's name for it.
+        memory: GB of main memory; 0 where it is never needed.
+        accelerators: Accelerators that it supports, and the possible counts of each.
+        built_in: Whether the accelerators are part of the machine.
+        disks: Kinds of boot disk that it supports.
     """
 
     name: str
@@ -79,7 +79,7 @@ class MachineType:
     disks: frozenset[str] = PERSISTENT
 
 
-# CPU machines: family, GB of memory for a CPU, CPUs.
+# CPU machines: family, GB of memory per CPU, CPU counts.
 _CPU_FAMILIES: tuple[tuple[str, float, tuple[int, ...]], ...] = (
     ("e2-standard", 4, (4, 8, 16, 32)),
     ("e2-highmem", 8, (2, 4, 8, 16)),
@@ -97,7 +97,7 @@ _CPU_FAMILIES: tuple[tuple[str, float, tuple[int, ...]], ...] = (
     ("m1-ultramem", 24, (40, 80, 160)),
     ("m1-megamem", 14.9, (96,)),
 )
-# GPU machines: accelerator, boot disks, machine to how many it comes with.
+# GPU machines: accelerator, boot disks, machine name to number of accelerators.
 _GPU_MACHINES: tuple[tuple[str, frozenset[str], dict[str, int]], ...] = (
     (
         "NVIDIA_L4",
@@ -140,7 +140,7 @@ _GPU_MACHINES: tuple[tuple[str, frozenset[str], dict[str, int]], ...] = (
 
 
 def _beside_n1(cpus: int) -> dict[str, tuple[int, ...]]:
-    """Accelerators that an n1 machine of so many CPUs takes: enough of them for its size."""
+    """Return the accelerators, and counts, that an n1 machine with this many CPUs supports."""
     small = (1, 2, 4) if cpus <= 16 else (2, 4) if cpus == 32 else (4,)
     volta = {8: (1, 2, 4, 8), 16: (2, 4, 8), 32: (4, 8)}.get(max(cpus, 8), (8,))
     kinds = ("NVIDIA_TESLA_T4", "NVIDIA_TESLA_P4", "NVIDIA_TESLA_P100")
@@ -165,12 +165,12 @@ def _all() -> Iterator[MachineType]:
 
 MACHINE_TYPES: dict[str, MachineType] = {machine.name: machine for machine in _all()}
 DEFAULT_CPU, DEFAULT_GPU = "n1-highmem-8", "g2-standard-12"
-# The usual machine where an accelerator is named and no machine.
+# The machine used when only an accelerator is named.
 _USUAL = {"NVIDIA_L4": DEFAULT_GPU, "NVIDIA_TESLA_T4": "n1-standard-8"}
 
 
 def machine_with_one(accelerator: str) -> str:
-    """Return a machine with one accelerator of a kind; "" if there is none."""
+    """Return a machine with exactly one accelerator of a kind, or ""."""
     takes_one = (
         name
         for name, machine in MACHINE_TYPES.items()
@@ -181,9 +181,9 @@ def machine_with_one(accelerator: str) -> str:
 
 
 def accelerator_of(wanted: VertexConfig) -> str:
-    """Return the accelerator that the fields name, alone or by the machine; "" for none.
+    """Return the accelerator that the fields name, directly or by the machine, or "".
 
-    Only where `problems_of_machine` finds nothing.
+    Only valid if `problems_of_machine` finds nothing.
     """
     if wanted.accelerator_type == "CPU":
         return ""
@@ -194,11 +194,12 @@ def accelerator_of(wanted: VertexConfig) -> str:
 
 
 def problems_of_machine(wanted: VertexConfig, cuda: int | None = None) -> list[str]:
-    """Say what is wrong with machine, accelerator, disk and image, each alone and together.
+    """List what is wrong with machine, accelerator, disk and image, separately and combined.
 
     Args:
-        wanted: The cloud's fields.
-        cuda: torch's CUDA build in the image, 126 for 12.6, 0 for none; None: by the image's tag.
+        wanted: The `vertex` fields.
+        cuda: torch's CUDA build in the image, 126 for 12.6, 0 for none; None: derive it from the
+            image's tag.
     """
     kind, count, name = wanted.accelerator_type, wanted.accelerator_count, wanted.machine_type
     machine = MACHINE_TYPES.get(name)
@@ -242,7 +243,7 @@ def _one_only(count: int) -> str:
 
 
 def _contradiction(machine: MachineType, kind: str, count: int) -> list[str]:
-    """What machine, accelerator and count that Vertex does not have together."""
+    """List combinations of machine, accelerator and count that Vertex does not offer."""
     if machine.built_in:
         return _against_its_own(machine, kind, count)
     name, takes = machine.name, machine.accelerators
@@ -267,7 +268,7 @@ def _contradiction(machine: MachineType, kind: str, count: int) -> list[str]:
 
 
 def _against_its_own(machine: MachineType, kind: str, count: int) -> list[str]:
-    """What contradicts the accelerators that a machine comes with."""
+    """List what contradicts a machine's built-in accelerators."""
     [(own, (own_count,))] = machine.accelerators.items()
     if kind == "CPU":
         return [
@@ -289,7 +290,7 @@ def _listed(counts: tuple[int, ...]) -> str:
 
 
 def _more_than_one(machine: MachineType, accelerator: str, count: int) -> list[str]:
-    """What has several accelerators where a stage uses one."""
+    """List what has several accelerators where a stage uses only one."""
     counts = machine.accelerators[accelerator]
     if 1 in counts:
         return [_one_only(count)] if count > 1 else []
@@ -314,7 +315,7 @@ def _not_flexible(wanted: VertexConfig, accelerator: str) -> list[str]:
 
 
 def _wrong_cuda(wanted: VertexConfig, accelerator: str, cuda: int | None) -> list[str]:
-    """Whether the image's torch has code for the accelerator, where its build is known."""
+    """Check that the image's torch has code for the accelerator, if its build is known."""
     if cuda is None or wanted.accelerator_type == "CPU":
         return []
     if cuda == 0:

@@ -1,4 +1,4 @@
-"""Which machine a run gets: the table of the docs, the choice by memory, and what is as told."""
+"""Choice of a run's machine: the table of the docs, the choice by memory, and the user's own."""
 
 from dataclasses import dataclass
 
@@ -17,19 +17,19 @@ from rlhf.vertex.machine_types import (
 )
 
 GIB = 2**30
-# The estimate is good to a factor of two at worst; this leaves room for the usual error.
+# The estimate is within a factor of two at worst; this covers the usual error.
 HEADROOM = 1.3
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine of Vertex AI as a job asks for it.
+    """A Vertex AI machine, as a job requests it.
 
     Attributes:
-        machine_type: Vertex's name of it.
-        accelerator_type: Vertex's name of its accelerators; "" for none.
-        accelerator_count: How many.
-        memory: GiB of one accelerator, or without one of the machine.
+        machine_type: Vertex's name for it.
+        accelerator_type: Vertex's name for its accelerators, or "".
+        accelerator_count: Number of accelerators.
+        memory: GiB per accelerator or, without one, of the machine.
     """
 
     machine_type: str
@@ -39,7 +39,7 @@ class Machine:
 
     @property
     def has(self) -> str:
-        """What the memory belongs to."""
+        """The device that the memory belongs to, in words."""
         return self.accelerator_type or self.machine_type
 
 
@@ -48,25 +48,25 @@ def _with_one(name: str) -> Machine:
     return Machine(name, accelerator, 1, ACCELERATORS[accelerator].memory)
 
 
-# In order of price; a run gets the first that it fits on. The stages use one accelerator.
+# Ordered by price; a run gets the first that it fits on. A stage uses one accelerator.
 TABLE = tuple(map(_with_one, ("g2-standard-12", "a2-highgpu-1g", "a2-ultragpu-1g")))
 
 
 class TooLarge(InputError):  # noqa: N818 (says what is the matter)
-    """A run needs more memory than any machine of the table has."""
+    """A run needs more memory than any machine in the table has."""
 
 
 def fit(config: PipelineConfig) -> tuple[PipelineConfig, Machine, str]:
-    """Pick the machine, and turn gradient checkpointing on where a run fits only with it.
+    """Pick the machine; turn on gradient checkpointing if the run only fits with it.
 
-    Recomputing activations changes no result and costs a seventh of the time or less
-    (docs/performance.md), which is cheaper than to be refused.
+    Recomputing activations changes no result and costs at most a seventh of the time
+    (docs/performance.md), which is better than refusing the run.
 
     Args:
         config: The run.
 
     Returns:
-        The run as it will be made, the machine, and a sentence on why.
+        The run as it will be executed, the machine, and a sentence on why.
 
     Raises:
         InputError: As `choose_machine`.
@@ -83,16 +83,16 @@ def fit(config: PipelineConfig) -> tuple[PipelineConfig, Machine, str]:
 
 
 def choose_machine(config: PipelineConfig) -> tuple[Machine, str]:
-    """Pick the machine for the GPU jobs of a run, or look at the one that was named.
+    """Pick the machine for a run's GPU jobs, or check the one that was named.
 
     Args:
-        config: The run; reads `config.json` of its bases.
+        config: The run; `config.json` of its bases is read.
 
     Returns:
         The machine, and a sentence on why.
 
     Raises:
-        InputError: The fields do not name a machine, or the run needs more memory than it has.
+        InputError: If the fields name no valid machine, or the run needs more memory than it has.
     """
     if problems := problems_of_run(config):
         raise InputError(problems)
@@ -117,11 +117,11 @@ def choose_machine(config: PipelineConfig) -> tuple[Machine, str]:
 
 
 def problems_of_run(config: PipelineConfig, cuda: int | None = None) -> list[str]:
-    """Say what is wrong with the named machine before any base model is read.
+    """List what is wrong with the named machine, before any base model is read.
 
     Args:
         config: The run.
-        cuda: torch's CUDA build in the image; None: by the image's tag.
+        cuda: torch's CUDA build in the image; None: derive it from the image's tag.
     """
     wanted = config.vertex
     problems = problems_of_machine(wanted, cuda)
@@ -138,7 +138,7 @@ def problems_of_run(config: PipelineConfig, cuda: int | None = None) -> list[str
 
 
 def named_machine(config: PipelineConfig) -> Machine | None:
-    """Return the machine that the fields name; None where it is left to the memory."""
+    """Return the machine that the fields name; None if memory is to decide."""
     wanted = config.vertex
     if wanted.accelerator_type == "CPU":
         name = wanted.machine_type or DEFAULT_CPU
@@ -158,7 +158,7 @@ _LOWER = (
 
 @dataclass(frozen=True)
 class _Need:
-    """Memory of the stage that needs most, and of what it is."""
+    """Memory needed by the most demanding stage, and what it consists of."""
 
     bytes: int
     stage: str
@@ -178,7 +178,7 @@ def _stages(config: PipelineConfig) -> tuple[str, ...]:
 
 
 def _need(config: PipelineConfig, *, bfloat16: bool) -> _Need:
-    """Reckon the memory of a run; `bfloat16` says whether the hardware has that type."""
+    """Estimate the memory of a run; `bfloat16` says whether the hardware has that type."""
     needed, stage = max(
         (total_memory(memory_per_role(*_on_a_device(config, name, bfloat16))), name)
         for name in _stages(config)
@@ -194,7 +194,7 @@ def _first_that_fits(needed: int) -> Machine | None:
 
 
 def _instead(config: PipelineConfig, told: Machine) -> str:
-    """Name a machine that would do."""
+    """Suggest a machine that would be large enough."""
     if told.accelerator_type:
         fitting = _first_that_fits(_need(config, bfloat16=True).bytes)
         return f"give machine_type {fitting.machine_type}, or " if fitting else ""
@@ -207,7 +207,7 @@ def _instead(config: PipelineConfig, told: Machine) -> str:
 def _on_a_device(
     config: PipelineConfig, stage: str, bfloat16: bool
 ) -> tuple[object, StageConfig, object]:
-    """What a stage's memory is reckoned from, with the types that a device would use."""
+    """Return what determines a stage's memory, with the types that a device would use."""
     stage_config: StageConfig = on_the_given_base(config, stage)
     stage_config = stage_config.model_copy(update={"device": "cpu"})
     if stage_config.dtype == "auto":

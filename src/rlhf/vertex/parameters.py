@@ -1,7 +1,7 @@
 """The pipeline's parameters: one table from their names to the fields of `PipelineConfig`.
 
-The table makes the pipeline's signature; `conversion` goes by it both ways. Google's
-`rlhf_pipeline` has the same names and defaults.
+The table defines the pipeline's signature; `conversion` uses it in both directions. Names and
+defaults match Google's `rlhf_pipeline`.
 """
 
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from rlhf.config.describe import leaf_fields
 from rlhf.config.pipeline import STAGE_CLASSES
 
 REQUIRED = object()
-# What is decided where a run is submitted, before there is a pipeline.
+# Decided when a run is submitted, before there is a pipeline.
 _BEFORE_THE_PIPELINE = frozenset({"pipeline_root", "check_inputs"})
-# Sections whose remaining fields travel as JSON, by the parameter that carries them.
+# Sections whose remaining fields are passed as JSON, by the parameter that carries them.
 SECTIONS = {
     "reward_model_config": "reward_model",
     "ppo_config": "ppo",
@@ -29,9 +29,9 @@ class Parameter:
     Attributes:
         name: Its name.
         type: str, int, float, bool or dict.
-        default: Its default; REQUIRED without one. Empty text, and 0 steps, mean "not given".
-        field: Dotted field of `PipelineConfig` that it sets; "" for what is not one field.
-        text: What it is for; "" for the field's own description.
+        default: Its default; REQUIRED if it has none. Empty text, and 0 steps, mean "not given".
+        field: Dotted field of `PipelineConfig` that it sets, or "".
+        text: Its description; "" to use the field's own.
     """
 
     name: str
@@ -41,8 +41,8 @@ class Parameter:
     text: str = ""
 
 
-# Google's `rlhf_pipeline` has these, with these defaults. deploy_model alone differs: there it was
-# true and did nothing for T5 and LLaMA.
+# Parameters of Google's `rlhf_pipeline`, with its defaults. Only deploy_model differs: there it was
+# true and had no effect for T5 and LLaMA.
 _GOOGLE = (
     Parameter("prompt_dataset", str, REQUIRED, "prompt_dataset", "Rows with prompts for PPO."),
     Parameter("preference_dataset", str, REQUIRED, "preference_dataset"),
@@ -131,7 +131,7 @@ _OURS = (
 
 
 def _of_the_schema() -> tuple[Parameter, ...]:
-    """The cloud's other fields are parameters under their own names."""
+    """Return parameters for the remaining cloud fields, under their own names."""
     known = {parameter.field for parameter in _GOOGLE}
     return tuple(
         Parameter(
@@ -152,7 +152,7 @@ _DESCRIPTIONS = {name: field.description or "" for name, field in leaf_fields(Pi
 
 
 def description(parameter: Parameter) -> str:
-    """Say what a parameter is for, in the schema's words where it is a field."""
+    """Describe a parameter, with the schema's text if it is a field."""
     own = parameter.text or _DESCRIPTIONS.get(parameter.field, "")
     if own:
         return own

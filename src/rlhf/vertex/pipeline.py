@@ -1,7 +1,7 @@
 """The DAG `rlhf-pipeline`: validate → reward model → PPO → inference, each a Vertex custom job.
 
-Every job runs the same container image; only its arguments and its machine differ. Signatures are
-made from the table in `parameters.py`, so that a parameter is written down once.
+Every job runs the same container image; only arguments and machine differ. Signatures are generated
+from the table in `parameters.py`, so that each parameter is written down once.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from rlhf.vertex import default_image
 from rlhf.vertex.parameters import PARAMETERS, REQUIRED, Parameter, description
 
 PIPELINE_NAME = "rlhf-pipeline"
-# Defaults that only the running pipeline knows.
+# Defaults that are only known while the pipeline runs.
 _AT_RUN_TIME = {
     "project": placeholders.PROJECT_ID_PLACEHOLDER,
     "location": placeholders.LOCATION_PLACEHOLDER,
@@ -26,7 +26,7 @@ _AT_RUN_TIME = {
     "run_name": dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
 }
 VALIDATION_MACHINE = "e2-highmem-4"
-# Parameters that a GPU job needs as they are.
+# Parameters that are passed to GPU jobs unchanged.
 _OF_GPU_JOBS = (
     "project",
     "location",
@@ -54,10 +54,10 @@ _DECIDED = {
     "run_directory": str,
     "run_name": str,
 }
-# Output parameters of each step, all text but for the number of accelerators.
+# Output parameters of each step, all text except the number of accelerators.
 OUTPUTS: dict[str, dict[str, type]] = {
     "validate": {
-        # An input and an output of a step cannot have the same name.
+        # A step cannot have an input and an output with the same name.
         "resolved_reward_model_config": str,
         "resolved_ppo_config": str,
         "resolved_inference_config": str,
@@ -76,7 +76,7 @@ OUTPUTS: dict[str, dict[str, type]] = {
 
 
 class PipelineOutputs(NamedTuple):
-    """What the pipeline gives; text that does not apply is empty."""
+    """Outputs of the pipeline; text that does not apply is empty."""
 
     output_model_path: str
     output_adapter_path: str
@@ -92,9 +92,9 @@ def payload(
     extra: dict[str, Any],
     arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The CustomJob that one step asks Vertex for.
+    """Return the CustomJob that a step requests from Vertex.
 
-    The launcher leaves out what renders as '', 0, false or {}, so nothing here is conditional.
+    The launcher drops whatever renders as '', 0, false or {}, so nothing here is conditional.
     """
     return {
         "display_name": f"{given['run_name']}-{stage}",
@@ -135,9 +135,9 @@ def payload(
 
 
 def _validation_job(given: dict[str, Any]) -> dsl.ContainerSpec:
-    # Neither Spot nor the queue for GPUs: a CPU is always to be had.
+    # Neither Spot nor the GPU queue: CPUs are always available.
     on_demand = given | {"strategy": "STANDARD", "max_wait_duration": ""}
-    on_demand["boot_disk_type"] = "pd-ssd"  # the only kind that every machine takes
+    on_demand["boot_disk_type"] = "pd-ssd"  # the only kind that every machine supports
     return build_serverless_customjob_container_spec(
         project=given["project"],
         location=given["location"],
@@ -146,8 +146,8 @@ def _validation_job(given: dict[str, Any]) -> dsl.ContainerSpec:
             on_demand,
             {"machine_type": VALIDATION_MACHINE},
             {},
-            # By these a run without a name of its own gets one that no other use of the pipeline
-            # has: a step's number is its own in a loop and in a pipeline within a pipeline too.
+            # These give an unnamed run a name that no other use of the pipeline has: a step's
+            # number is unique even in a loop or in a nested pipeline.
             [
                 f"--pipeline_job={dsl.PIPELINE_JOB_NAME_PLACEHOLDER}",
                 f"--pipeline_task={dsl.PIPELINE_TASK_ID_PLACEHOLDER}",
@@ -176,7 +176,7 @@ def _gpu_job(stage: str, given: dict[str, Any]) -> dsl.ContainerSpec:
 def _component(
     stage: str, inputs: Sequence[Parameter], text: str, job: Callable[[dict[str, Any]], Any]
 ) -> Any:
-    """Make a container component from a list of inputs and the outputs of its stage."""
+    """Create a container component from a list of inputs and the outputs of its stage."""
 
     def step(*values: Any) -> Any:
         return job(dict(zip(step.__signature__.parameters, values, strict=True)))  # type: ignore[attr-defined]
@@ -210,7 +210,7 @@ def _argument(parameter: Parameter, *, default: bool) -> inspect.Parameter:
 
 
 def _inputs(names: Sequence[str]) -> list[Parameter]:
-    """What a GPU job gets: what the validation decided, and parameters as they are."""
+    """Return the inputs of a GPU job: the validation's decisions, and unchanged parameters."""
     own = [Parameter(name, type_, REQUIRED, "") for name, type_ in _DECIDED.items()]
     return [*own, *(PARAMETERS[name] for name in names)]
 
@@ -287,9 +287,9 @@ rlhf_pipeline = dsl.pipeline(
 
 
 def compile_pipeline(path: str) -> None:
-    """Write the pipeline as the YAML that Vertex AI and KFP take.
+    """Write the pipeline as YAML for Vertex AI and KFP.
 
     Args:
-        path: Ends in .yaml.
+        path: Output file, ending in .yaml.
     """
     compiler.Compiler().compile(rlhf_pipeline, path)

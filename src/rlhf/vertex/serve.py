@@ -1,10 +1,10 @@
-"""A small server for a tuned model, T5 or LLaMA, as Vertex AI's endpoints want one.
+"""A small server for a tuned T5 or LLaMA model that follows Vertex AI's endpoint protocol.
 
     python -m rlhf.vertex.serve [--model FOLDER] [--prompt_sequence_length N] ...
 
 Answers `{"instances": [{"inputs": PROMPT}, …], "parameters": {…}}` with `{"predictions": [TEXT,
-…]}` at the address that the AIP_* variables name. Decodes as `rlhf infer` does, one request at a
-time: for T5, which vLLM does not serve. For many users of a LLaMA, vLLM is faster.
+…]}` at the address given by the AIP_* variables. Decodes like `rlhf infer`, one request at a time.
+Meant for T5, which vLLM does not serve. For many users of a LLaMA, vLLM is faster.
 """
 
 import json
@@ -29,7 +29,7 @@ from rlhf.errors import InputError, StoppedBySignal
 from rlhf.models.generation import generate_in_chunks, rollout_uniforms
 from rlhf.models.loading import check_limits, load_language_model, read_model_config
 
-# Vertex takes requests up to 1.5 MB.
+# Vertex accepts requests of up to 1.5 MB.
 LARGEST_REQUEST = 1_500_000
 ROWS_AT_ONCE = 16
 
@@ -39,12 +39,12 @@ class Predictor:
 
     Args:
         folder: merged/, local or gs://.
-        prompt_limit: Most tokens of a prompt; a longer one loses its beginning.
-        response_limit: Most tokens of a response.
+        prompt_limit: Maximum tokens of a prompt; a longer one loses its beginning.
+        response_limit: Maximum tokens of a response.
         dtype: auto, float32 or bfloat16.
 
     Raises:
-        InputError: Anything wrong with the checkpoint or the limits.
+        InputError: If the checkpoint or the limits are wrong.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Predictor:
         """Return a response for each instance of a request.
 
         Raises:
-            InputError: The request is not of the form that the module's text shows.
+            InputError: If the request does not have the form given in the module docstring.
         """
         if not isinstance(request, dict) or not isinstance(request.get("instances"), list):
             raise InputError('expected {"instances": [{"inputs": "…"}]}')
@@ -89,7 +89,7 @@ class Predictor:
         return self.codec.decode_rows([ids[:length] for ids, length in rows])
 
     def _parameters(self, given: Any) -> tuple[int, float, int]:
-        """Return most tokens, temperature (0 is greedy) and seed."""
+        """Return maximum tokens, temperature (0 is greedy) and seed."""
         if not isinstance(given, Mapping):
             raise InputError("parameters: expected an object")
         known = {"max_new_tokens", "temperature", "seed"}
@@ -108,7 +108,7 @@ class Predictor:
 
 
 def _number(value: Any) -> bool:
-    # NaN is no number here: every comparison with it is false, int() of it fails.
+    # NaN does not count as a number: every comparison with it is false, int() of it fails.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
 
 
@@ -120,12 +120,12 @@ def _text(number: int, instance: Any) -> str:
 
 
 def make_server(predictor: Predictor, address: tuple[str, int], routes: tuple[str, str]) -> Any:
-    """Return a server that has not started.
+    """Return a server that has not been started.
 
     Args:
-        predictor: What answers.
-        address: Host and port; port 0 takes a free one.
-        routes: Paths of health and of predictions.
+        predictor: Produces the answers.
+        address: Host and port; port 0 picks a free one.
+        routes: Paths for health and for predictions.
     """
     health, predictions = routes
 
@@ -139,7 +139,7 @@ def make_server(predictor: Predictor, address: tuple[str, int], routes: tuple[st
         def do_POST(self) -> None:
             size = self.headers.get("Content-Length", "")
             if not size.isdecimal() or int(size) > LARGEST_REQUEST:
-                self.close_connection = True  # what follows was not read
+                self.close_connection = True  # the body was not read
                 self._answer(413, {"error": f"expected at most {LARGEST_REQUEST} bytes"})
                 return
             body = self.rfile.read(int(size))
@@ -150,7 +150,7 @@ def make_server(predictor: Predictor, address: tuple[str, int], routes: tuple[st
                 self._answer(200, {"predictions": predictor.predict(json.loads(body))})
             except (InputError, ValueError, RecursionError) as error:
                 self._answer(400, {"error": str(error)})
-            except Exception as error:  # such as too little memory; the next request may do
+            except Exception as error:  # such as out of memory; the next request may succeed
                 say(f"a request failed: {error!r}")
                 self._answer(500, {"error": type(error).__name__})
 
@@ -163,7 +163,7 @@ def make_server(predictor: Predictor, address: tuple[str, int], routes: tuple[st
             self.wfile.write(text)
 
         def log_message(self, *_: Any) -> None:
-            """Write nothing: prompts do not belong into logs."""
+            """Write nothing: prompts do not belong in logs."""
 
     server = ThreadingHTTPServer(address, Handler)
     server.daemon_threads = True
@@ -193,11 +193,11 @@ def command(model: str, prompt_sequence_length: int, target_sequence_length: int
 
 
 def main() -> int:
-    """Serve until the process is ended; return its exit code."""
+    """Serve until the process is stopped; return its exit code."""
     quiet_third_parties()
 
     def serve() -> None:
-        with suppress(StoppedBySignal):  # which is how a server ends
+        with suppress(StoppedBySignal):  # the normal way for a server to end
             command.main(standalone_mode=False)
 
     return exit_code(serve)

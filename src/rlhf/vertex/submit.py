@@ -1,4 +1,4 @@
-"""From a configuration to a running pipeline: checks, the request, and following it."""
+"""From a configuration to a running pipeline: checks, the request, and following its progress."""
 
 import json
 import re
@@ -36,15 +36,15 @@ from rlhf.vertex.machines import Machine, fit, named_machine, problems_of_run
 def read_parameters(
     path: str, flags: Mapping[str, Any], unknown: Sequence[str] = ()
 ) -> PipelineConfig:
-    """Build the configuration that a file of pipeline parameters and some flags mean.
+    """Build the configuration described by a file of pipeline parameters and some flags.
 
     Args:
-        path: JSON object of parameter name to value, as Google's `rlhf_pipeline` takes it.
-        flags: Dotted field of `PipelineConfig` to value; they win.
-        unknown: Problems with flags, to be said together with the file's.
+        path: JSON object of parameter name to value, as for Google's `rlhf_pipeline`.
+        flags: Dotted field of `PipelineConfig` to value; these win.
+        unknown: Problems with flags, to be reported together with the file's.
 
     Raises:
-        InputError: The file cannot be read, or what `to_config` says.
+        InputError: If the file cannot be read, or `to_config` rejects it.
     """
     problems = list(unknown)
     try:
@@ -78,17 +78,17 @@ def read_parameters(
 
 
 def submit(config: PipelineConfig, *, wait: bool = False) -> int:
-    """Check a run, say what will be asked for, and ask Vertex AI for it.
+    """Check a run, print the request, and submit it to Vertex AI.
 
     Args:
         config: The run; `dry_run` prints the request (JSON, stdout) and sends nothing.
-        wait: Follow it until it ends.
+        wait: Whether to follow it until it ends.
 
     Returns:
         Exit code: 0, or 1 for a run that was followed and failed.
 
     Raises:
-        InputError: Anything that can be known to be wrong before money is spent.
+        InputError: If anything is wrong that can be known before money is spent.
     """
     config = config.model_copy(update={"output_dir": as_url(config.output_dir).rstrip("/")})
     parameters = _parameters(config)
@@ -113,13 +113,13 @@ def _parameters(config: PipelineConfig) -> dict[str, Any]:
     """Write a run as the pipeline's parameters.
 
     Raises:
-        InputError: All that is wrong and can be known without reading anything.
+        InputError: If anything is wrong that can be known without reading files.
     """
     problems = [*not_in_the_cloud(config), *_of_section(problems_of_run(config))]
     parameters: dict[str, Any] = {}
     try:
         parameters = to_parameters(config)
-        to_config(parameters)  # what the validation step will do
+        to_config(parameters)  # as the validation step will do
     except InputError as error:
         named = any(problem.startswith("output_dir:") for problem in problems)
         same = ("output_directory:", "run_name:") if named else ()
@@ -131,27 +131,27 @@ def _parameters(config: PipelineConfig) -> dict[str, Any]:
 
 
 def _not_on_the_wire(parameters: Mapping[str, Any]) -> list[str]:
-    """Name parameters that protobuf cannot hold: half a character, a number beyond doubles."""
+    """Report parameters that protobuf cannot encode: lone surrogates, numbers beyond doubles."""
     problems = []
     for name, value in parameters.items():
         try:
             ParseDict({"value": value}, Struct()).SerializeToString()
-        except (ParseError, OverflowError, ValueError) as error:  # UnicodeEncodeError is one
+        except (ParseError, OverflowError, ValueError) as error:  # includes UnicodeEncodeError
             problems.append(f"{name}: cannot be sent to Vertex: {error}")
     return problems
 
 
 def _of_section(problems: Sequence[str]) -> list[str]:
-    """Name fields of `vertex` as they stand in a configuration and in flags."""
+    """Name fields of `vertex` as in a configuration and in flags."""
     fields = set(VertexConfig.model_fields)
     return [f"vertex.{text}" if text.split(":")[0] in fields else text for text in problems]
 
 
 def _send(job: aiplatform.PipelineJob, parent: str, output_dir: str) -> None:
-    """Ask Vertex AI for the pipeline, unless another one still writes into its folder."""
+    """Submit the pipeline, unless another one is still writing to its folder."""
     refuse_second_writer(job.api_client, parent, output_dir)
     try:
-        # Not job.submit(), which would look into the bucket, and make one of a misspelled name.
+        # Not job.submit(), which checks the bucket and would create one for a misspelled name.
         job._gca_resource = job.api_client.create_pipeline_job(
             parent=parent, pipeline_job=job._gca_resource, pipeline_job_id=job.job_id
         )
@@ -161,7 +161,7 @@ def _send(job: aiplatform.PipelineJob, parent: str, output_dir: str) -> None:
 
 
 def pipeline_job(config: PipelineConfig, parameters: Mapping[str, Any]) -> aiplatform.PipelineJob:
-    """The request, made from the pipeline that ships with the package."""
+    """Build the request from the pipeline that ships with the package."""
     slug = re.sub(r"[^a-z0-9]+", "-", parameters["run_name"].lower()).strip("-")
     root = config.vertex.pipeline_root or f"{parameters['output_directory']}/{PIPELINE_ROOT}"
     job = aiplatform.PipelineJob(
@@ -174,7 +174,7 @@ def pipeline_job(config: PipelineConfig, parameters: Mapping[str, Any]) -> aipla
         encryption_spec_key_name=config.vertex.encryption_spec_key_name or None,
         labels=config.vertex.labels or None,
     )
-    # Here rather than in submit(), so that a dry run shows them.
+    # Set here rather than in submit(), so that a dry run shows it.
     job._gca_resource.service_account = config.vertex.service_account
     job._gca_resource.network = config.vertex.network
     return job
@@ -186,7 +186,7 @@ def _request(job: aiplatform.PipelineJob) -> dict[str, Any]:
 
 
 def _identity(config: PipelineConfig) -> tuple[str, Any]:
-    """Project and credentials; nobody's for a dry run on a machine that has none."""
+    """Return project and credentials; a dry run on a machine without any gets anonymous ones."""
     given = config.vertex.project
     try:
         credentials, own = google.auth.default(
@@ -207,15 +207,15 @@ def _identity(config: PipelineConfig) -> tuple[str, Any]:
 def _check_access(
     config: PipelineConfig, parameters: dict[str, Any], credentials: Any
 ) -> list[str]:
-    """Look at bucket, image, files and base models from here, unless that is left to the job.
+    """Check bucket, image, files and base models from here, unless that is left to the job.
 
-    Puts the image's digest into the parameters, where the registry tells it.
+    Puts the image's digest into the parameters, if the registry reports it.
 
     Returns:
-        What was found, for people.
+        Findings, for people.
 
     Raises:
-        InputError: All that is wrong with any of them.
+        InputError: If any of them is wrong; lists all problems.
     """
     if config.vertex.check_inputs == "job":
         return ["rows, base models, bucket and image: looked at by the validation job only"]
@@ -237,10 +237,10 @@ def _check_access(
 
 
 def _check_bucket(config: PipelineConfig, project: str) -> None:
-    """Look for the bucket of the results.
+    """Check that the results' bucket exists.
 
     Raises:
-        InputError: There is no such bucket, or one cannot look into it from here.
+        InputError: If there is no such bucket, or it cannot be read from here.
     """
     filesystem, root = open_store(config.output_dir)
     bucket = root.split("/")[0]
@@ -257,7 +257,7 @@ def _check_bucket(config: PipelineConfig, project: str) -> None:
 
 
 def _check_here(config: PipelineConfig) -> list[str]:
-    """Read files and base models as the validation step will, where this machine may."""
+    """Read files and base models as the validation step will, if this machine may."""
     try:
         return check_inputs(config)
     except InputError as error:
@@ -270,13 +270,13 @@ def _check_here(config: PipelineConfig) -> list[str]:
 
 
 def _gated(error: InputError, config: PipelineConfig) -> bool:
-    """Whether only bases cannot be read, which the jobs, who have a token, may be able to."""
+    """Return whether only base models are unreadable, which the jobs' token may give access to."""
     bases = all(problem.startswith("base_model:") for problem in error.problems)
     return bases and bool(config.vertex.huggingface_token_secret)
 
 
 def _machine(config: PipelineConfig) -> tuple[Machine | None, str]:
-    """Return the machine and why; None where only the validation step can choose it."""
+    """Return the machine and why; None if only the validation step can choose it."""
     if config.vertex.check_inputs == "job":
         told = named_machine(config)
         return told, "as told" if told else "by the memory that the run needs"

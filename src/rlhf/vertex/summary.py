@@ -1,4 +1,4 @@
-"""What the console shows of a step: its figures, and samples from before and after."""
+"""A step's page in the console: its metrics, and samples from before and after."""
 
 import json
 import math
@@ -12,7 +12,7 @@ SHOWN_ROWS = 8
 
 
 def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among a stage's metrics, under names that KFP's Metrics takes."""
+    """Return the finite numbers among a stage's metrics, under names that KFP's Metrics accepts."""
     return {
         name.replace("/", "_"): float(value)
         for name, value in metrics.items()
@@ -21,13 +21,13 @@ def finite_numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def markdown(stage: str, folder: str, metrics: Mapping[str, Any], notes: list[str]) -> str:
-    """A page on a finished stage.
+    """Return the page for a finished stage, in Markdown.
 
     Args:
         stage: reward_model, ppo or inference.
         folder: Its folder.
         metrics: Its final metrics.
-        notes: Lines for the top: where things are, warnings.
+        notes: Lines for the top: locations, warnings.
     """
     output = Output(folder)
     output.fetch("samples.md", "samples.jsonl")
@@ -47,7 +47,7 @@ def _table(metrics: Mapping[str, Any]) -> str:
 
 
 def _first_and_last(rows: list[dict[str, Any]]) -> str:
-    """The logged samples of the first and of the last step, side by side in time."""
+    """Return the logged samples of the first and the last step."""
     if not rows:
         return ""
     parts = []
