@@ -1,4 +1,4 @@
-"""Responses of the tuned and the untuned model to held-out prompts, and what they are worth."""
+"""Responses of the tuned and the untuned model to held-out prompts, and how good they are."""
 
 from rlhf.inference.stage import InferenceResult, run_inference
 

@@ -1,4 +1,4 @@
-"""Further metrics from modules for the `evaluate` library that lie on this machine.
+"""Further metrics from local modules for the `evaluate` library.
 
 Nothing is ever downloaded: a module is a local folder or file that the user names.
 """
@@ -17,10 +17,10 @@ _FROM_URL = re.compile(r"^\s*(?:import|from)\s[^#\n]*#\s*From:", re.MULTILINE)
 
 
 def metric_script(path: str) -> Path:
-    """The script of a local `evaluate` module: a `.py` file, or NAME/NAME.py for a folder NAME.
+    """Return the script of a local `evaluate` module: a `.py` file, or NAME/NAME.py in folder NAME.
 
     Raises:
-        InputError: It is not on this machine, would fetch code from elsewhere, or `evaluate` is
+        InputError: If it is not on this machine, would fetch code from elsewhere, or `evaluate` is
             not installed. A bare name is refused because `evaluate` would download a script.
     """
     script = Path(path)
@@ -45,7 +45,7 @@ def metric_script(path: str) -> Path:
 def module_metrics(
     path: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """The figures of a local `evaluate` module over texts.
+    """Return the metrics that a local `evaluate` module computes for texts.
 
     Args:
         path: See `metric_script`.
@@ -54,25 +54,25 @@ def module_metrics(
             references, and a module that takes one reference gets the first.
 
     Returns:
-        Its numbers under `NAME`, or `NAME_FIGURE` where the figure is called differently; a list
-        of one number a row becomes its mean, anything else is left out.
+        Its numbers as `NAME`, or `NAME_FIGURE` for figures with other names; a list with one number
+        per row is averaged, anything else is left out.
 
     Raises:
-        InputError: The module cannot be loaded or does not take texts.
+        InputError: If the module cannot be loaded or does not accept texts.
     """
     script = metric_script(path)
     import evaluate
     from evaluate.utils.file_utils import DownloadConfig
 
     try:
-        # keep_in_memory: parallel runs must not meet in evaluate's cache folder
+        # keep_in_memory: parallel runs must not share evaluate's cache folder
         module = evaluate.load(
             str(script),
             keep_in_memory=True,
             download_config=DownloadConfig(local_files_only=True),
         )
         results = module.compute(**_module_inputs(module, predictions, references)) or {}
-    except Exception as error:  # anything a user's script may raise
+    except Exception as error:  # a user's script may raise anything
         raise InputError(f"extra_metrics: {path}: {type(error).__name__}: {error}") from error
     figures: dict[str, float] = {}
     for key, value in results.items():
@@ -97,7 +97,7 @@ def _module_inputs(
     if not rows:
         raise ValueError("it reads references, and no row has one")
     several = any("Value" not in type(features["references"]).__name__ for features in formats)
-    if several:  # evaluate wants as many references for every row: repeat the last
+    if several:  # evaluate wants equally many references for every row: repeat the last
         most = max(len(targets) for _, targets in rows)
         rows = [(text, targets + targets[-1:] * (most - len(targets))) for text, targets in rows]
     return {

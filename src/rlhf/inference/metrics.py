@@ -8,16 +8,16 @@ from rlhf.inference.predictions import Prediction
 
 
 def prediction_metrics(predictions: Sequence[Prediction], *, seed: int = 0) -> dict[str, float]:
-    """All figures that need nothing but the predictions.
+    """Return all metrics that can be computed from the predictions alone.
 
     Args:
         predictions: At least one.
-        seed: Of the bootstrap; `NAME_low` and `NAME_high` are the ends of 95 % intervals.
+        seed: Seed of the bootstrap; `NAME_low` and `NAME_high` are the ends of 95 % intervals.
 
     Returns:
-        `rows`; for the tuned model and, behind `baseline_`, the untuned one: `rouge1` … over rows
-        with references, those of `rlhf.evaluation.text_statistics`, `reward`; `reward_gain` (row
-        by row), `win_rate` (ties half), `kl`, `kl_k3`.
+        `rows`; for the tuned model and, prefixed with `baseline_`, the untuned one: `rouge1` … over
+        rows with references, those of `rlhf.evaluation.text_statistics`, `reward`; `reward_gain`
+        (paired by row), `win_rate` (ties count one half), `kl`, `kl_k3`.
     """
     metrics: dict[str, float] = {"rows": len(predictions)}
     sides = {

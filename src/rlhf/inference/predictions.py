@@ -1,4 +1,4 @@
-"""Predictions: one row each, and the file they are written to as they are made."""
+"""Predictions: one per row, and the file they are written to as they are made."""
 
 import hashlib
 import json
@@ -19,19 +19,19 @@ class Prediction:
     """One line of predictions.jsonl.
 
     Attributes:
-        input_text: The row's input as it was given.
+        input_text: The row's input as given.
         prediction: The tuned model's response.
         baseline: The untuned model's response.
-        reference: The human reference, several as a list, None without.
+        reference: The human reference; a list if there are several, None if there is none.
         reward: Reward of `prediction`; None without a reward model.
         baseline_reward: Reward of `baseline`.
         kl: Sum over the prediction's tokens of log p_tuned - log p_untuned, nats (k1).
-        kl_k3: The same by the estimator that is never negative.
+        kl_k3: The same with the k3 estimator, which is never negative.
         prompt_tokens: Tokens of the prompt as the model read it.
         tokens: Tokens of the prediction, end of sequence included.
         baseline_tokens: Tokens of the baseline.
-        finish_reason: "eos" if the response ended by itself, "length" if the limit cut it.
-        baseline_finish_reason: The same of the baseline.
+        finish_reason: "eos" if the response ended by itself, "length" if the limit cut it off.
+        baseline_finish_reason: The same for the baseline.
     """
 
     input_text: str
@@ -50,30 +50,30 @@ class Prediction:
 
     @property
     def references(self) -> list[str]:
-        """The references as a list, empty without any."""
+        """The references as a list, which may be empty."""
         if self.reference is None:
             return []
         return [self.reference] if isinstance(self.reference, str) else self.reference
 
     def line(self) -> bytes:
-        """The JSON line, with its newline."""
+        """Return the JSON line, with its newline."""
         return json_line(asdict(self))
 
 
 def json_line(row: Mapping[str, Any], *, allow_nan: bool = False) -> bytes:
-    """One line of JSON Lines in UTF-8, readable in every script."""
+    """Return one line of JSON Lines in UTF-8, readable in every script."""
     text = json.dumps(row, ensure_ascii=False, allow_nan=allow_nan)
     # Half of a surrogate pair is legal in a JSON escape but not in UTF-8; this keeps the escape.
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def read_predictions(path: Path) -> Iterator[Prediction]:
-    """The predictions of a file, up to the first line that is not a whole one."""
+    """Yield the predictions of a file, up to the first incomplete line."""
     if not path.is_file():
         return
     with path.open("rb") as file:
         for line in file:
-            if not line.endswith(b"\n"):  # half written: the machine went down
+            if not line.endswith(b"\n"):  # incomplete: the machine went down
                 return
             try:
                 prediction = Prediction(**json.loads(line))
@@ -83,21 +83,21 @@ def read_predictions(path: Path) -> Iterator[Prediction]:
 
 
 class PredictionFile:
-    """A file of predictions that survives an interruption, and damage to what it has.
+    """A file of predictions that survives interruptions and damage.
 
-    Beside it grows a file of checksums, JSON Lines: first whose rows they are, then for each piece
-    its rows, bytes and SHA-256. What has no matching checksum is cut off and computed again.
+    A file of checksums, JSON Lines, grows next to it: first the identity of the rows, then rows,
+    bytes and SHA-256 of each chunk. Content without a matching checksum is cut off and recomputed.
 
     Args:
-        path: Where it grows.
-        sums: Where the checksums are.
-        chunk: Rows are appended in pieces of this size. Whole pieces are kept and the rest is cut
-            off: what is computed again then meets in the same batches, hence the same bytes.
-        total: Rows in the end.
-        identity: What the rows are made of.
+        path: The growing file.
+        sums: The file of checksums.
+        chunk: Rows appended at a time. Whole chunks are kept and the rest is cut off, so that
+            recomputed rows share the same batches and hence give the same bytes.
+        total: Rows of the finished file.
+        identity: What determines the rows.
 
     Attributes:
-        count: Rows that are there.
+        count: Rows present.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class PredictionFile:
             write_text(sums, b"".join(kept).decode())
 
     def append(self, predictions: Sequence[Prediction]) -> None:
-        """Adds one piece and makes sure that it is on the disk."""
+        """Append one chunk and flush it to disk."""
         content = b"".join(prediction.line() for prediction in predictions)
         if not self.sums.exists():
             write_text(self.sums, self._head.decode())
@@ -129,7 +129,7 @@ class PredictionFile:
         self.count += len(predictions)
 
     def _pieces(self) -> Iterator[tuple[bytes, bytes]]:
-        """Lines of checksums and the pieces that match them, up to the first that does not."""
+        """Yield checksum lines with the chunks they match, up to the first mismatch."""
         if not self.path.is_file() or not self.sums.is_file():
             return
         with self.path.open("rb") as file, self.sums.open("rb") as sums:
@@ -148,7 +148,7 @@ class PredictionFile:
 
 
 def write_sums(path: Path, sums: Path, chunk: int, identity: Mapping[str, Any]) -> None:
-    """Writes the checksums of a whole file of predictions, as `PredictionFile` reads them."""
+    """Write the checksums of a complete file of predictions, as `PredictionFile` reads them."""
     lines = [json_line({"run": identity})]
     with path.open("rb") as file:
         while content := b"".join(islice(file, chunk)):

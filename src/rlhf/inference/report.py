@@ -1,4 +1,4 @@
-"""What inference writes for people: README, samples to read, lines for the terminal."""
+"""Inference's output for people: README, samples to read, lines for the terminal."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +33,7 @@ _COMPARED = (
 
 
 def report_markdown(config: InferenceConfig, metrics: Mapping[str, Any]) -> str:
-    """The folder's README: the figures that matter, before and after."""
+    """Return the folder's README: the most important metrics, before and after."""
     sampling = "greedy"
     if config.sampling_strategy == "temperature_sampling":
         sampling = f"sampled at temperature {config.temperature:g}, seed {config.seed}"
@@ -64,7 +64,7 @@ def report_markdown(config: InferenceConfig, metrics: Mapping[str, Any]) -> str:
 
 
 def summary_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """The figures that compare the two models, one a line."""
+    """Return the metrics that compare the two models, one per line."""
     return [f"{title}: {_figure(metrics, name)}" for name, title in _COMPARED if name in metrics]
 
 
@@ -76,7 +76,7 @@ def _figure(metrics: Mapping[str, Any], name: str) -> str:
 
 
 def samples_markdown(predictions: Sequence[Prediction], count: int = SAMPLES) -> str:
-    """Before and after side by side, for rows spread evenly over the file: none is chosen."""
+    """Return rows spread evenly over the file, before and after side by side; no cherry-picking."""
     count = min(count, len(predictions))
     rows = [index * len(predictions) // count for index in range(count)]
     parts = [
@@ -111,7 +111,7 @@ def _length(tokens: int, reason: FinishReason) -> str:
 
 def _escape(text: str) -> str:
     text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
-    for character in "*_`[~":  # would vanish, change what follows or fetch a picture
+    for character in "*_`[~":  # would vanish, change what follows or fetch an image
         text = text.replace(character, "\\" + character)
     return text
 
@@ -121,6 +121,6 @@ def _quote(text: str) -> str:
 
 
 def table_cell(text: str) -> str:
-    """Markdown of a text that stays inside its table cell, whatever a model wrote."""
+    """Return Markdown for a text that stays inside its table cell, whatever a model wrote."""
     lines = text.strip().splitlines()
     return "<br>".join(_escape(line).replace("|", "\\|") for line in lines) or "*(empty)*"

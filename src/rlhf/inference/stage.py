@@ -1,4 +1,4 @@
-"""The inference stage: responses of the tuned and the untuned model, and what they are worth."""
+"""The inference stage: responses of the tuned and the untuned model, and how good they are."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ from rlhf.training.tracking import ProgressLine, Trackers
 STAGE = "inference"
 PARTIAL = "predictions.partial.jsonl"
 FINAL = "predictions.jsonl"
-# The policy would not be itself under other settings than it was trained with.
+# With settings other than those of its training, the policy would not behave as trained.
 INHERITED = (
     "instruction",
     "prompt_sequence_length",
@@ -48,12 +48,12 @@ _PAIRS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class InferenceResult:
-    """What a run of inference left behind.
+    """Result of an inference run.
 
     Attributes:
         output_dir: Its folder.
-        metrics: Final figures, see `metrics.prediction_metrics`; the reward model's own, on
-            rows with candidates, begin with `reward_model_`. Empty after a dry run.
+        metrics: Final metrics, see `metrics.prediction_metrics`; the reward model's own, on rows
+            with candidates, begin with `reward_model_`. Empty after a dry run.
         predictions: Path of predictions.jsonl.
         samples: Path of samples.md, before and after side by side.
     """
@@ -66,11 +66,11 @@ class InferenceResult:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What was read and checked before any weights.
+    """What is read and checked before any weights.
 
     Attributes:
-        source: What `policy_path` holds.
-        renderer: Of the prompts.
+        source: The contents of `policy_path`.
+        renderer: Renders the prompts.
         prompts: All rows.
         preferences: Rows with candidates, on which the reward model itself is evaluated; None
             without a reward model.
@@ -83,14 +83,14 @@ class _Inputs:
 
 
 def run_inference(config: InferenceConfig) -> InferenceResult:
-    """Generates with the tuned and the untuned model, scores both, and writes the comparison.
+    """Generate with the tuned and the untuned model, score both, and write the comparison.
 
-    Settings of `INHERITED` that the configuration leaves open are those that the policy was
-    trained with. An interrupted run goes on where it was; a finished one returns at once.
+    Settings in `INHERITED` that the configuration does not set are taken from the policy's
+    training. An interrupted run continues where it stopped; a finished one returns at once.
 
     Raises:
-        InputError: Anything wrong with files, configuration or checkpoints; nothing is written.
-        StoppedBySignal: After SIGTERM or SIGINT, with everything so far saved.
+        InputError: If files, configuration or checkpoints are wrong; nothing is written.
+        StoppedBySignal: After SIGTERM or SIGINT, once everything so far is saved.
     """
     source = find_policy(config.policy_path)
     config = with_policy_settings(config, source)
@@ -105,7 +105,7 @@ def run_inference(config: InferenceConfig) -> InferenceResult:
         return _result(run, {})
     say("\n".join(lines))
     with run.held(), SignalGuard(at_once=True) as signals:
-        if run.status is Status.FINISHED:  # by another process, a moment ago
+        if run.status is Status.FINISHED:  # another process just finished it
             return _result(run, run.conclude())
         file = _open_predictions(run, config, len(inputs.prompts))
         models = None
@@ -121,9 +121,9 @@ def run_inference(config: InferenceConfig) -> InferenceResult:
 
 
 def with_policy_settings(config: InferenceConfig, source: PolicySource) -> InferenceConfig:
-    """The configuration with the base, and all that nobody set, taken from the policy's own.
+    """Return the configuration with the base, and everything not set, taken from the policy's own.
 
-    What was set to something else stays, with a warning.
+    Settings that differ from the policy's are kept, with a warning.
     """
     found: dict[str, Any] = {}
     for name in INHERITED:
@@ -141,7 +141,7 @@ def with_policy_settings(config: InferenceConfig, source: PolicySource) -> Infer
 
 
 def _read_inputs(config: InferenceConfig, source: PolicySource) -> _Inputs:
-    """Finds what is wrong with rows, limits and metrics, before any weights are read."""
+    """Check rows, limits and metrics before any weights are read."""
     if config.base_model is None:
         raise InputError(
             f"base_model: {config.policy_path} does not record what it was tuned from; give the "
@@ -180,7 +180,7 @@ def _read_inputs(config: InferenceConfig, source: PolicySource) -> _Inputs:
 
 
 def _metric_problems(modules: Sequence[str], prompts: PromptData | tuple[()]) -> list[str]:
-    """Tries further metrics on a few rows: they must not fail after hours of generation."""
+    """Try further metrics on a few rows: they must not fail after hours of generation."""
     problems = []
     if modules:
         rows = [row for row, _ in zip(prompts, range(100), strict=False)]
@@ -228,7 +228,7 @@ def _description(config: InferenceConfig, inputs: _Inputs) -> list[str]:
 
 
 def _open_predictions(run: Run, config: InferenceConfig, total: int) -> PredictionFile:
-    """The growing file, with what an interrupted run left in it."""
+    """Open the growing file, with what an interrupted run left in it."""
     path = run.output.path
     if run.status is Status.CONTINUE:
         run.output.fetch(PARTIAL, PARTIAL_SUMS, FINAL)
@@ -252,7 +252,7 @@ def _predict(
     run: Run,
     signals: SignalGuard,
 ) -> None:
-    """Appends the rows that are missing, batch by batch; a signal throws an unfinished one away."""
+    """Append the missing rows, batch by batch; a signal discards an unfinished batch."""
     progress = ProgressLine(STAGE, len(prompts), file.count, ("reward", "kl"))
     uploaded = time.monotonic()
     signals.wait()
@@ -285,7 +285,7 @@ def _reward_model_metrics(
     config: InferenceConfig,
     preferences: PreferenceData | None,
 ) -> dict[str, Any]:
-    """How well the reward model agrees with the choices in the rows that have candidates."""
+    """Return how well the reward model agrees with the choices in rows that have candidates."""
     if not preferences or models.scorer is None:
         return {}
     columns: dict[str, list[float]] = {name: [] for name in ("chosen", "rejected")}
@@ -309,7 +309,7 @@ def _reward_model_metrics(
 
 
 def _finish(config: InferenceConfig, run: Run, further: Mapping[str, Any]) -> InferenceResult:
-    """Writes figures, report and samples; the predictions get their final name."""
+    """Write metrics, report and samples; the predictions get their final name."""
     path = run.output.path
     predictions = list(read_predictions(path / PARTIAL))
     metrics: dict[str, Any] = {"stage": STAGE}

@@ -1,9 +1,9 @@
-"""The embedded corpus: posts with facts, summaries, and preferences around a known gold reward.
+"""The built-in corpus: posts with facts, summaries, and preferences from a known gold reward.
 
-Everything comes from the small grammar below and a seed, so the quickstart needs no download and we
-know what the annotator wants. That makes over-optimization visible: PPO sees only the reward model
-(the proxy), while ``gold_reward`` tells whether the summaries really became better (Gao et al.
-2022, arXiv 2210.10760).
+Everything is generated from the small grammar below and a seed, so the quickstart needs no download
+and we know what the annotator wants. That makes over-optimization visible: PPO sees only the reward
+model (the proxy), while ``gold_reward`` tells whether the summaries really became better (Gao et
+al. 2022, arXiv 2210.10760).
 
 Who writes what:
 
@@ -13,9 +13,9 @@ Who writes what:
   the reward model sees both better and worse texts than the policy starts with.
 * *references* for ROUGE (``output_text`` in ``eval.jsonl``): a careful writer, several wordings.
 
-A post belongs to the held-out set or to the training set by a hash of its text, whatever the seed:
-no ``eval.jsonl`` shares a prompt with any other file of any seed, nor with the data the shipped
-checkpoints were trained on.
+A post belongs to the held-out or the training set by a hash of its text, whatever the seed: no
+``eval.jsonl`` shares a prompt with any other file of any seed, nor with the data used to train the
+shipped checkpoints.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ from typing import Any
 from rlhf.files.text import write_text
 
 CUE = " [summary]:"
-"""What every post ends with; summaries continue it with a space, as in the TL;DR data."""
+"""The end of every post; summaries continue it with a space, as in the TL;DR data."""
 
 COVERED = 1.0
-"""Gold reward of each fact of the post that the summary tells."""
+"""Gold reward per fact of the post that the summary states."""
 INVENTED = -1.0
-"""Gold reward of each fact in the summary that the post does not tell."""
+"""Gold reward per fact in the summary that is not in the post."""
 EXCESS_WORD = -0.15
-"""Gold reward of each word beyond the budget."""
+"""Gold reward per word over the budget."""
 WORD_BUDGET = 16
-"""A careful summary of any post fits, give or take a word; rambling costs."""
+"""Enough for a careful summary of any post, give or take a word; rambling costs."""
 ANNOTATOR_SHARPNESS = 1.25
 """The annotator prefers a to b with probability sigmoid(sharpness * (gold a - gold b))."""
 
-# A value belongs to exactly one slot and appears in no other sentence, so a word tells its fact.
+# Each value belongs to exactly one slot and appears in no other sentence, so a word identifies its
+# fact.
 _VALUES = {
     "who": "Anna Boris Clara David Elena Felix Grace Henry Irene Jonas Karla Liam Maria Nils "
     "Olga Peter",
@@ -99,7 +100,7 @@ _FILLERS = (
     "Any advice is welcome .",
     "I could not sleep at all .",
 )
-# What a forgotten core fact is replaced by.
+# Replacements for forgotten core facts.
 _VAGUE = {"who": "Someone", "action": "had", "object": "thing"}
 _CLAUSES = {
     "place": ("in {place}",),
@@ -125,7 +126,7 @@ class Post:
 
     @property
     def held_out(self) -> bool:
-        """Whether the post belongs to the held-out eighth, by its text alone."""
+        """Whether the post belongs to the held-out eighth, judging by its text alone."""
         return hashlib.sha256(self.text.encode()).digest()[0] % 8 == 0
 
 
@@ -134,9 +135,9 @@ class Writer:
     """Habits of a writer of summaries.
 
     Attributes:
-        forget: probability of leaving out a fact of the post, each on its own.
-        invent: probability of getting a fact wrong, or of stating one out of thin air.
-        ramble: probability of an idle opening.
+        forget: probability of leaving out a fact of the post, independently for each fact.
+        invent: probability of getting a fact wrong, or of making one up.
+        ramble: probability of a rambling opening.
     """
 
     forget: float
@@ -149,7 +150,7 @@ CAREFUL = Writer(forget=0.0, invent=0.0, ramble=0.0)
 
 
 def make_post(rng: random.Random) -> Post:
-    """Draws a post of 5 to 7 facts, 40 to 70 words."""
+    """Draw a post of 5 to 7 facts, 40 to 70 words."""
     slots = list(CORE_SLOTS) + rng.sample(EXTRA_SLOTS, rng.choice((2, 3, 4)))
     facts = {slot: rng.choice(FACTS[slot]) for slot in slots}
     sentences = [rng.choice(_EXTRA_SENTENCES[slot]) for slot in slots[len(CORE_SLOTS) :]]
@@ -161,7 +162,7 @@ def make_post(rng: random.Random) -> Post:
 
 
 def write_summary(rng: random.Random, facts: dict[str, str], writer: Writer) -> str:
-    """Writes a summary as ``writer`` would; it starts with a space."""
+    """Write a summary as ``writer`` would; it starts with a space."""
     told: dict[str, str] = {}
     for slot, values in FACTS.items():
         if slot in facts and rng.random() < writer.forget:
@@ -178,7 +179,7 @@ def write_summary(rng: random.Random, facts: dict[str, str], writer: Writer) -> 
 
 
 def vocabulary() -> list[str]:
-    """Returns every word and mark that the grammar can produce, in order, and the cue."""
+    """Return every word and mark that the grammar can produce, in order, and the cue."""
     by_slot = [*_EXTRA_SENTENCES.values(), *_CLAUSES.values()]
     texts = [*_CORE_SENTENCES, *_FILLERS, *_VAGUE.values(), *_OPENINGS]
     texts += [text for texts_of_slot in by_slot for text in texts_of_slot]
@@ -192,14 +193,14 @@ def _join_punctuation(text: str) -> str:
 
 
 def facts_in(text: str) -> set[str]:
-    """Returns the fact values that occur in a text, however messy, in lower case."""
+    """Return the fact values that occur in a text, however messy, in lower case."""
     return {word for word in re.findall(r"[a-z]+", text.lower()) if word in _FACT_WORDS}
 
 
 def gold_reward(post: str, summary: str) -> float:
-    """What the annotator wants: facts covered, less facts invented, less words beyond the budget.
+    """Return the annotator's reward: +1 per fact covered, -1 per fact invented, less excess words.
 
-    A fact counts once however often it is told. Takes any text, the empty one (0.0) included.
+    A fact counts once however often it is stated. Accepts any text, even an empty one (0.0).
     """
     asked, told = facts_in(post), facts_in(summary)
     excess = max(0, len(summary.split()) - WORD_BUDGET)
@@ -207,13 +208,13 @@ def gold_reward(post: str, summary: str) -> float:
 
 
 def preference_probability(post: str, candidate_0: str, candidate_1: str) -> float:
-    """Probability that the annotator prefers candidate 1 (Bradley & Terry 1952)."""
+    """Return the probability that the annotator prefers candidate 1 (Bradley & Terry 1952)."""
     difference = gold_reward(post, candidate_1) - gold_reward(post, candidate_0)
     return 1.0 / (1.0 + math.exp(-ANNOTATOR_SHARPNESS * difference))
 
 
 def allowed_accuracy(rows: Sequence[dict[str, Any]]) -> float:
-    """The best accuracy that so noisy an annotator allows on these rows: mean max(p, 1-p)."""
+    """Return the accuracy ceiling that label noise sets on these rows: mean max(p, 1-p)."""
     probabilities = [
         preference_probability(row["input_text"], row["candidate_0"], row["candidate_1"])
         for row in rows
@@ -232,7 +233,7 @@ class CorpusSizes:
 
 
 def write_corpus(folder: str | Path, seed: int = 0, sizes: CorpusSizes | None = None) -> None:
-    """Writes ``sft``, ``preferences``, ``prompts`` and ``eval`` ``.jsonl`` into a folder."""
+    """Write ``sft``, ``preferences``, ``prompts`` and ``eval`` ``.jsonl`` into a folder."""
     sizes = sizes or CorpusSizes()
     for name, make_row, held_out in (
         ("sft", _sft_row, False),
@@ -247,12 +248,12 @@ def write_corpus(folder: str | Path, seed: int = 0, sizes: CorpusSizes | None = 
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Reads one of the corpus' files."""
+    """Read one of the corpus files."""
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def _posts(rng: random.Random, held_out: bool) -> Iterator[Post]:
-    """Draws different posts of one half of the split without end."""
+    """Yield distinct posts from one side of the split, without end."""
     seen: set[str] = set()
     while True:
         post = make_post(rng)
@@ -286,12 +287,12 @@ def _eval_row(rng: random.Random, post: Post) -> dict[str, object]:
 
 
 def _any_writer(rng: random.Random) -> Writer:
-    """Careful to hopeless."""
+    """Draw a writer, from careful to hopeless."""
     return Writer(rng.uniform(0.0, 0.9), rng.uniform(0.0, 0.05), 0.3)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes a corpus from the command line: ``python -m rlhf.quickstart.corpus FOLDER``."""
+    """Write a corpus from the command line: ``python -m rlhf.quickstart.corpus FOLDER``."""
     parser = argparse.ArgumentParser(
         prog="python -m rlhf.quickstart.corpus", description=main.__doc__
     )

@@ -1,10 +1,10 @@
-"""Makes the small models that the quickstart starts from.
+"""Train the small models that the quickstart starts from.
 
     python -m rlhf.quickstart.make_checkpoints t5 OUTPUT_DIR
 
-A randomly initialized model with a tokenizer made from the grammar learns the demonstrations of
-`rlhf.quickstart.corpus` by the project's own SFT. What ships in `rlhf/quickstart/assets` is the
-`merged/` folder that this leaves, its weights rounded to bfloat16.
+A randomly initialized model, with a tokenizer made from the grammar, learns the demonstrations of
+`rlhf.quickstart.corpus` with the project's own SFT. `rlhf/quickstart/assets` contains the resulting
+`merged/` folder, with its weights rounded to bfloat16.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from rlhf.quickstart import corpus
 from rlhf.quickstart.toy_models import Arch, make_toy_model
 from rlhf.sft import train_sft
 
-# Other posts than the quickstart's; held-out posts are the same for every seed, by their hash.
+# Posts differ from the quickstart's; held-out posts are the same for every seed, by their hash.
 CORPUS_SEED = 1000
 PROMPT_LENGTH = 96
 RESPONSE_LENGTH = 32
@@ -36,11 +36,11 @@ _SPECIAL = {"t5": ("<pad>", "</s>", "<unk>"), "llama": ("<unk>", "<s>", "</s>", 
 
 
 def make_tokenizer(arch: Arch) -> PreTrainedTokenizerFast:
-    """A tokenizer of the corpus' words, and of ASCII characters for everything else.
+    """Return a tokenizer of the corpus's words, and of ASCII characters for everything else.
 
-    A unigram model whose words cost less than characters: every word of the grammar is one token
-    (`▁Rome`), other ASCII text is spelled, the rest is `<unk>`. T5's puts a space before the text
-    and EOS behind it, as real ones do; LLaMA's puts BOS before it and keeps spaces as they are.
+    A unigram model in which words cost less than characters: every word of the grammar is one token
+    (`▁Rome`), other ASCII text is spelled out, the rest is `<unk>`. Like real ones, T5's adds a
+    space before the text and EOS after it; LLaMA's adds BOS before it and keeps spaces unchanged.
     """
     pieces = [word if word in ".,:?" else f"▁{word}" for word in corpus.vocabulary()]
     characters = ["▁", "\n", *map(chr, range(ord("!"), ord("~") + 1))]
@@ -71,13 +71,13 @@ def make_checkpoint(
     seed: int = 0,
     start_from: str | Path | None = None,
 ) -> Path:
-    """Trains a checkpoint.
+    """Train a checkpoint.
 
     Args:
         arch: "t5" or "llama".
-        output_dir: Folder of the SFT stage; the corpus goes to its neighbor `NAME-data`.
-        steps: Training steps of 64 demonstrations, none of which comes twice.
-        seed: Of weights and order.
+        output_dir: Folder of the SFT stage; the corpus is written next to it, to `NAME-data`.
+        steps: Training steps of 64 demonstrations each; no demonstration is repeated.
+        seed: Seed of weights and order.
         start_from: A checkpoint to train further, instead of random weights.
 
     Returns:
@@ -118,7 +118,7 @@ def make_checkpoint(
 
 
 def ship(checkpoint: str | Path, folder: str | Path) -> None:
-    """Copies a checkpoint with its weights in bfloat16, which halves the package."""
+    """Copy a checkpoint with bfloat16 weights, which halves the package size."""
     checkpoint, folder = Path(checkpoint), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -131,7 +131,7 @@ def ship(checkpoint: str | Path, folder: str | Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains one of the shipped checkpoints."""
+    """Train one of the shipped checkpoints."""
     parser = argparse.ArgumentParser(
         prog="python -m rlhf.quickstart.make_checkpoints", description=main.__doc__
     )

@@ -1,7 +1,7 @@
-"""The whole way on generated data, in minutes: reward model, PPO, inference, and what came of it.
+"""All stages on generated data, in minutes: reward model, PPO, inference, and a comparison.
 
-The corpus has a known gold reward (`rlhf.quickstart.corpus`), which PPO never sees. So the table at
-the end tells whether the policy became better, or only better at pleasing the reward model.
+The corpus has a known gold reward (`rlhf.quickstart.corpus`), which PPO never sees. So the final
+table tells whether the policy became better, or only better at pleasing the reward model.
 """
 
 import statistics
@@ -34,11 +34,11 @@ SAMPLES = 3
 
 @dataclass(frozen=True)
 class QuickstartResult:
-    """What a quickstart left behind.
+    """Result of a quickstart.
 
     Attributes:
         output_dir: Its folder.
-        metrics: As in its metrics.json, see `summarize`, and each stage's own.
+        metrics: As in its metrics.json: see `summarize`, and each stage's own.
     """
 
     output_dir: str
@@ -48,16 +48,16 @@ class QuickstartResult:
 def run_quickstart(
     arch: Arch = "t5", output_dir: str | None = None, seed: int = 0
 ) -> QuickstartResult:
-    """Generates the corpus, tunes a shipped checkpoint on it and prints what happened.
+    """Generate the corpus, tune a shipped checkpoint on it and print what happened.
 
     Args:
         arch: "t5" or "llama".
         output_dir: Default: `runs/quickstart-<arch>`.
-        seed: Of the corpus and of every stage.
+        seed: Seed of the corpus and of every stage.
 
     Raises:
         InputError: If the folder holds another run.
-        StoppedBySignal: After SIGTERM or SIGINT, with everything so far saved.
+        StoppedBySignal: After SIGTERM or SIGINT, once everything so far is saved.
     """
     start = time.monotonic()
     output = Path(output_dir or f"runs/quickstart-{arch}")
@@ -84,7 +84,7 @@ def _run(config: PipelineConfig, output: Path, seed: int, start: float) -> Quick
 
 
 def quickstart_config(arch: Arch, output_dir: str | Path, seed: int = 0) -> PipelineConfig:
-    """The shipped configuration with this installation's checkpoint and the given folder."""
+    """Return the shipped configuration with this installation's checkpoint and a given folder."""
     values = read_yaml(str(ASSETS / f"quickstart_{arch}.yaml"))
     data = Path(output_dir) / "data"
     return PipelineConfig.model_validate(
@@ -105,13 +105,13 @@ def summarize(
     inference: Mapping[str, Any],
     eval_rows: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The figures of the quickstart.
+    """Return the metrics of the quickstart.
 
-    Before and after are sampled at the training temperature on held-out prompts that no stage has
-    trained on or chosen weights by.
+    Before and after are sampled at the training temperature on held-out prompts, which no stage
+    used for training or for choosing weights.
 
     Args:
-        predictions: Of the held-out prompts.
+        predictions: Predictions for the held-out prompts.
         inference: Metrics of the inference stage.
         eval_rows: The held-out rows, with candidates.
 
@@ -119,8 +119,8 @@ def summarize(
         `gold_reward_before`, `gold_reward_after` and `gold_reward_std_before` (over responses);
         `gold_gain` in those standard deviations; `reward_before`, `reward_after` under the reward
         model; `kl`, nats per response on the tuned policy's own samples;
-        `reward_model_accuracy` on the held-out pairs and `reward_model_accuracy_allowed`, what a
-        perfect scorer reaches against so noisy an annotator; ROUGE-L and tokens before and after.
+        `reward_model_accuracy` on the held-out pairs and `reward_model_accuracy_allowed`, the
+        ceiling set by label noise; ROUGE-L and tokens before and after.
     """
     before = [corpus.gold_reward(row.input_text, row.baseline) for row in predictions]
     after = [corpus.gold_reward(row.input_text, row.prediction) for row in predictions]
@@ -148,7 +148,7 @@ def report(
     output: Path,
     console: Console,
 ) -> None:
-    """Prints the table, samples and where everything lies."""
+    """Print the table, samples and where everything is."""
     table = Table(title=f"Before and after PPO, {len(predictions)} held-out prompts")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -163,8 +163,8 @@ def report(
     console.print(table)
     console.print(
         f"Gold reward: {metrics['gold_gain']:+.2f} standard deviations. Reward model: "
-        f"{metrics['reward_model_accuracy']:.1%} of held-out pairs right; the annotator's noise "
-        f"allows {metrics['reward_model_accuracy_allowed']:.1%}."
+        f"{metrics['reward_model_accuracy']:.1%} of held-out pairs right; the ceiling set by label "
+        f"noise is {metrics['reward_model_accuracy_allowed']:.1%}."
     )
     for row in predictions[:SAMPLES]:
         console.print(f"\n[bold]post[/]    {escape(printable(row.input_text))}", highlight=False)

@@ -19,7 +19,7 @@ _WIDTH = 128
 def make_toy_model(
     arch: Arch, tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> PreTrainedModel:
-    """A randomly initialized model: 1.4 M parameters for T5, 0.8 M for LLaMA."""
+    """Return a randomly initialized model: 1.4 M parameters for T5, 0.8 M for LLaMA."""
     torch.manual_seed(seed)
     if arch == "t5":
         return T5ForConditionalGeneration(
@@ -47,8 +47,8 @@ def make_toy_model(
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=256,
-            # The default 0.02 is for widths of thousands: attention to equal words, which copying
-            # needs, would emerge after a thousand steps instead of two hundred.
+            # The default 0.02 is meant for widths of thousands; with it, attention to equal words,
+            # which copying needs, would take a thousand steps to emerge instead of two hundred.
             initializer_range=_WIDTH**-0.5,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,

@@ -59,7 +59,7 @@ def pinned(image: str, session: Any) -> tuple[str, str]:
     host, _, path = image.partition("/")
     name, _, tag = path.partition(":")
     if not _HOST.fullmatch(host):
-        return image, f"image: no digest is looked up at {host}; a tag may move, so give a digest"
+        return image, f"image: {host} is not asked for the digest; a tag may be moved, give one"
     address = f"https://{host}/v2/{name}/manifests/{tag or 'latest'}"
     try:
         answer = session.head(address, headers={"Accept": _MANIFESTS}, timeout=30)
