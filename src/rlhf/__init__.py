@@ -1,7 +1,7 @@
 """Reinforcement learning from human feedback for T5 and LLaMA models.
 
-`import rlhf` is cheap: every name is imported when it is first used, so that command-line help
-and configuration work without loading torch.
+`import rlhf` is cheap: every name is imported on first use, so that command-line help and
+configuration work without loading torch.
 """
 
 import importlib
@@ -87,7 +87,7 @@ def _installed_version() -> str:
 
     try:
         return version("rlhf-ppo")
-    except PackageNotFoundError:  # run from a source tree that is not installed
+    except PackageNotFoundError:  # running from a source tree that is not installed
         return "0+unknown"
 
 

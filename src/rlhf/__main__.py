@@ -1,14 +1,14 @@
-"""The process of the command `rlhf`, which `python -m rlhf` is too."""
+"""The process behind the command `rlhf` and `python -m rlhf`."""
 
 import os
 import signal
 import sys
 
-_STOPPED = 75  # EXIT_STOPPED of rlhf.signals, which is not imported yet when it is needed
+_STOPPED = 75  # EXIT_STOPPED of rlhf.signals, which may not be imported yet when it is needed
 
 
 def main() -> int:
-    """Run the command line and return its exit code, whenever a signal comes."""
+    """Run the command line and return its exit code, even if a signal arrives."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     from rlhf.cli import main as run  # click and pydantic take a while
@@ -20,7 +20,7 @@ def main() -> int:
 
 
 def _end(*_: object) -> None:
-    """End at once, with one line: nothing has begun, so nothing is to be undone."""
+    """Exit at once, with one line: nothing has started, so nothing needs undoing."""
     try:
         os.write(2, b"rlhf: stopped by a signal\n")
     finally:

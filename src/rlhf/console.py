@@ -1,7 +1,6 @@
-"""What is said to people: the one place that writes to stdout and stderr.
+"""Output for people: the only module that writes to stdout and stderr.
 
-Nothing that happens to a terminal or a pipe stops a run, and nothing that a file contains acts on
-the terminal.
+A failing terminal or pipe never stops a run, and no file's contents can control the terminal.
 """
 
 import errno
@@ -16,10 +15,10 @@ from rlhf.untrusted import printable, without_secrets
 
 
 class SteadyStream:
-    """A text stream to which writing always succeeds; what cannot be written is dropped.
+    """A text stream whose writes always succeed; whatever cannot be written is dropped.
 
     Args:
-        stream: The stream, or None where the process has none.
+        stream: The stream, or None if the process has none.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -29,13 +28,13 @@ class SteadyStream:
         return getattr(self._stream, name)
 
     def isatty(self) -> bool:
-        """Whether somebody watches."""
+        """Return whether the stream is a terminal."""
         with suppress(OSError, ValueError, AttributeError):
             return cast(TextIO, self._stream).isatty()
         return False
 
     def write(self, text: str) -> int:
-        """Write what the stream's encoding has, escapes for the rest."""
+        """Write text, with escapes for what the stream's encoding lacks."""
         try:
             if self._stream is not None:
                 encoding = getattr(self._stream, "encoding", None) or "utf-8"
@@ -45,7 +44,7 @@ class SteadyStream:
         return len(text)
 
     def flush(self) -> None:
-        """Send what is buffered, as far as somebody takes it."""
+        """Flush the buffer, as far as possible."""
         try:
             if self._stream is not None:
                 self._stream.flush()
@@ -53,7 +52,7 @@ class SteadyStream:
             self._lost(error)
 
     def _lost(self, error: Exception) -> None:
-        """Point a broken pipe nowhere, so that what is still buffered cannot fail at exit."""
+        """Redirect a broken pipe to nowhere, so that flushing its buffer cannot fail at exit."""
         if not isinstance(error, OSError) or error.errno != errno.EPIPE or self._stream is None:
             return
         with suppress(OSError, ValueError):
@@ -73,7 +72,7 @@ def show(text: str) -> None:
 
 
 def complain(problems: Sequence[str]) -> None:
-    """Write problems to stderr, each on one line whatever it quotes."""
+    """Write problems to stderr, one per line, whatever they quote."""
     for problem in problems:
         say(f"rlhf: {' '.join(problem.split(chr(10)))}")
 
@@ -85,7 +84,7 @@ def _write(stream: TextIO | None, text: str) -> None:
 
 
 class SayHandler(logging.Handler):
-    """Log records as lines on stderr."""
+    """Handler that writes log records as lines to stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
@@ -93,10 +92,10 @@ class SayHandler(logging.Handler):
 
 
 def steady_streams() -> None:
-    """Make the process's own streams ones to which anybody can write at any time.
+    """Replace the process's own streams with ones that always accept writes.
 
-    A file that is opened while descriptor 2 is closed would get that number, and with it every
-    warning that a library writes there.
+    A file opened while descriptor 2 is closed would get that number, and with it every warning that
+    a library writes there.
     """
     for number in range(3):
         try:

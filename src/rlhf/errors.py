@@ -1,20 +1,20 @@
-"""What the library raises when the caller has to do something."""
+"""Exceptions that the caller has to act on."""
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-# Comparing takes time by the product of the lengths: names from files may have any length.
+# Comparison time grows with the product of the lengths, and names from files may have any length.
 _LONGEST_NAME = 100
 _MOST_NAMES = 1000
 
 
 class InputError(Exception):
-    """Bad input or configuration: the command line prints it and exits with 2.
+    """Bad input or configuration; the command line prints it and exits with 2.
 
     Args:
-        problems: One message or several, each naming where, what is wrong and the fix.
+        problems: One message or several, each saying where, what is wrong and how to fix it.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -23,10 +23,10 @@ class InputError(Exception):
 
 
 def together(*checks: Callable[[], Any]) -> list[Any]:
-    """Run checks of which none needs another, and return what each returned.
+    """Run independent checks and return the result of each.
 
     Raises:
-        InputError: The problems of all that failed, each said once.
+        InputError: The problems of all checks that failed, without duplicates.
     """
     results: list[Any] = []
     errors: list[InputError] = []
@@ -44,25 +44,25 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
 
 
 class StorageError(OSError):
-    """An object store failed for longer than its library retries: the command line exits with 1."""
+    """An object store kept failing after the library's retries; the command line exits with 1."""
 
 
 class NumericalError(RuntimeError):
-    """Numbers left the range in which the run means anything: the command line exits with 1."""
+    """Numbers left the range in which the run is meaningful; the command line exits with 1."""
 
 
 class TrainingDiverged(NumericalError):  # noqa: N818 (says what happened)
-    """Several updates in a row could not be made; the message says why and what to change."""
+    """Several updates in a row failed; the message says why and what to change."""
 
 
 class StoppedBySignal(BaseException):
-    """A signal asked the run to stop and its state is saved: exit code 75 (try again).
+    """A signal asked the run to stop, and its state is saved: exit code 75 (try again).
 
-    Stopping when asked is no error: like KeyboardInterrupt it passes `except Exception`, with which
-    libraries turn what happens while they load into errors of their own.
+    Stopping on request is not an error: like KeyboardInterrupt it passes `except Exception`, which
+    libraries use to turn anything that happens during loading into their own errors.
 
     Args:
-        step: The number of training steps that are done and saved; None where none is counted.
+        step: Number of training steps that are done and saved; None if they are not counted.
     """
 
     def __init__(self, step: int | None = None) -> None:
@@ -74,12 +74,12 @@ class StoppedBySignal(BaseException):
 
 
 def closest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The candidate most like a misspelt name, among the first thousand; None if none is like it.
+    """Return the candidate most similar to a misspelled name, or None; looks at a thousand at most.
 
     Args:
         name: As the user wrote it.
-        candidates: What may have been meant; long ones are passed over.
-        cutoff: From 0 (anything) to 1 (the same).
+        candidates: What may have been meant; long ones are skipped.
+        cutoff: From 0 (anything) to 1 (identical).
     """
     if len(name) > _LONGEST_NAME:
         return None

@@ -1,7 +1,7 @@
-"""What can be said about texts and rewards after generation: pure functions without models.
+"""Evaluation of generated texts and rewards: pure functions without models.
 
-Every share and mean that is compared between models comes with a percentile bootstrap interval
-over rows (Efron 1979), seeded, so that the same rows give the same figures.
+Every share and mean that is compared between models has a percentile bootstrap interval over rows
+(Efron 1979), seeded so that the same rows give the same figures.
 """
 
 import re
@@ -15,36 +15,36 @@ from numpy.typing import ArrayLike, NDArray
 
 ROUGE_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 RESAMPLES = 1000
-_INDICES_AT_ONCE = 1 << 21  # 16 MB of int64: bounds the memory of a bootstrap over many rows
+_INDICES_AT_ONCE = 1 << 21  # 16 MB of int64: limits the memory of a bootstrap over many rows
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the ends of its bootstrap interval."""
+    """A mean and the ends of its bootstrap interval."""
 
     mean: float
     low: float
     high: float
 
     def metrics(self, name: str) -> dict[str, float]:
-        """`name`, `name_low` and `name_high`."""
+        """Return `name`, `name_low` and `name_high`."""
         return {name: self.mean, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 def bootstrap_interval(
     values: ArrayLike, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
-    """The mean over rows and its percentile bootstrap interval.
+    """Return the mean over rows and its percentile bootstrap interval.
 
     Args:
-        values: (N,) finite numbers, one a row, N at least 1.
+        values: (N,) finite numbers, one per row, N at least 1.
         level: Coverage of the interval.
         resamples: Number of resampled means.
-        seed: Two calls with one seed and one N resample the same rows.
+        seed: Calls with the same seed and N resample the same rows.
 
     Raises:
-        ValueError: No values, or values that are not finite.
+        ValueError: If there are no values, or some are not finite.
     """
     array = np.asarray(values, dtype=np.float64).reshape(-1)
     if not len(array) or not np.isfinite(array).all():
@@ -62,15 +62,15 @@ def bootstrap_interval(
 
 
 def win_rate(tuned: ArrayLike, baseline: ArrayLike, *, seed: int = 0) -> Interval:
-    """How often the tuned reward is above the baseline's; a tie counts one half.
+    """Return how often the tuned reward exceeds the baseline's; a tie counts one half.
 
     Args:
         tuned: (N,) rewards.
         baseline: (N,) rewards of the same rows.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: No rows, different numbers of rows, or values that are not finite.
+        ValueError: If there are no rows, their numbers differ, or values are not finite.
     """
     return bootstrap_interval(_wins(tuned, baseline), seed=seed)
 
@@ -89,29 +89,29 @@ def _wins(first: ArrayLike, second: ArrayLike) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=1)
 def _rouge_scorer() -> Any:
-    from rouge_score import rouge_scorer  # imports nltk: only when used
+    from rouge_score import rouge_scorer  # imports nltk, so only when used
 
     return rouge_scorer.RougeScorer(list(ROUGE_METRICS))
 
 
 def split_sentences(text: str) -> str:
-    """One sentence a line, which is what rougeLsum reads; a text with newlines stays as it is.
+    """Put one sentence on each line, as rougeLsum expects; keep a text with newlines unchanged.
 
-    nltk's splitter, which rouge-score offers, needs a download.
+    nltk's splitter, which rouge-score offers, would need a download.
     """
     text = text.strip()
     return text if "\n" in text else _SENTENCE_END.sub("\n", text)
 
 
 def rouge(prediction: str, references: Sequence[str]) -> dict[str, float]:
-    """F-measures of `ROUGE_METRICS` by rouge-score (Lin 2004), without stemming.
+    """Return F-measures of `ROUGE_METRICS` by rouge-score (Lin 2004), without stemming.
 
     Args:
         prediction: A text.
-        references: At least one text; each metric takes the reference that is best for it.
+        references: At least one text; each metric uses the reference with the highest score.
 
     Note:
-        rouge-score knows only the letters a-z and digits: texts in other scripts score 0.
+        rouge-score only reads the letters a-z and digits: texts in other scripts score 0.
     """
     if not references:
         raise ValueError("ROUGE needs a reference")
@@ -123,7 +123,7 @@ def rouge(prediction: str, references: Sequence[str]) -> dict[str, float]:
 def corpus_rouge(
     predictions: Sequence[str], references: Sequence[Sequence[str]], *, seed: int = 0
 ) -> dict[str, Interval]:
-    """Mean ROUGE over the rows that have references, with intervals; empty without such rows."""
+    """Return mean ROUGE over the rows with references, and intervals; {} without such rows."""
     rows = [
         rouge(prediction, targets)
         for prediction, targets in zip(predictions, references, strict=True)
@@ -140,7 +140,7 @@ def corpus_rouge(
 
 
 def length_statistics(lengths: Sequence[int]) -> dict[str, float]:
-    """Mean, standard deviation and quantiles of response lengths in tokens.
+    """Return mean, standard deviation and quantiles of response lengths in tokens.
 
     Returns:
         `tokens_mean`, `tokens_std`, `tokens_p10`, `tokens_p50`, `tokens_p90`, `tokens_max`.
@@ -160,10 +160,10 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 
 def distinct(texts: Iterable[str], n: int) -> float:
-    """Different n-grams of lower-cased words over all of them, in the whole corpus.
+    """Return the number of distinct n-grams of lower-cased words over all of them, corpus-wide.
 
-    Li et al. 2016 (arXiv 1510.03055). Falls with the number of texts, so compare only corpora of
-    one size. 0 when there is no n-gram at all.
+    Li et al. 2016 (arXiv 1510.03055). Decreases with the number of texts, so only compare corpora
+    of equal size. 0 when there is no n-gram at all.
     """
     seen: set[tuple[str, ...]] = set()
     total = 0
@@ -175,7 +175,7 @@ def distinct(texts: Iterable[str], n: int) -> float:
 
 
 def repetition(text: str, n: int = 3) -> float:
-    """The share of a text's n-grams of words that occurred in it before; 0 for short texts.
+    """Return the share of a text's word n-grams that already occurred in it; 0 for short texts.
 
     seq-rep-n of Welleck et al. 2019 (arXiv 1908.04319).
     """
@@ -186,16 +186,16 @@ def repetition(text: str, n: int = 3) -> float:
 def text_statistics(
     texts: Sequence[str], lengths: Sequence[int], finished: Sequence[bool]
 ) -> dict[str, float]:
-    """Figures of a set of responses that need no reference and no reward.
+    """Return statistics of a set of responses that need no reference and no reward.
 
     Args:
         texts: Responses.
-        lengths: Their tokens, end of sequence included.
-        finished: Whether each ended by itself; the others were cut by the length limit.
+        lengths: Their lengths in tokens, end of sequence included.
+        finished: Whether each ended by itself; the others were cut off by the length limit.
 
     Returns:
         Those of `length_statistics`, `eos_rate`, `distinct_1`, `distinct_2`, `repetition`
-        (mean over responses) and `empty_rate` (nothing but white space).
+        (mean over responses) and `empty_rate` (share of responses that are all white space).
     """
     return {
         **length_statistics(lengths),
@@ -212,7 +212,7 @@ def text_statistics(
 
 @dataclass(frozen=True)
 class CalibrationBin:
-    """Pairs whose stated confidence lies in [low, high), or [low, high] for the last bin."""
+    """Pairs whose stated confidence is in [low, high), or [low, high] for the last bin."""
 
     low: float
     high: float
@@ -226,12 +226,12 @@ class PreferenceEvaluation:
     """How well rewards agree with human choices.
 
     Attributes:
-        accuracy: Pairs whose chosen candidate has the higher reward; a tie counts one half.
+        accuracy: Share of pairs whose chosen candidate has the higher reward; ties count one half.
         log_loss: Mean of -log sigmoid(r_chosen - r_rejected), nats.
         calibration_error: Expected calibration error over `bins`.
         bins: Confidence sigmoid(|r_0 - r_1|) against accuracy; empty bins are left out.
         longer_accuracy: Accuracy of always taking the longer candidate.
-        count: Pairs.
+        count: Number of pairs.
     """
 
     accuracy: Interval
@@ -242,7 +242,7 @@ class PreferenceEvaluation:
     count: int
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
-        """Every figure but the bins, flat, each name behind `prefix`."""
+        """Return every figure except the bins, flat, with `prefix` before each name."""
         figures = {
             **self.accuracy.metrics("accuracy"),
             "log_loss": self.log_loss,
@@ -262,18 +262,18 @@ def evaluate_preferences(
     num_bins: int = 10,
     seed: int = 0,
 ) -> PreferenceEvaluation:
-    """Evaluates a reward model on preference pairs.
+    """Evaluate a reward model on preference pairs.
 
     Args:
         chosen: (N,) rewards of the candidates that people preferred.
         rejected: (N,) rewards of the others.
         chosen_lengths: (N,) their lengths in any unit.
         rejected_lengths: (N,) lengths of the others.
-        num_bins: Bins of equal width over the confidences 0.5 to 1.
-        seed: Of the bootstrap.
+        num_bins: Bins of equal width over the confidences from 0.5 to 1.
+        seed: Seed of the bootstrap.
 
     Raises:
-        ValueError: No pairs, different numbers of rows, or values that are not finite.
+        ValueError: If there are no pairs, their numbers differ, or values are not finite.
     """
     correct = _wins(chosen, rejected)
     margin = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
@@ -292,14 +292,14 @@ def evaluate_preferences(
 def calibration_bins(
     confidence: ArrayLike, correct: ArrayLike, num_bins: int = 10
 ) -> tuple[CalibrationBin, ...]:
-    """Groups binary predictions by their confidence (Guo et al. 2017, arXiv 1706.04599).
+    """Group binary predictions by their confidence (Guo et al. 2017, arXiv 1706.04599).
 
-    Confidences lie in [0.5, 1]: which candidate comes first in a pair means nothing, so each pair
-    is seen from the candidate with the higher reward.
+    Confidences are in [0.5, 1]: the order of candidates in a pair means nothing, so each pair is
+    seen from the candidate with the higher reward.
 
     Args:
         confidence: (N,) probability of the predicted choice, in [0.5, 1].
-        correct: (N,) 1 where that choice was right, 0 where wrong, 0.5 for a tie.
+        correct: (N,) 1 if that choice was right, 0 if wrong, 0.5 for a tie.
         num_bins: Bins of equal width; those without pairs are left out of the result.
     """
     stated = np.asarray(confidence, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""What a run computes on: the device, and the type that `dtype: auto` means there."""
+"""The hardware of a run: the device, and what `dtype: auto` means on it."""
 
 import os
 
@@ -6,10 +6,10 @@ import torch
 
 from rlhf.errors import InputError
 
-# Instructions that multiply matrices in bfloat16, by torch's names: AVX-512 and AMX of x86, ARM's.
+# bfloat16 matrix instructions, by torch's names: AVX-512 and AMX on x86, ARM's.
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
-# Values of ONEDNN_MAX_CPU_ISA (once DNNL_MAX_CPU_ISA) that keep oneDNN from using them. It then
-# emulates bfloat16, at a sixth to a hundredth of float32's speed.
+# Values of ONEDNN_MAX_CPU_ISA (formerly DNNL_MAX_CPU_ISA) that keep oneDNN from using them. It then
+# emulates bfloat16, 6 to 100 times slower than float32.
 ISA_WITHOUT_BFLOAT16 = (
     *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
 )
@@ -19,7 +19,7 @@ def pick_device(device: str) -> torch.device:
     """Return the device that a configuration's `device` means; `auto` is cuda if any, else cpu.
 
     Raises:
-        InputError: The device is not one that torch has here.
+        InputError: If torch has no such device here.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,8 +34,8 @@ def pick_device(device: str) -> torch.device:
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Return the type that a configuration's `dtype` means on a device.
 
-    `auto` is bfloat16 where the hardware multiplies matrices in it, else float32. It is read from
-    what the hardware says of itself, never measured: a busy machine must not change a result.
+    `auto` is bfloat16 if the hardware multiplies matrices in it, else float32. It depends on what
+    the hardware reports and is never measured: load must not change a result.
     """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -50,7 +50,7 @@ def dtype_name(dtype: str, device: str) -> str:
     """Return the name of the type that a configuration's `dtype` means on its `device`.
 
     Raises:
-        InputError: The device is not one that torch has here.
+        InputError: If torch has no such device here.
     """
     return str(pick_dtype(dtype, pick_device(device))).removeprefix("torch.")
 
@@ -58,7 +58,7 @@ def dtype_name(dtype: str, device: str) -> str:
 def _cpu_multiplies_bfloat16() -> bool:
     """Return whether torch's matrix products use the CPU's own bfloat16 instructions.
 
-    torch has them from oneDNN alone, which macOS builds lack.
+    Only oneDNN provides them in torch, and macOS builds lack it.
     """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")
     if limit.upper() in ISA_WITHOUT_BFLOAT16 or not torch.backends.mkldnn.is_available():

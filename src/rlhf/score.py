@@ -1,4 +1,4 @@
-"""Reward scores for the rows of a file, written beside what the rows already say."""
+"""Rewards for the rows of a file, added to the rows' own fields."""
 
 import json
 import os
@@ -33,14 +33,14 @@ from rlhf.models.scorers import Scorer
 from rlhf.training.tracking import ProgressLine
 
 STAGE = "score"
-# The first of these that a row without candidates has is what is scored.
+# What is scored in a row without candidates: the first of these that it has.
 RESPONSE_FIELDS = ("prediction", "response", "output_text")
-_BATCHES_AT_ONCE = 32  # the scorer sorts by length among so many batches
+_BATCHES_AT_ONCE = 32  # the scorer sorts by length among this many batches
 
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """What was scored.
+    """Result of scoring.
 
     Attributes:
         output: The file that was written.
@@ -58,11 +58,11 @@ class _Row:
     """A row with its rendered prompt and the texts to score.
 
     Attributes:
-        value: The JSON object as it was read.
+        value: The JSON object as read.
         prompt: What the texts respond to.
         texts: Two candidates, or one response.
-        names: The fields that get the rewards, one for each text.
-        finished: Whether the texts ended by themselves.
+        names: The fields for the rewards, one per text.
+        finished: Whether each text ended by itself.
         choice: The preferred candidate, if the row says so.
     """
 
@@ -75,15 +75,15 @@ class _Row:
 
 
 def run_score(config: ScoreConfig) -> ScoreResult:
-    """Scores every row of a file and writes the rows, in their order, with their rewards.
+    """Score every row of a file and write the rows, in order, with their rewards.
 
     A row with candidates gets `reward_0` and `reward_1` (of `chosen` and `rejected` in that
-    layout), any other `reward` for its `prediction`, `response` or `output_text`, whichever it has
-    first in this order; `finish_reason` "length" says that a limit cut it. The output appears as a
-    whole, when everything is scored.
+    layout); any other gets `reward` for the first of `prediction`, `response` and `output_text`
+    that it has. `finish_reason` "length" says that a limit cut the text off. The output file
+    appears only once everything is scored.
 
     Raises:
-        InputError: Bad rows, an output that is an input, or a reward model that cannot be loaded.
+        InputError: If rows are bad, the output is an input, or the reward model cannot be loaded.
     """
     pick_device(config.device)
     files = expand_paths(config.dataset, "dataset")
@@ -119,7 +119,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
 
 
 def _renderer(config: ScoreConfig) -> PromptRenderer:
-    """Writes prompts as the reward model's training did: its template, and its instruction."""
+    """Return a renderer with the template and instruction of the reward model's training."""
     from transformers import AutoTokenizer
 
     path = config.reward_model_path
@@ -131,7 +131,7 @@ def _renderer(config: ScoreConfig) -> PromptRenderer:
     try:
         source = str(folder) if folder.exists() else path
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
+    except Exception as error:  # tokenizers raises a bare Exception for a broken tokenizer.json
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"reward_model_path: {path}: tokenizer: {reason[0]}") from error
     return PromptRenderer.for_tokenizer(tokenizer, instruction)
@@ -140,10 +140,10 @@ def _renderer(config: ScoreConfig) -> PromptRenderer:
 def _check_rows(
     files: Sequence[str], renderer: PromptRenderer, on_bad_rows: str
 ) -> tuple[int, int]:
-    """Numbers of good and of bad rows.
+    """Return the numbers of good and of bad rows.
 
     Raises:
-        InputError: With the first problems, if bad rows are errors or no good one is left.
+        InputError: If bad rows are errors or no good one is left; lists the first problems.
     """
     problems: list[str] = []
     good = bad = 0
@@ -169,7 +169,7 @@ def _rows(files: Sequence[str], renderer: PromptRenderer) -> Iterator[_Row]:
 def _read(
     files: Sequence[str], renderer: PromptRenderer
 ) -> Iterator[tuple[str, "_Row | list[str]"]]:
-    """Every line with its place: a row, or what is wrong with it."""
+    """Yield every line with its place: a row, or what is wrong with it."""
     for line in read_json_lines(files):
         path = files[line.file]
         where = path if line.whole_file else f"{path}:{line.line}"
@@ -186,7 +186,7 @@ def _parse(value: dict[str, Any], renderer: PromptRenderer) -> "_Row | list[str]
     names: tuple[str, ...] = ("reward",)
     choice = None
     if checker.has_candidates():
-        # Scoring needs no choice; where there is one, it is checked like in training.
+        # Scoring needs no choice; if there is one, it is checked as in training.
         needs_choice = "candidate_0" in value and value.get("choice") is None
         pair = RowChecker(value | {"choice": 0}) if needs_choice else checker
         candidates = pair.candidates()
@@ -228,7 +228,7 @@ def _scores(scorer: Scorer, rows: Sequence[_Row], config: ScoreConfig) -> Iterat
 
 
 class _Figures:
-    """Collects rewards for the summary: three numbers a row."""
+    """Accumulator of rewards for the summary: three numbers per row."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -254,7 +254,7 @@ class _Figures:
 
 
 def _check_output(output: str, files: Sequence[str]) -> None:
-    """Refuses an output that cannot be written, or would replace what is read."""
+    """Refuse an output that cannot be written, or that would replace an input."""
     if is_remote(output):
         try:
             open_store(output)

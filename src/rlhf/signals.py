@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run stops within a micro-batch or a decoded token, with nothing lost."""
+"""SIGTERM and SIGINT: stop a run within a micro-batch or a decoded token, losing nothing."""
 
 import os
 import signal
@@ -9,39 +9,39 @@ from typing import Any
 
 from rlhf.errors import StoppedBySignal
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command may be given again
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command may be run again
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _guards: list["SignalGuard"] = []
 
 
 class StopRequested(StoppedBySignal):
-    """Ends an unfinished step from within; `Trainer.train` and inference turn it into the end."""
+    """Abort an unfinished step; `Trainer.train` and inference turn it into a regular stop."""
 
 
 def stop_point() -> None:
-    """Leave the step that is under way if a signal came.
+    """Abort the current step if a signal arrived.
 
-    Stages call this between micro-batches and between decoded tokens, wherever nothing but the
-    step itself is unfinished. What the step has computed is lost: it is made again exactly.
+    Stages call this between micro-batches and between decoded tokens, wherever only the step itself
+    is unfinished. The step's results are discarded; it is later repeated exactly.
 
     Raises:
-        StopRequested: A signal came, and a guard watches.
+        StopRequested: If a signal arrived and a guard is active.
     """
     if any(guard.requested for guard in _guards):
         raise StopRequested
 
 
 class SignalGuard:
-    """Turns SIGTERM and SIGINT into the end of the work inside `with`.
+    """Context in which SIGTERM and SIGINT end the work.
 
     A second SIGINT ends it without saving anything.
 
     Args:
-        at_once: End where the signal comes, because there is nothing to save. Otherwise a signal
-            only sets `requested`, for `stop_point` and for whoever saves.
+        at_once: Whether to end as soon as a signal arrives, because there is nothing to save.
+            Otherwise a signal only sets `requested`, for `stop_point` and for the code that saves.
 
     Attributes:
-        requested: True once a signal came.
+        requested: Whether a signal has arrived.
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
@@ -51,7 +51,7 @@ class SignalGuard:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "SignalGuard":
-        # Python allows handlers in the main thread only; elsewhere the caller has to stop us.
+        # Python allows handlers only in the main thread; elsewhere the caller has to stop us.
         if threading.current_thread() is threading.main_thread():
             self.requested = any(guard.requested for guard in _guards)
             _guards.append(self)
@@ -67,17 +67,17 @@ class SignalGuard:
         self._previous.clear()
 
     def wait(self) -> None:
-        """From now on a signal waits for the next stop point."""
+        """Make further signals wait for the next stop point."""
         self._at_once = False
 
     def all_saved(self, step: int | None = None) -> None:
-        """From now on a signal ends the work at once: nothing is left to save.
+        """Make further signals end the work at once, as nothing is left to save.
 
         Args:
             step: Training steps (or batches) that are done and saved.
 
         Raises:
-            StoppedBySignal: A signal came already.
+            StoppedBySignal: If a signal has already arrived.
         """
         self._step, self._at_once = step, True
         if self.requested:
@@ -86,7 +86,7 @@ class SignalGuard:
     def _handle(self, number: int, _: FrameType | None) -> None:
         again, self.requested = self.requested, True
         if again and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: does not want to wait for the saving
+            raise KeyboardInterrupt  # a second request: do not wait for saving
         if self._at_once:
             raise StoppedBySignal(self._step)
         if not again:

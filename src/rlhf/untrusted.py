@@ -1,4 +1,4 @@
-"""What comes from outside (files, stores, addresses) is read, named and shown without surprises."""
+"""Safe reading, naming and printing of what comes from outside: files, stores, addresses."""
 
 import json
 import re
@@ -8,8 +8,8 @@ from typing import Any
 
 from rlhf.errors import InputError
 
-# Moves the cursor, changes colors, reorders or hides text, or starts a new line where it should
-# not: control characters (tab and line feed apart), directions, invisible marks, lone surrogates.
+# Moves the cursor, changes colors, reorders or hides text, or starts an unwanted new line: control
+# characters (except tab and line feed), text directions, invisible marks, lone surrogates.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
@@ -23,10 +23,10 @@ _SECRET = re.compile(
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value that a JSON text stands for.
+    """Return the value of a JSON text.
 
     Raises:
-        ValueError: It is none, is nested too deeply, or has a number of thousands of digits.
+        ValueError: If it is not JSON, is nested too deeply, or has a number of thousands of digits.
     """
     try:
         return json.loads(text)
@@ -35,7 +35,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object of a file; None if it is missing or is not one."""
+    """Return the JSON object in a file; None if the file is missing or holds something else."""
     try:
         value = parse_json(path.read_bytes())
     except (OSError, ValueError):
@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def printable(text: str) -> str:
-    """Return a text with everything that would act on a terminal written as an escape."""
+    """Return a text with an escape for everything that would affect a terminal."""
     return _UNSAFE.sub(_escape, text)
 
 
@@ -53,34 +53,34 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Return a text in which addresses have no user, password, token or signature."""
+    """Return a text without user, password, token or signature in its addresses."""
     if "://" not in text:
         return text
     return _SECRET.sub(r"\1***", _USER.sub(r"\1", text))
 
 
 def as_markdown(text: str) -> str:
-    """Return a text for a line of Markdown in which it is nothing but text."""
+    """Return a text escaped for a line of Markdown, where it has no special meaning."""
     line = " ".join(printable(without_secrets(text)).splitlines())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace("\\", "\\\\")
     return re.sub(r"([*`\[~|#]|(?<!\w)_|_(?!\w))", r"\\\1", line)
 
 
 def as_code(text: str) -> str:
-    """Return a text as Markdown's code within a line."""
+    """Return a text as inline code in Markdown."""
     line = " ".join(printable(without_secrets(text)).splitlines())
     return f"`{line.replace('`', chr(39)).replace('|', '/')}`"
 
 
 def inner_names(names: Iterable[str], where: str) -> list[str]:
-    """Check names that a store or a file gives before they are joined to a local folder.
+    """Check names from a store or a file before they are joined to a local folder.
 
     Args:
-        names: Relative names, parts divided by `/`.
-        where: What named them, for the message.
+        names: Relative names, parts separated by `/`.
+        where: Source of the names, for the message.
 
     Raises:
-        InputError: A name leads out of the folder or cannot be a file's name everywhere.
+        InputError: If a name leads out of the folder or is not a valid file name everywhere.
     """
     checked = list(names)
     for name in checked:

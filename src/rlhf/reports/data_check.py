@@ -1,4 +1,4 @@
-"""What `rlhf data check` tells about a file before any training is started."""
+"""The report of `rlhf data check` on a file, before any training is started."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,13 +38,13 @@ class Lengths:
 
     @classmethod
     def of(cls, what: str, unit: str, lengths: Sequence[int] | NDArray[np.int64]) -> "Lengths":
-        """Sums up at least one length."""
+        """Summarize at least one length."""
         ordered = np.sort(np.asarray(lengths))
         quantiles = tuple(int(ordered[round(q * (len(ordered) - 1))]) for q in _QUANTILES)
         return cls(what, unit, len(ordered), quantiles)
 
     def line(self) -> str:
-        """The same in words."""
+        """Return the same in words."""
         shortest, median, most, nearly_all, longest = self.quantiles
         return (
             f"{self.what}, {self.unit}: shortest {shortest}, median {median}, 90 % {most}, "
@@ -54,18 +54,18 @@ class Lengths:
 
 @dataclass
 class CheckReport:
-    """What is in the files.
+    """Contents of the checked files.
 
     Attributes:
-        read: What reading came upon.
+        read: Summary of reading.
         preferences: Rows with two candidates.
         prompts: Rows without.
         references: Texts of `output_text`.
         distinct_prompts: Number of different prompts.
         second_chosen: Preferences for `candidate_1`.
-        repeating: Preferences of which both candidates begin with the row's whole input.
-        longer_chosen: Preferences for the longer candidate (in characters); a bias to know of.
-        lengths: Of prompts, candidates and references.
+        repeating: Preferences whose candidates both begin with the row's whole input.
+        longer_chosen: Preferences for the longer candidate (in characters); a bias worth knowing.
+        lengths: Lengths of prompts, candidates and references.
         shortened: Prompts that lose tokens to `prompt_sequence_length`; None without a tokenizer.
         cut: Candidates and references that lose tokens to `target_sequence_length`; likewise.
         limits: The two limits.
@@ -85,7 +85,7 @@ class CheckReport:
     limits: tuple[int, int] = (0, 0)
 
     def lines(self) -> list[str]:
-        """The report for people, one fact a line."""
+        """Return the report for people, one fact per line."""
         said = self.read.lines()
         said.append(
             f"{self.preferences} preferences, {self.prompts} prompts without candidates, "
@@ -120,14 +120,14 @@ def check_files(
     prompt_sequence_length: int = 512,
     target_sequence_length: int = 64,
 ) -> CheckReport:
-    """Validates preference, prompt and demonstration files and describes what is in them.
+    """Validate preference, prompt and demonstration files and describe their contents.
 
     Args:
-        paths: Path, glob, fsspec address, or a list of these.
-        kind: What every row must be; "auto" takes rows with candidates for preferences and the
-            others for prompts.
-        on_bad_rows: Whether bad rows are errors or are left out and counted.
-        instruction: Text before every input, as in training.
+        paths: A path, a glob, an fsspec address, or a list of these.
+        kind: What every row must be; "auto" reads rows with candidates as preferences and the
+            others as prompts.
+        on_bad_rows: Whether bad rows are an error, or are skipped and counted.
+        instruction: Text put before every input, as in training.
         base_model: If given, lengths are counted in its tokens and compared with the limits. Only
             configuration and tokenizer are loaded.
         revision: Revision of `base_model`.
@@ -135,7 +135,7 @@ def check_files(
         target_sequence_length: Limit of responses in tokens.
 
     Raises:
-        InputError: For everything that is wrong with the rows, or with `base_model`.
+        InputError: If anything is wrong with the rows or with `base_model`.
     """
     codec, renderer = None, PromptRenderer(instruction)
     if base_model is not None:
@@ -174,7 +174,7 @@ def _load_tokenizer(
 def _describe(
     data: PromptData, report: CheckReport, codec: "PromptCodec | None", pairs: bool
 ) -> None:
-    """Counts what rows are and how long their texts are.
+    """Count kinds of rows, and lengths of their texts.
 
     Raises:
         InputError: If a prompt does not fit even when shortened.
