@@ -1,10 +1,10 @@
-"""Random weights, texts and reward models of a comparison, the same for all of its sides.
+"""Random weights, texts and reward models of a comparison, shared by all of its sides.
 
     python assets.py FOLDER SPEC        SPEC: JSON, see `rounds.make_assets`
 
-FOLDER gets model/ (which both transformers 4.44 and 5 load), prompts.jsonl and pairs.jsonl for us,
-batches.json and pairs.json with the same in token ids for peers, and reward-SIDE/ per side of ours
-that asks for a reward model.
+FOLDER gets model/ (which both transformers 4.44 and 5 can load), prompts.jsonl and pairs.jsonl for
+us, batches.json and pairs.json with the same as token ids for peers, and reward-SIDE/ for each of
+our sides that needs a reward model.
 """
 
 import json
@@ -40,12 +40,12 @@ from rlhf.reward_model import ADAPTER, make_record
 from shapes import MODELS, Lengths, Llama, Model
 
 SEED = 0
-PAIR_STEPS = 8  # training steps of pairs before they repeat
+PAIR_STEPS = 8  # training steps before pairs repeat
 HELD_OUT_PAIRS = 16
 
 
 def make_model(model: Model, tokenizer: PreTrainedTokenizerBase, device: str) -> PreTrainedModel:
-    """A randomly initialized model with a vocabulary that may exceed the tokenizer's."""
+    """Return a randomly initialized model whose vocabulary may exceed the tokenizer's."""
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     torch.manual_seed(SEED)
     with torch.device(device):
@@ -80,7 +80,7 @@ def make_model(model: Model, tokenizer: PreTrainedTokenizerBase, device: str) ->
 
 
 def save_model(model: Model, folder: Path, device: str) -> PreTrainedTokenizerBase:
-    """Writes weights (bfloat16 on a GPU, where fp32 would be too large) and a toy tokenizer."""
+    """Write weights (bfloat16 on a GPU, where fp32 would be too large) and a toy tokenizer."""
     shipped = Path(rlhf.__file__).parent / "quickstart" / "assets" / f"toy_{model.arch}"
     tokenizer = AutoTokenizer.from_pretrained(shipped)
     torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
@@ -91,10 +91,10 @@ def save_model(model: Model, folder: Path, device: str) -> PreTrainedTokenizerBa
 
 
 class Texts:
-    """Texts of as many tokens as one likes.
+    """Texts with any given number of tokens.
 
     Args:
-        codec: Of the model.
+        codec: The model's codec.
     """
 
     def __init__(self, codec: PromptCodec) -> None:
@@ -103,28 +103,28 @@ class Texts:
         self._source = random.Random(SEED)
 
     def of(self, tokens: int) -> str:
-        """Words, each of them one token."""
+        """Return words of one token each."""
         return "".join(f" {word}" for word in self._source.choices(self._words, k=tokens))
 
     def prompt(self, tokens: int) -> str:
-        """A prompt; BOS (or T5's EOS) is one of its tokens."""
+        """Return a prompt; BOS (or T5's EOS) counts as one of its tokens."""
         text = self.of(tokens - 1)
         assert len(self.prompt_ids(text)) == tokens
         return text
 
     def response(self, tokens: int) -> str:
-        """A response; its EOS is one of its tokens."""
+        """Return a response; its EOS counts as one of its tokens."""
         text = self.of(tokens - 1)
         assert len(self.codec.response_ids(text)) == tokens
         return text
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Ids as our side reads them."""
+        """Return ids as our side reads them."""
         return self.codec.prompt_ids(PromptText(text, ((0, len(text)),)))
 
 
 def write_batches(folder: Path, texts: Texts, lengths: Lengths, batch: int, steps: int) -> None:
-    """Prompts, in the order of our trainer's steps, and the lengths of the responses to them."""
+    """Write prompts, in the order of our trainer's steps, and the lengths of their responses."""
     drawn = lengths.draw(steps * batch, SEED)
     order = [rows_for_step(len(drawn), batch, step, SEED) for step in range(steps)]
     prompts = [texts.prompt(prompt) for prompt, _ in drawn]
@@ -140,7 +140,7 @@ def write_batches(folder: Path, texts: Texts, lengths: Lengths, batch: int, step
 
 
 def write_pairs(folder: Path, texts: Texts, lengths: Lengths, batch: int) -> None:
-    """Preference pairs for us, and their ids for a peer."""
+    """Write preference pairs for us, and their ids for a peer."""
     rows, ids = [], []
     for number in range(PAIR_STEPS * batch + HELD_OUT_PAIRS):
         prompt = texts.prompt(lengths.prompt)
@@ -160,7 +160,7 @@ def write_pairs(folder: Path, texts: Texts, lengths: Lengths, batch: int) -> Non
 def save_reward_model(
     folder: Path, name: str, lora: dict[str, Any] | None, lengths: Lengths, device: str
 ) -> None:
-    """Writes reward-NAME/: an untrained adapter and head on the base, in our format."""
+    """Write reward-NAME/: an untrained adapter and head on the base, in our format."""
     config = RewardModelConfig(
         base_model=str(folder / "model"),
         preference_dataset="none",
@@ -179,7 +179,7 @@ def save_reward_model(
 
 
 def main(folder: Path, spec: dict[str, Any]) -> None:
-    """Makes everything."""
+    """Write everything."""
     model, lengths = MODELS[spec["model"]], Lengths(**spec["lengths"])
     tokenizer = save_model(model, folder / "model", spec["device"])
     layout = FAMILIES[model.arch].prompt_layout(tokenizer)

@@ -1,7 +1,7 @@
-"""Measures this library beside its peers and writes the tables of benchmarks/README.md.
+"""Compare this library with its peers and write the tables of benchmarks/README.md.
 
-`bench.py` measures everything, `bench.py --only 'ppo_*'` some of it (other rows stay), and
-`bench.py --quick` finds out whether every side runs and keeps no figures.
+`bench.py` measures everything, `bench.py --only 'ppo_*'` part of it (other rows are kept), and
+`bench.py --quick` checks that every side runs and keeps no figures.
 """
 
 import argparse
@@ -28,10 +28,10 @@ PAGE = HERE / "README.md"
 
 
 def main() -> int:
-    """Runs what the command line asks for; 1 if any side failed."""
+    """Run what the command line asks for; return 1 if any side failed."""
     options = parse()
     chosen = choose(options.only, options.device)
-    if options.quick:  # in which all points of a scaling are one and the same
+    if options.quick:  # which makes all points of a scaling identical
         chosen = {n: one for n, one in chosen.items() if one.group == "main" or n == "scaling_base"}
     path = RESULTS / f"{options.device}.json"
     here = machine(options.device, options.threads)
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="after one of warm-up")
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
 
 
 def choose(patterns: list[str] | None, device: str) -> dict[str, Comparison]:
-    """The comparisons that match, of those that run on the device."""
+    """Return the comparisons that match, among those that run on the device."""
     here = {name: one for name, one in COMPARISONS.items() if device in one.devices}
     for pattern in patterns or ():
         if not fnmatch.filter(here, pattern):
@@ -70,7 +70,7 @@ def choose(patterns: list[str] | None, device: str) -> dict[str, Comparison]:
 
 
 def machine(device: str, threads: int) -> dict[str, Any]:
-    """Measured rates, names and versions."""
+    """Return measured rates, names and versions."""
     command = [sys.executable, str(HERE / "machine.py"), device, str(threads)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment(threads))
     date = datetime.now(UTC).date().isoformat()
@@ -78,7 +78,7 @@ def machine(device: str, threads: int) -> dict[str, Any]:
 
 
 def start(path: Path, here: dict[str, Any], *, keep: bool) -> dict[str, Any]:
-    """Results to add to: those of an earlier run if they are kept and of this machine."""
+    """Return the results to add to: an earlier run's if to be kept and from this machine."""
     earlier = json.loads(path.read_text()) if keep and path.is_file() else None
     same = ("device", "instructions", "threads")
     if earlier and all(earlier["machine"].get(name) == here[name] for name in same):
@@ -92,7 +92,7 @@ def start(path: Path, here: dict[str, Any], *, keep: bool) -> dict[str, Any]:
 
 
 def measure(comparison: Comparison, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs one comparison in a temporary folder; whatever goes wrong becomes its result."""
+    """Run one comparison in a temporary folder; any failure becomes its result."""
     sizes = {"rounds": options.rounds, "device": options.device, "threads": options.threads}
     with tempfile.TemporaryDirectory(prefix="rlhf-bench-") as folder:
         try:
@@ -104,14 +104,14 @@ def measure(comparison: Comparison, options: argparse.Namespace) -> dict[str, An
 
 
 def write(results: dict[str, Any], path: Path, device: str) -> None:
-    """Keeps what is measured so far, raw and as tables."""
+    """Save what has been measured so far, raw and as tables."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(report.insert(PAGE.read_text(), device, report.markdown(results)))
 
 
 def show(results: dict[str, Any], names: list[str]) -> None:
-    """Prints the tables of these comparisons."""
+    """Print the tables of these comparisons."""
     chosen = {name: results["comparisons"][name] for name in names}
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(report.describe(results["machine"]))

@@ -1,4 +1,4 @@
-"""What is compared: names are stable, sizes and lengths fixed."""
+"""The comparisons: names are stable, sizes and lengths fixed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,10 +14,10 @@ class Side:
 
     Attributes:
         module: Worker module.
-        environment: Where it runs.
-        options: For the worker.
-        target: How many times as fast as its peer it should be.
-        peer: The side that it is held against; None for the comparison's baseline.
+        environment: Name of the environment it runs in.
+        options: Options for the worker.
+        target: Target speed relative to its peer.
+        peer: The side to compare with; None for the comparison's baseline.
     """
 
     module: str
@@ -29,17 +29,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same work by several sides, or our own side alone.
+    """The same work done by several sides, or our own side alone.
 
     Attributes:
         model: Name in shapes.MODELS.
-        batch: Rows of a round.
-        lengths: Of prompts and responses.
-        sides: By name.
-        baseline: The peer's side; None where there is none.
+        batch: Rows per round.
+        lengths: Lengths of prompts and responses.
+        sides: Sides by name.
+        baseline: The peer's side; None if there is none.
         group: "main" or "scaling".
-        devices: Where it runs.
-        rounds: At most so many; None for as many as asked.
+        devices: Devices it runs on.
+        rounds: Maximum number of rounds; None for as many as requested.
     """
 
     model: str
@@ -62,7 +62,7 @@ T5_LORA = {"rank": 8, "target_modules": ["q", "v"]}
 
 
 def ppo(target: float | None = None, reward: str = "model", **config: Any) -> Side:
-    """Our PPO with some fields of its configuration; `reward` is "model" or "function"."""
+    """Return our PPO with some configuration fields; `reward` is "model" or "function"."""
     return Side("workers.ours_ppo", options={"reward": reward, "config": config}, target=target)
 
 
@@ -125,7 +125,7 @@ def _on_gpu() -> dict[str, Comparison]:
     ours = Side("workers.ours_generate", options=options | {"prefill": True}, target=5.0)
     peer = Side("workers.transformers_generate", options=options)
     rollout = {"generate() bfloat16": peer, "bfloat16": ours}
-    # What decides the memory and not the result.
+    # Settings that affect memory but not the result.
     seven = {"dtype": "bfloat16", "rollout_batch_size": 16, "micro_batch_size": 2}
     seven |= {"gradient_checkpointing": True}
     cuda = ("cuda",)
@@ -172,7 +172,7 @@ COMPARISONS: dict[str, Comparison] = {
 
 
 def quick(comparison: Comparison) -> Comparison:
-    """The same sides at sizes that show whether they run, and nothing else."""
+    """Return the same sides at sizes that only show whether they run."""
     arch = MODELS[comparison.model].arch
     lengths = replace(comparison.lengths, prompt=24, response=8)
     return replace(comparison, model=f"{arch}_toy", batch=4, lengths=lengths, rounds=1)

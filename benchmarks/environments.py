@@ -1,8 +1,8 @@
-"""Environments of the peers, made when they are first needed.
+"""The peers' environments, created on first use.
 
 A peer that runs with our own torch and transformers is a folder on top of our interpreter's
-packages; one that needs older ones gets a virtual environment. For the CPU build of torch in the
-latter set PIP_EXTRA_INDEX_URL as the README says.
+packages; one that needs older versions gets a virtual environment. To use the CPU build of torch
+there, set PIP_EXTRA_INDEX_URL as the README describes.
 """
 
 import shutil
@@ -21,7 +21,7 @@ class Environment:
 
     Attributes:
         requirements: Exact versions.
-        own: A virtual environment rather than a folder on top of ours.
+        own: Whether it is a virtual environment rather than a folder on top of ours.
     """
 
     requirements: tuple[str, ...]
@@ -29,10 +29,10 @@ class Environment:
 
 
 ENVIRONMENTS = {
-    # The last TRL that has PPO for decoder-only models.
+    # The last TRL with PPO for decoder-only models.
     "trl-1.12.0": Environment(("trl==1.12.0",)),
     "trl-1.16.0": Environment(("trl==1.16.0",)),
-    # The last TRL whose PPO takes T5; it needs packages of its time, and Python 3.12 or older.
+    # The last TRL whose PPO supports T5; it needs packages of its time, and Python 3.12 or older.
     "trl-0.11.4": Environment(
         (
             "trl==0.11.4",
@@ -42,7 +42,7 @@ ENVIRONMENTS = {
             "accelerate==0.34.2",
             "datasets==2.21.0",
             "numpy<2",
-            "pyarrow==17.0.0",  # a later one wants numpy 2
+            "pyarrow==17.0.0",  # later versions require numpy 2
             "rich",
         ),
         own=True,
@@ -56,7 +56,7 @@ class Interpreter:
 
     Attributes:
         python: The executable.
-        packages: Folder that goes before its own packages, or None.
+        packages: Folder that precedes its own packages, or None.
     """
 
     python: str
@@ -64,10 +64,10 @@ class Interpreter:
 
 
 def prepare(name: str) -> Interpreter:
-    """The interpreter of an environment, which is made if it is missing or out of date.
+    """Return an environment's interpreter; create it if it is missing or out of date.
 
     Raises:
-        subprocess.CalledProcessError: pip failed.
+        subprocess.CalledProcessError: If pip fails.
     """
     if name == OURS:
         return Interpreter(sys.executable)

@@ -1,17 +1,17 @@
-"""Arithmetic that a phase cannot do without: FLOPs of its dense matrix products.
+"""The minimum arithmetic of a phase: FLOPs of its dense matrix products.
 
-Counted as torch.utils.flop_counter counts, two per multiply-add, over real tokens only:
+Counted like torch.utils.flop_counter, two per multiply-add, over real tokens only:
 
-- every role reads prompt and response once per pass through all layers;
-- the LM head sees response positions only;
+- every role reads prompt and response once per pass, through all layers;
+- the LM head is applied to response positions only;
 - what two responses share (a prompt, T5's encoder output) is computed once;
-- a prompt attends to itself and a response to the prompt and itself, all as full squares, although
-  a causal kernel may leave out half of a square;
+- a prompt attends to itself, and a response to the prompt and itself, all counted as full squares,
+  although a causal kernel may skip half of a square;
 - a frozen matrix costs as much backward as forward (the gradient of its input) unless its input
   needs no gradient; LoRA matrices and attention cost twice.
 
-So a phase at 100 % of the measured rate of matrix products could not be faster without computing
-less than this, and one that does compute less can pass 100 %.
+So a phase at 100 % of the measured matrix product rate could only be faster by computing less than
+this, and one that does compute less can exceed 100 %.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ class Lora:
     Attributes:
         rank: Its rank.
         targets: Names of the adapted matrices; None for all of them.
-        encoder: Whether T5's encoder has it too.
+        encoder: Whether T5's encoder has it, too.
     """
 
     rank: int
@@ -43,13 +43,13 @@ NONE = Lora(0)
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of a forward pass by what they cost backward.
+    """FLOPs of a forward pass, grouped by their cost in the backward pass.
 
     Attributes:
         frozen: Products with frozen matrices.
-        leaves: The same where no gradient goes further back.
+        leaves: The same where no gradient propagates further back.
         lora: Products with adapters.
-        attention: Scores, and sums of values.
+        attention: Scores, and weighted sums of values.
     """
 
     frozen: float = 0.0
@@ -81,16 +81,17 @@ def pass_over(
     decoding: bool = False,
     encode: bool = True,
 ) -> Flops:
-    """One pass over a prompt and the responses to it.
+    """Count one pass over a prompt and the responses to it.
 
     Args:
-        model: Sizes.
+        model: Model sizes.
         prompt: Tokens of the prompt.
         responses: Tokens of each response.
         lora: The active adapter.
         head: Whether the LM head is applied to the response positions.
-        decoding: Token by token with a cache, so that a token attends to earlier ones only.
-        encode: False where T5's encoder output is at hand.
+        decoding: Whether to decode token by token with a cache, so that tokens attend to earlier
+            ones only.
+        encode: Whether to run T5's encoder; false if its output is already available.
     """
     tokens = sum(responses)
     squares = sum(length * length * (0.5 if decoding else 1.0) for length in responses)
@@ -117,19 +118,19 @@ def ppo_phases(
     reference: bool,
     epochs: int,
 ) -> dict[str, float]:
-    """FLOPs of the phases of a PPO iteration over `rows`.
+    """Return the FLOPs of each phase of a PPO iteration over `rows`.
 
     Args:
-        model: Sizes.
+        model: Model sizes.
         rows: Lengths of all prompts and responses.
         lora: Adapters of policy and critic.
         critic: "adapter", or "head" on the policy's trunk.
         scorer: The reward model's adapter on the same base; None for a function.
-        reference: Whether KL to the reference is charged.
+        reference: Whether there is a KL penalty to the reference.
         epochs: Passes over the rollout.
     """
     phases = dict.fromkeys(("rollout", "score", "experience", "update"), 0.0)
-    # An encoder that no role changes has read the prompts in the rollout.
+    # An encoder that no role changes already read the prompts in the rollout.
     encode = lora.encoder
     for prompt, response in rows:
         policy = pass_over(model, prompt, [response], lora, encode=encode)
@@ -148,12 +149,12 @@ def ppo_phases(
 
 
 def decode_bytes(model: Model, rows: Sequence[Row], width: int) -> float:
-    """Bytes that decoding must read: all weights at every step, and the keys and values so far.
+    """Return the bytes that decoding must read: per step all weights, and keys and values so far.
 
     Args:
-        model: Sizes.
-        rows: Lengths of the batch, which decodes together.
-        width: Bytes of a number.
+        model: Model sizes.
+        rows: Lengths of the batch, which is decoded together.
+        width: Bytes per number.
     """
     steps = max(response for _, response in rows)
     per_token = 2 * model.layers * model.kv_width
@@ -169,7 +170,7 @@ def _blocks(
     lora: Lora,
     inputs: Sequence[str],
 ) -> Flops:
-    """All blocks; `inputs` are the matrices that read the embedding in the first one."""
+    """Count all blocks; `inputs` are the matrices that read the embedding in the first one."""
     frozen = 2.0 * tokens * sum(a * b for a, b in matrices.values())
     leaves = 2.0 * tokens * sum(a * b for a, b in (matrices[name] for name in inputs))
     return Flops(

@@ -1,4 +1,4 @@
-"""What this machine can do: rates that the figures are held against.
+"""This machine's rates, to which the figures are compared.
 
 `machine.py DEVICE THREADS` prints them as JSON.
 """
@@ -20,7 +20,7 @@ REPEATS = 7
 
 
 def median_seconds(work: Callable[[], Any]) -> float:
-    """The median of several runs, after one of warm-up."""
+    """Return the median time of several runs, after one warm-up."""
     times = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
@@ -32,14 +32,14 @@ def median_seconds(work: Callable[[], Any]) -> float:
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product."""
+    """Return the FLOP/s of a large square product."""
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / median_seconds(lambda: a @ b)
 
 
 def copy_rate(device: str) -> float:
-    """Bytes/s of copying what no cache holds; every byte is read once and written once."""
+    """Return the bytes/s of copying more than caches hold; each byte is read and written once."""
     count = 2**30 if device == "cuda" else 2**28
     source = torch.zeros(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -48,7 +48,7 @@ def copy_rate(device: str) -> float:
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Return the CPU's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -56,7 +56,7 @@ def processor() -> str:
 
 
 def instructions() -> str:
-    """What decides how fast a CPU multiplies: its widest instructions, and limits that are set."""
+    """Return what determines a CPU's speed: its widest instructions, and limits that are set."""
     has = torch.cpu.get_capabilities()
     names = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "amx_bf16", "sve", "bf16")
     limits = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
@@ -67,7 +67,7 @@ def instructions() -> str:
 
 
 def measure(device: str, threads: int) -> dict[str, Any]:
-    """Rates, names and versions."""
+    """Return rates, names and versions."""
     torch.set_num_threads(threads)
     packages = ("torch", "transformers", "peft", "accelerate")
     return {

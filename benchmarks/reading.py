@@ -1,11 +1,11 @@
-"""How fast files of preferences are checked, and how much memory that takes.
+"""Measure how fast preference files are checked, and how much memory that takes.
 
     python benchmarks/reading.py --rows 1000000
     python benchmarks/reading.py --rows 1000000 --like preferences.jsonl
 
-Writes rows in the shape of the quickstart's corpus (`short`, 360 bytes), in that of TL;DR (`long`,
-1.6 kB: the same sentences, more of them), and of the rows of a given file (`like`). Each command is
-a process of its own.
+Writes rows shaped like the quickstart's corpus (`short`, 360 bytes), like TL;DR (`long`, 1.6 kB:
+the same sentences, more of them), and like the rows of a given file (`like`). Each command runs in
+its own process.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LIMITS = ["--prompt_sequence_length", "512", "--target_sequence_length", "64"]
 
 
 def main() -> None:
-    """Prints a table."""
+    """Print a table."""
     options = parse()
     print("| rows | command | seconds | of CPU | rows a second | peak memory |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     toy_t5 = Path(corpus.__file__).parent / "assets" / "toy_t5"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000)
@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
 
 
 def shapes(like: str | None) -> dict[str, list[Row]]:
-    """Some rows of each shape, to be repeated."""
+    """Return some rows of each shape, to be repeated."""
     short = toy_rows(2000)
     posts = itertools.cycle(row["input_text"].removesuffix(corpus.CUE) for row in short)
     long = [
@@ -68,14 +68,14 @@ def shapes(like: str | None) -> dict[str, list[Row]]:
 
 
 def toy_rows(count: int) -> list[Row]:
-    """Rows of the quickstart's corpus."""
+    """Return rows of the quickstart's corpus."""
     with tempfile.TemporaryDirectory() as folder:
         corpus.write_corpus(folder, 0, corpus.CorpusSizes(preferences=count))
         return corpus.read_rows(Path(folder) / "preferences.jsonl")
 
 
 def write(path: Path, rows: list[Row], count: int) -> int:
-    """Writes rows that begin differently. Returns the mean bytes of one."""
+    """Write rows with different beginnings; return their mean size in bytes."""
     numbered: Iterator[Row] = (
         row | {"input_text": f"{random.Random(number).random()} {row['input_text']}"}
         for number, row in zip(range(count), itertools.cycle(rows), strict=False)
@@ -86,14 +86,14 @@ def write(path: Path, rows: list[Row], count: int) -> int:
 
 
 def commands(path: Path, base_model: str) -> Iterator[tuple[str, list[str]]]:
-    """What is measured: a name and the arguments of `rlhf`."""
+    """Yield the commands to measure: a name and the arguments of `rlhf`."""
     yield "data check", ["data", "check", str(path)]
     run = ["run", "--base_model", base_model, "--preference_dataset", str(path), *LIMITS]
     yield "run --dry_run", [*run, "--output_dir", str(path.with_suffix("")), "--dry_run"]
 
 
 def measure(rows: str, label: str, command: list[str], count: int) -> None:
-    """Runs a command in a process that starts nothing else, and prints a line of the table."""
+    """Run a command in a process that starts no others, and print a line of the table."""
     start = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "rlhf", *command], stdout=subprocess.DEVNULL)
     usage = wait(process)
@@ -104,7 +104,7 @@ def measure(rows: str, label: str, command: list[str], count: int) -> None:
 
 
 def wait(process: "subprocess.Popen[bytes]") -> resource.struct_rusage:
-    """Waits for the end of a process. Returns what it used."""
+    """Wait for a process to end; return its resource usage."""
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"rlhf ended with status {status}")

@@ -1,4 +1,4 @@
-"""From measured rounds to tables."""
+"""Tables from measured rounds."""
 
 import re
 import statistics
@@ -9,24 +9,24 @@ Row = list[str]
 
 
 def median(values: Iterable[float]) -> float:
-    """The median."""
+    """Return the median."""
     return statistics.median(values)
 
 
 def seconds(side: Mapping[str, Any]) -> list[float]:
-    """Seconds of every round."""
+    """Return the seconds of every round."""
     return [one["seconds"] for one in side["rounds"]]
 
 
 def speedups(side: Mapping[str, Any], peer: Mapping[str, Any]) -> tuple[float, float]:
-    """How many times as fast as the peer: ratio of medians, and median of the rounds' ratios."""
+    """Return our speed relative to the peer: ratio of medians, and median of per-round ratios."""
     own, other = seconds(side), seconds(peer)
     pairs = [b / a for a, b in zip(own, other, strict=False)]
     return median(other) / median(own), median(pairs)
 
 
 def comparison_rows(name: str, entry: Mapping[str, Any]) -> list[Row]:
-    """One row per side: what, seconds, speed and memory against the peer."""
+    """Return one row per side: name, seconds, speed and memory relative to the peer."""
     rows = []
     peer = entry["sides"].get(entry["baseline"], {"rounds": []})
     for side_name, side in entry["sides"].items():
@@ -35,7 +35,7 @@ def comparison_rows(name: str, entry: Mapping[str, Any]) -> list[Row]:
 
 
 def phase_rows(name: str, entry: Mapping[str, Any]) -> list[Row]:
-    """One row per phase of each side of ours: seconds, FLOPs, share of the measured rates."""
+    """Return one row per phase of each of our sides: seconds, FLOPs, share of measured rates."""
     rows: list[Row] = []
     for side_name, side in entry["sides"].items():
         if not (side["ours"] and side["rounds"]):
@@ -53,7 +53,7 @@ def phase_rows(name: str, entry: Mapping[str, Any]) -> list[Row]:
 
 
 def phases(side: Mapping[str, Any]) -> dict[str, float]:
-    """Median seconds of every phase and, if they are several, of what is outside (overhead)."""
+    """Return each phase's median seconds and, if there are several, the time outside (overhead)."""
     names = side["rounds"][0]["phases"]
     found = {name: median(one["phases"][name] for one in side["rounds"]) for name in names}
     if len(found) < 2:
@@ -63,7 +63,7 @@ def phases(side: Mapping[str, Any]) -> dict[str, float]:
 
 
 def scaling_rows(entries: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """One row per point: sizes, seconds (also as a multiple of the base's), phases."""
+    """Return one row per point: sizes, seconds (also as a multiple of the base's), phases."""
     rows = []
     base = entries["scaling_base"]["sides"]["defaults"] if "scaling_base" in entries else {}
     for entry in entries.values():
@@ -90,7 +90,7 @@ SCALING += ["experience", "update", "memory"]
 
 
 def tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[Row]]]:
-    """Title, header and rows of each table."""
+    """Return title, header and rows of each table."""
     entries = results["comparisons"]
     main = {name: entry for name, entry in entries.items() if entry["group"] == "main"}
     scaling = {name: entry for name, entry in entries.items() if entry["group"] == "scaling"}
@@ -105,7 +105,7 @@ def tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[Row]]]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """All tables, and what they were measured on."""
+    """Return all tables, and a description of the machine."""
     blocks = [describe(results["machine"])]
     for title, header, rows in tables(results):
         lines = [f"### {title}", "", _line(header), _line(["---"] * len(header)), *map(_line, rows)]
@@ -114,7 +114,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def describe(machine: Mapping[str, Any]) -> str:
-    """The machine in a sentence."""
+    """Describe the machine in a sentence."""
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     known = f" ({machine['instructions']})" if machine.get("instructions") else ""
     return (
@@ -126,7 +126,7 @@ def describe(machine: Mapping[str, Any]) -> str:
 
 
 def insert(page: str, device: str, text: str) -> str:
-    """The page with `text` between the device's markers."""
+    """Return the page with `text` between the device's markers."""
     begin, end = f"<!-- {device}: begin -->", f"<!-- {device}: end -->"
     pattern = re.compile(rf"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     return pattern.sub(lambda _: f"{begin}\n\n{text}\n{end}", page)

@@ -1,7 +1,7 @@
-"""Runs the sides of a comparison in turn, each in a process of its own.
+"""Run the sides of a comparison, interleaved, each in its own process.
 
-Needs nothing but Python: what the driver holds in memory, processes that it starts would count as
-their own peak.
+Needs nothing but Python: memory held by the driver would count towards the peak of the processes
+that it starts.
 """
 
 import json
@@ -23,20 +23,20 @@ SECONDS_PER_MESSAGE = 3600.0
 
 
 class SideFailed(Exception):  # noqa: N818 (says what happened)
-    """A side could not be set up or broke down; the message says why."""
+    """A side could not be set up or crashed; the message says why."""
 
 
 class Worker:
-    """The driver's end of the conversation with a side; see worker.py for the other end.
+    """The driver's end of the connection to a side; see worker.py for the other end.
 
     Args:
-        side: What to start.
-        spec: What the side is told: `folder` of assets, `side` (its name), `model`, `batch`,
+        side: The side to start.
+        spec: Input for the side: `folder` of assets, `side` (its name), `model`, `batch`,
             `lengths`, `device`, `threads`, `options`.
-        log: File for what it prints.
+        log: File for its output.
 
     Raises:
-        SideFailed: Its environment could not be made.
+        SideFailed: If its environment could not be created.
     """
 
     def __init__(self, side: Side, spec: Mapping[str, Any], log: Path) -> None:
@@ -56,10 +56,10 @@ class Worker:
         )
 
     def receive(self) -> dict[str, Any]:
-        """The next message; the first one comes after the warm-up.
+        """Return the next message; the first one comes after the warm-up.
 
         Raises:
-            SideFailed: It broke down, or took longer than an hour.
+            SideFailed: If it crashed, or took longer than an hour.
         """
         assert self._process.stdout is not None
         timer = threading.Timer(SECONDS_PER_MESSAGE, self._process.kill)
@@ -72,10 +72,10 @@ class Worker:
         return message
 
     def send(self, command: str) -> dict[str, Any]:
-        """Gives a command, "round" or "end", and returns the answer.
+        """Send a command, "round" or "end", and return the answer.
 
         Raises:
-            SideFailed: It broke down.
+            SideFailed: If it crashed.
         """
         assert self._process.stdin is not None
         try:
@@ -86,7 +86,7 @@ class Worker:
         return self.receive()
 
     def stop(self) -> None:
-        """Ends the process, however far it is."""
+        """Kill the process, whatever it is doing."""
         self._process.kill()
         self._process.communicate()
 
@@ -96,23 +96,23 @@ class Worker:
 
 
 def log_tail(log: Path, count: int = 30) -> list[str]:
-    """The last lines of what a side printed."""
+    """Return the last lines of a side's output."""
     return log.read_text(errors="replace").strip().splitlines()[-count:] if log.is_file() else []
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Environment variables that all sides get alike."""
+    """Return environment variables that are the same for all sides."""
     count = str(threads)
     fixed = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **fixed, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
 
 
 class Contest:
-    """The sides of a comparison, each until it fails: then it says why and takes part no more.
+    """The sides of a comparison; one that fails records why and drops out.
 
     Args:
         comparison: What to measure.
-        spec: What all sides are told, see `Worker`.
+        spec: Input for all sides, see `Worker`.
     """
 
     def __init__(self, comparison: Comparison, spec: Mapping[str, Any]) -> None:
@@ -129,13 +129,13 @@ class Contest:
             worker.stop()
 
     def working(self, first: int = 0) -> list[str]:
-        """Sides that have not failed, beginning with another one for another number."""
+        """Return the sides that have not failed, rotated by `first`."""
         names = [name for name, side in self.sides.items() if "error" not in side]
         start = first % len(names) if names else 0
         return names[start:] + names[:start]
 
     def start(self, name: str) -> None:
-        """Sets a side up and lets it make its warm-up."""
+        """Set a side up and let it warm up."""
         log = Path(self._spec["folder"]) / f"{slug(name)}.log"
         with self._failing(name, log):
             side = self._comparison.sides[name]
@@ -144,14 +144,14 @@ class Contest:
             self.sides[name]["facts"] = self._workers[name].receive()["facts"]
 
     def round(self, name: str) -> None:
-        """Lets a side make one round."""
+        """Let a side run one round."""
         with self._failing(name, self._workers[name].log):
             answer = self._workers[name].send("round")
             times = {part: answer[part] for part in ("seconds", "phases")}
             self.sides[name]["rounds"].append(times)
 
     def end(self, name: str) -> None:
-        """Asks a side for its peak memory."""
+        """Request a side's peak memory."""
         with self._failing(name, self._workers[name].log):
             self.sides[name] |= self._workers[name].send("end")
 
@@ -167,14 +167,14 @@ class Contest:
 def compare(
     comparison: Comparison, folder: Path, *, rounds: int, device: str, threads: int
 ) -> dict[str, Any]:
-    """Measures all sides, one at a time, taking turns in every round.
+    """Measure all sides, one at a time, interleaved in every round.
 
     Args:
         comparison: What to measure.
         folder: An empty folder for weights, data and logs.
-        rounds: How many, after one of warm-up.
+        rounds: Number of rounds, after one warm-up.
         device: "cpu" or "cuda".
-        threads: Of every process.
+        threads: Threads per process.
 
     Returns:
         See `entry`.
@@ -196,12 +196,12 @@ def compare(
 
 
 def entry(comparison: Comparison, sides: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What results keep of a comparison.
+    """Return the entry for a comparison in the results.
 
     Args:
-        comparison: It.
-        sides: Per side its `rounds` (seconds and phases) and, as far as it came, `facts`,
-            `peak_mib` and `error`.
+        comparison: The comparison.
+        sides: Per side its `rounds` (seconds and phases) and, as far as it got, `facts`, `peak_mib`
+            and `error`.
     """
     return {
         "group": comparison.group,
@@ -217,10 +217,10 @@ def entry(comparison: Comparison, sides: Mapping[str, Mapping[str, Any]]) -> dic
 
 
 def make_assets(comparison: Comparison, folder: Path, spec: Mapping[str, Any]) -> None:
-    """Writes the weights and data of a comparison, in a process of its own.
+    """Write the weights and data of a comparison, in a separate process.
 
     Raises:
-        SideFailed: It broke down.
+        SideFailed: If it crashed.
     """
     asking = {
         slug(name): side.options["config"].get("lora")
@@ -241,10 +241,10 @@ def make_assets(comparison: Comparison, folder: Path, spec: Mapping[str, Any]) -
 
 
 def is_ours(side: Side) -> bool:
-    """Whether a side is this library and not a peer."""
+    """Return whether a side is this library and not a peer."""
     return side.module.startswith("workers.ours_")
 
 
 def slug(name: str) -> str:
-    """A side's name as part of a file's name."""
+    """Return a side's name in a form suitable for file names."""
     return "".join(letter if letter.isalnum() else "_" for letter in name)

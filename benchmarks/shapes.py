@@ -1,4 +1,4 @@
-"""Sizes of the models and lengths of the texts that are compared. Needs nothing but Python."""
+"""Sizes of the compared models and lengths of the texts. Needs nothing but Python."""
 
 import random
 from bisect import bisect_right
@@ -9,16 +9,16 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Llama:
-    """A decoder-only model; its parts are named as transformers names them.
+    """A decoder-only model, with parts named as in transformers.
 
     Attributes:
         hidden: D.
-        layers: Blocks.
-        heads: Query heads, each of hidden / heads.
+        layers: Number of blocks.
+        heads: Query heads, each hidden / heads wide.
         kv_heads: Key and value heads.
-        ffn: Inner width of the feed-forward.
+        ffn: Inner width of the feed-forward network.
         vocab: V.
-        tied: Whether the LM head is the embedding.
+        tied: Whether the LM head shares the embedding.
     """
 
     arch: ClassVar[str] = "llama"
@@ -32,12 +32,12 @@ class Llama:
 
     @property
     def inner(self) -> int:
-        """Width of all query heads together."""
+        """Total width of all query heads."""
         return self.hidden
 
     @property
     def kv_width(self) -> int:
-        """Width of all key heads together."""
+        """Total width of all key heads."""
         return self.hidden // self.heads * self.kv_heads
 
     @property
@@ -54,10 +54,10 @@ class T5:
 
     Attributes:
         hidden: D.
-        layers: Blocks of the encoder, and as many of the decoder.
+        layers: Number of blocks in the encoder, and in the decoder.
         heads: Attention heads.
         head_width: Width of each.
-        ffn: Inner width of the feed-forward.
+        ffn: Inner width of the feed-forward network.
         vocab: V.
     """
 
@@ -72,7 +72,7 @@ class T5:
 
     @property
     def inner(self) -> int:
-        """Width of all heads together."""
+        """Total width of all heads."""
         return self.heads * self.head_width
 
     @property
@@ -82,13 +82,13 @@ class T5:
 
     @property
     def attention(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of the matrices of one attention."""
+        """(inputs, outputs) of the matrices of one attention layer."""
         d, inner = self.hidden, self.inner
         return {"q": (d, inner), "k": (d, inner), "v": (d, inner), "o": (inner, d)}
 
     @property
     def feed_forward(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of the matrices of one feed-forward."""
+        """(inputs, outputs) of the matrices of one feed-forward network."""
         return {"wi": (self.hidden, self.ffn), "wo": (self.ffn, self.hidden)}
 
 
@@ -104,8 +104,8 @@ MODELS: dict[str, Model] = {
     "t5_small": T5(512, 6, 8, 64, 2048, 32128),
 }
 
-# Lengths of TL;DR posts and of their summaries: quantiles over 741 prompts and 1560 candidates of
-# the files that Google's tuning pipeline used, words times 1.3 tokens, and EOS after a summary.
+# Lengths of TL;DR posts and their summaries: quantiles over 741 prompts and 1560 candidates from
+# the files that Google's tuning pipeline used, words times 1.3 tokens, plus EOS after a summary.
 QUANTILES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 POST_TOKENS = (12, 151, 170, 230, 320, 395, 454, 477, 519)
 SUMMARY_TOKENS = (1, 18, 21, 26, 34, 41, 50, 60, 157)
@@ -113,13 +113,13 @@ SUMMARY_TOKENS = (1, 18, 21, 26, 34, 41, 50, 60, 157)
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long prompts and responses are, tokens, BOS or EOS included.
+    """Lengths of prompts and responses, in tokens, BOS or EOS included.
 
     Attributes:
         prompt: Longest prompt.
         response: Longest response.
-        real: Drawn like TL;DR's and cut at these limits, instead of all alike; a response then
-            ends in EOS, whereas one of fixed length is cut by the limit.
+        real: Whether to draw lengths like TL;DR's, cut at these limits, instead of one fixed
+            length; a response then ends in EOS, whereas one of fixed length is cut by the limit.
     """
 
     prompt: int
@@ -127,7 +127,7 @@ class Lengths:
     real: bool = False
 
     def draw(self, count: int, seed: int = 0) -> list[tuple[int, int]]:
-        """`count` pairs (prompt, response), the same for the same seed."""
+        """Draw `count` pairs (prompt, response), the same for the same seed."""
         if not self.real:
             return [(self.prompt, self.response)] * count
         source = random.Random(seed)
@@ -141,7 +141,7 @@ class Lengths:
 
 
 def quantile(values: Sequence[int], level: float) -> int:
-    """The value at `level` of a distribution given at QUANTILES, linear between them."""
+    """Return the value at `level` of a distribution given at QUANTILES, interpolated linearly."""
     after = min(bisect_right(QUANTILES, level), len(QUANTILES) - 1)
     low, high = QUANTILES[after - 1], QUANTILES[after]
     share = (level - low) / (high - low)

@@ -1,13 +1,13 @@
-"""One side of a comparison, in a process of its own.
+"""One side of a comparison, in its own process.
 
     python worker.py MODULE SPEC        SPEC: JSON, see `rounds.Worker`
 
-The module's `main(spec, session)` sets its side up and repeats its work for ever, calling
-`session.round_done` after each round; that answers the driver and waits for its next command. So a
-library whose training loop is its own is measured from a callback in that loop.
+The module's `main(spec, session)` sets its side up and repeats its work forever, calling
+`session.round_done` after each round, which answers the driver and waits for its next command. So a
+library with its own training loop can be measured from a callback in that loop.
 
-Every message is a line of JSON: on standard input {"do": "round"} or {"do": "end"}, on what was
-standard output the answers. The first round is a warm-up and its answer means ready.
+Every message is a line of JSON: commands {"do": "round"} or {"do": "end"} on standard input,
+answers on the original standard output. The first round is a warm-up; its answer means ready.
 """
 
 import importlib
@@ -21,15 +21,15 @@ from typing import Any, TextIO
 
 
 class Finished(BaseException):
-    """The driver has seen enough; not an Exception, so that no library holds it up."""
+    """The driver needs no more rounds; not an Exception, so that no library catches it."""
 
 
 class Session:
-    """The worker's end of the conversation.
+    """The worker's end of the connection.
 
     Args:
-        answers: Where answers go.
-        commands: Where commands come from.
+        answers: Stream for answers.
+        commands: Stream of commands.
     """
 
     def __init__(self, answers: TextIO, commands: TextIO) -> None:
@@ -43,15 +43,15 @@ class Session:
         facts: Mapping[str, Any] | None = None,
         seconds: float | None = None,
     ) -> None:
-        """Says that a round is over, and returns when the next one should begin.
+        """Report the end of a round, and return when the next one should begin.
 
         Args:
             phases: Seconds of parts of the round.
-            facts: What the side knows about its work; said with the warm-up.
-            seconds: What counts as the round, if not all the time since it began.
+            facts: What the side knows about its work; sent with the warm-up.
+            seconds: Duration of the round, if not all the time since it began.
 
         Raises:
-            Finished: There is no next one.
+            Finished: If there is no next round.
         """
         synchronize()
         if seconds is None:
@@ -64,20 +64,20 @@ class Session:
         self._start = time.perf_counter()
 
     def answer(self, message: Mapping[str, Any]) -> None:
-        """Sends one message."""
+        """Send one message."""
         self._answers.write(json.dumps(message) + "\n")
         self._answers.flush()
 
 
 def synchronize() -> None:
-    """Waits for the GPU, if this process uses one."""
+    """Wait for the GPU, if this process uses one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def peak_memory() -> dict[str, float]:
-    """MiB: the most that was ever resident and, where a GPU is used, allocated on it."""
+    """Return MiB: peak resident memory and, if a GPU is used, peak memory allocated on it."""
     import resource
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
@@ -89,7 +89,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def run(module: str, spec: dict[str, Any], session: Session) -> int:
-    """Runs a side until the driver ends it; an exception becomes its last message."""
+    """Run a side until the driver ends it; an exception becomes its last message."""
     try:
         import torch
 
@@ -105,16 +105,16 @@ def run(module: str, spec: dict[str, Any], session: Session) -> int:
 
 
 def main() -> int:
-    """Keeps standard output for the protocol: whatever libraries print goes to standard error."""
+    """Reserve standard output for the protocol; whatever libraries print goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return run(sys.argv[1], json.loads(sys.argv[2]), Session(answers, sys.stdin))
 
 
 if __name__ == "__main__":
-    # Sides import this module by its name: it must be the one that runs.
+    # Sides import this module by name: they must get the one that is running.
     sys.modules["worker"] = sys.modules["__main__"]
     sys.stdout.flush()
     code = main()
     sys.stderr.flush()
-    os._exit(code)  # libraries' threads and exit handlers are not ours to wait for
+    os._exit(code)  # do not wait for libraries' threads and exit handlers
