@@ -56,7 +56,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what computes; shuffles the files, and the tests of each, which share its fixtures."""
+    """Mark tests that compute; shuffle files, and the tests in each, which share its fixtures."""
     for item in items:
         if hasattr(getattr(item, "module", None), "torch"):
             item.add_marker(pytest.mark.numerics)
@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
-    """What tests of one process share is at every test's start as at the first one's."""
+    """Give every test the same initial state, whatever earlier tests in the process changed."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def arch(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing goes to the user's cache."""
+    """Keep the user's cache untouched."""
     os.environ.setdefault("RLHF_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
@@ -132,7 +132,7 @@ def object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ob
 
 @pytest.fixture
 def vertex(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Vertex's API, credentials of nobody, and files that nobody looks into."""
+    """Provide Vertex's API, anonymous credentials, and files that are not checked."""
     from support.submission import fake_api  # and with it Google's client library
 
     yield from fake_api(monkeypatch)

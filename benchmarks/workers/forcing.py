@@ -1,4 +1,4 @@
-"""Where responses of a peer end, through transformers' own seam for such things."""
+"""Fixed response lengths for a peer, using a hook that transformers provides."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +8,11 @@ from transformers import LogitsProcessor
 
 
 class ForcedLengths(LogitsProcessor):
-    """Makes EOS certain at a row's length and impossible before, in place to cost nothing.
+    """Make EOS certain at a row's length and impossible before, in place and at no cost.
 
     Args:
-        lengths: Tokens of each row's response, EOS included; None for no EOS at all.
-        start: Tokens that the first call finds: those of a prompt, or T5's decoder start.
+        lengths: Tokens in each row's response, EOS included; None for no EOS at all.
+        start: Tokens present at the first call: those of a prompt, or T5's decoder start.
         eos: The id that ends a response.
     """
 
@@ -22,7 +22,7 @@ class ForcedLengths(LogitsProcessor):
         self._eos = eos
 
     def __call__(self, input_ids: Any, scores: Any) -> Tensor:
-        """Changes and returns (B, V) `scores`."""
+        """Modify and return (B, V) `scores`."""
         scores[:, self._eos] = -float("inf")
         done = input_ids.shape[1] - self._start
         for row, length in enumerate(self._lengths or ()):

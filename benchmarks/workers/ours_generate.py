@@ -18,7 +18,7 @@ from workers.ours_ppo import force_lengths
 
 
 def main(spec: dict[str, Any], session: Session) -> None:
-    """Decodes the same prompts again and again, with other random numbers."""
+    """Decode the same prompts again and again, with different random numbers."""
     folder, options, limit = Path(spec["folder"]), spec["options"], spec["lengths"]["response"]
     config = StageConfig(
         base_model=str(folder / "model"),
@@ -43,8 +43,8 @@ def main(spec: dict[str, Any], session: Session) -> None:
         return time.perf_counter() - start
 
     facts = {"dtype": options["dtype"], **costs(spec)}
-    # What reading the prompts takes, so that the rest is decoding; known before the rounds, whose
-    # caches a shorter run between them would disturb.
+    # Time to read the prompts, so that the rest is decoding; measured before the rounds, because a
+    # shorter run between them would disturb their caches.
     prefill = min(decode(draw, 1) for draw in range(3)) if options.get("prefill") else None
     for draw in itertools.count():
         seconds = decode(draw, limit)
@@ -53,7 +53,7 @@ def main(spec: dict[str, Any], session: Session) -> None:
 
 
 def costs(spec: dict[str, Any]) -> dict[str, Any]:
-    """FLOPs of the phases, and the bytes that decoding has to read."""
+    """Return the FLOPs of the phases, and the bytes that decoding has to read."""
     model, lengths, options = MODELS[spec["model"]], spec["lengths"], spec["options"]
     prompt, response = lengths["prompt"], lengths["response"]
     lora = options["lora"] or {"rank": 0, "target_modules": ()}

@@ -1,4 +1,4 @@
-"""A PPO iteration of ours."""
+"""Our PPO iteration."""
 
 import itertools
 import statistics
@@ -24,12 +24,12 @@ from workers.watching import seconds_inside
 
 READS = ("with_states", "response_states", "final_states", "token_logprobs")
 DECODES = ("prefill", "decode", "policy_logits")
-END = 2.0  # in the place of a uniform number: EOS comes here
+END = 2.0  # replaces a uniform number: EOS goes here
 BELOW_ONE = 1 - 2**-24
 
 
 def main(spec: dict[str, Any], session: Session) -> None:
-    """Makes steps of a `PPOTrainer`."""
+    """Run steps of a `PPOTrainer`."""
     folder, lengths = Path(spec["folder"]), spec["lengths"]
     scorer = folder / f"reward-{spec['side']}"
     config = PPOConfig(
@@ -58,29 +58,29 @@ def main(spec: dict[str, Any], session: Session) -> None:
 
 
 def share_outside_model_calls(trainer: ppo_trainer.PPOTrainer) -> float:
-    """What an iteration spends on other things than forward, backward and optimizer.
+    """Return the share of an iteration spent outside forward, backward and optimizer.
 
-    Such as sampling, rewards, advantages, batches, texts and Python between the calls, and adding
-    the adapter into the weights for the rollout. It is another warm-up, of the first step.
+    That is sampling, rewards, advantages, batches, texts and Python between the calls, and merging
+    the adapter into the weights for the rollout. Serves as another warm-up, of the first step.
     """
     methods = [(lm, name) for lm in FAMILIES.values() for name in (*READS, *DECODES)]
     methods += [(ScalarHead, "forward"), (torch.Tensor, "backward")]
     methods += [(GroupedAdamW, name) for name in ("grad_norms", "update")]
-    trainer.make_step()  # the very first calls take longer
+    trainer.make_step()  # the very first calls are slower
     seconds, inside = seconds_inside(trainer.make_step, methods)
     return 1 - inside / seconds
 
 
 def count_words(_: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """A reward that costs nothing."""
+    """Return a reward that costs nothing to compute."""
     return [float(len(response.split()) % 7) for response in responses]
 
 
 def force_lengths(lengths: Sequence[Sequence[int]] | None, eos: int) -> None:
-    """Makes rollouts end where they are told to, or (None) at the limit; nowhere else.
+    """Make rollouts end at given lengths or, with None, at the limit; nowhere else.
 
     Args:
-        lengths: Per step the lengths of the responses in the order of the rows.
+        lengths: Per step the lengths of the responses, in row order.
         eos: The id that ends a response.
     """
     uniforms, sample = ppo_trainer.rollout_uniforms, generation.sample
@@ -105,7 +105,7 @@ def force_lengths(lengths: Sequence[Sequence[int]] | None, eos: int) -> None:
 def iteration_flops(
     trainer: ppo_trainer.PPOTrainer, model: str, batches: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
-    """FLOPs of the phases; the mean over the batches, of which the first is the warm-up's."""
+    """Return the FLOPs of the phases, averaged over the batches; the first is the warm-up's."""
     config, measured = trainer.config, batches[1:] or batches
     rows = [
         (len(prompt), length)

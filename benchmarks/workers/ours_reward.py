@@ -1,4 +1,4 @@
-"""A training step of our reward model."""
+"""Our reward model's training step."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from workers.common import flops_lora, training_fields
 
 
 def main(spec: dict[str, Any], session: Session) -> None:
-    """Makes steps of a `RewardModelTrainer`."""
+    """Run steps of a `RewardModelTrainer`."""
     folder, lengths = Path(spec["folder"]), spec["lengths"]
     config = RewardModelConfig(
         preference_dataset=str(folder / "pairs.jsonl"),

@@ -11,13 +11,13 @@ from worker import Session
 
 
 def main(spec: dict[str, Any], session: Session) -> None:
-    """Samples from the same prompts again and again."""
+    """Sample from the same prompts again and again."""
     folder, options = Path(spec["folder"]), spec["options"]
     model = load(folder / "model", options).to(spec["device"]).eval()
     batch = json.loads((folder / "batches.json").read_text())[0]["prompts"]
     prompts = torch.tensor(batch, device=spec["device"])
     config = model.config
-    model.generation_config.eos_token_id = None  # nothing ends early, and nothing is checked
+    model.generation_config.eos_token_id = None  # nothing ends early, so nothing is checked
     settings = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -37,7 +37,7 @@ def main(spec: dict[str, Any], session: Session) -> None:
 
 
 def load(folder: Path, options: dict[str, Any]) -> Any:
-    """The model, with an adapter if the options have one."""
+    """Return the model, with an adapter if the options include one."""
     seq2seq = AutoConfig.from_pretrained(folder).is_encoder_decoder
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=getattr(torch, options["dtype"]))

@@ -1,7 +1,7 @@
 """A PPO iteration of TRL 1.12.0, the last release that has PPO.
 
-Three copies of the model: the policy with LoRA (the reference is the same without), a value model
-that is trained in full, a reward model; TRL has no other way. Its settings are the fastest that
+Three copies of the model: the policy with LoRA (without it, the same weights are the reference), a
+fully trained value model, and a reward model; TRL has no other way. Settings are the fastest that
 fit: whole batches, no gradient checkpointing.
 """
 
@@ -27,18 +27,18 @@ from workers.forcing import ForcedLengths
 
 
 class Rounds(TrainerCallback):
-    """Tells the driver of every step, and waits."""
+    """Report every step to the driver, and wait."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """A PPO iteration is over."""
+        """End a round after a PPO iteration."""
         self._session.round_done()
 
 
 class Batches:
-    """The batches of the comparison in its order, padded on the left, instead of TRL's loader."""
+    """The comparison's batches in order, left-padded, in place of TRL's loader."""
 
     def __init__(self, batches: list[dict[str, Any]], tokenizer: Any) -> None:
         self._batches = batches
@@ -50,7 +50,7 @@ class Batches:
 
 
 def main(spec: dict[str, Any], session: Session) -> None:
-    """Trains until the driver has seen enough."""
+    """Train until the driver ends it."""
     folder, batch, lengths = Path(spec["folder"]), spec["batch"], spec["lengths"]
     base, device = str(folder / "model"), spec["device"]
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
@@ -103,7 +103,7 @@ def main(spec: dict[str, Any], session: Session) -> None:
 
 
 def check_lengths(policy: Any, limit: int) -> None:
-    """Makes sure that nothing ends before the limit."""
+    """Check that nothing ends before the limit."""
     generate = policy.generate
 
     def checked(**inputs: Any) -> Any:
@@ -115,7 +115,7 @@ def check_lengths(policy: Any, limit: int) -> None:
 
 
 def force_lengths(policy: Any, lengths: list[list[int]], tokenizer: Any) -> None:
-    """Makes the responses of each iteration as long as `lengths` say, and makes sure of it."""
+    """Make the responses of each iteration as long as `lengths` says, and check it."""
     generate, coming = policy.generate, itertools.cycle(lengths)
 
     def forced(**inputs: Any) -> Any:

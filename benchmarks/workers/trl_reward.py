@@ -14,18 +14,18 @@ from worker import Session
 
 
 class Rounds(TrainerCallback):
-    """Tells the driver of every step, and waits."""
+    """Report every step to the driver, and wait."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """A training step is over."""
+        """End a round after a training step."""
         self._session.round_done()
 
 
 def main(spec: dict[str, Any], session: Session) -> None:
-    """Trains until the driver has seen enough."""
+    """Train until the driver ends it."""
     folder, base = Path(spec["folder"]), str(Path(spec["folder"]) / "model")
     model = AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=1, dtype=torch.float32

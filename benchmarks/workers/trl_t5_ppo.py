@@ -1,4 +1,4 @@
-"""A PPO iteration of TRL 0.11.4, the last release whose PPO takes T5.
+"""A PPO iteration of TRL 0.11.4, the last release whose PPO supports T5.
 
 The value head sits on the policy's trunk; the reference is the policy without its adapter.
 """
@@ -17,7 +17,7 @@ from workers.forcing import ForcedLengths
 
 
 def main(spec: dict[str, Any], session: Session) -> None:
-    """Generates and makes PPO steps until the driver has seen enough."""
+    """Generate and run PPO steps until the driver ends it."""
     folder, batch = Path(spec["folder"]), spec["batch"]
     base = folder / "model"
     tokenizer = PreTrainedTokenizerFast(
@@ -51,7 +51,7 @@ def main(spec: dict[str, Any], session: Session) -> None:
         queries = [torch.tensor(ids) for ids in steps[number % len(steps)]["prompts"]]
         number += 1
         responses = trainer.generate(queries, batch_size=batch, **settings)
-        # Decoding starts from one token, which TRL counts as a part of the response.
+        # Decoding starts from one token, which TRL counts as part of the response.
         assert {len(ids) for ids in responses} == {spec["lengths"]["response"] + 1}
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         trainer.step(queries, responses, [torch.tensor(score(text)) for text in texts])
@@ -59,5 +59,5 @@ def main(spec: dict[str, Any], session: Session) -> None:
 
 
 def score(text: str) -> float:
-    """A reward that costs nothing."""
+    """Return a reward that costs nothing to compute."""
     return float(len(text.split()) % 7)

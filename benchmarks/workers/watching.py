@@ -1,4 +1,4 @@
-"""How much of some work lies inside certain calls."""
+"""Measure how much of some work is spent inside certain calls."""
 
 import functools
 import time
@@ -11,13 +11,13 @@ from worker import synchronize
 
 
 class Watch:
-    """Seconds inside calls, of which those within another count once.
+    """Seconds spent inside calls; nested calls count once.
 
-    Waiting for the GPU at both ends makes the time of a call that of its work there; so nothing
-    that counts is measured under a watch.
+    Waiting for the GPU before and after a call attributes its GPU work to it, so no reported figure
+    is measured under a watch.
 
     Attributes:
-        seconds: So far.
+        seconds: Total so far.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Watch:
         self._inside = False
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, with its time added to `seconds`."""
+        """Wrap a function so that its time is added to `seconds`."""
 
         @functools.wraps(function)
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -46,7 +46,7 @@ class Watch:
 def seconds_inside(
     work: Callable[[], object], methods: Iterable[tuple[type, str]]
 ) -> tuple[float, float]:
-    """Does the work; returns the seconds that it took and those in the methods."""
+    """Do the work; return its total seconds and those spent in the methods."""
     watch = Watch()
     with ExitStack() as stack:
         for owner, name in methods:

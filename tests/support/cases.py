@@ -96,7 +96,7 @@ def save_reward_model(arch: str, base: Path, folder: Path) -> None:
 
 
 def make_case(arch: str, base: Path, folder: Path) -> Case:
-    """Writes everything below `folder`."""
+    """Write everything below `folder`."""
     case = Case(arch, base, folder / "policy", folder / "reward", folder / "rows.jsonl")
     save_policy(arch, base, case.policy)
     save_reward_model(arch, base, case.reward)

@@ -1,6 +1,6 @@
-"""Runs a compiled pipeline's YAML as KFP's backend would: resolves each task, starts its container.
+"""Run a compiled pipeline's YAML like KFP's backend: resolve each task, start its container.
 
-The containers are Google's custom-job launcher, which runs here for real, as a process.
+The containers run Google's custom-job launcher, which really runs here, as a process.
 """
 
 import json
@@ -28,7 +28,7 @@ _RUN_TIME = {
 
 
 class LauncherFailed(Exception):  # noqa: N818 (says what happened)
-    """The launcher of a task ended with an error; the message is what it printed."""
+    """A task's launcher failed; the message is its output."""
 
 
 @dataclass
@@ -37,14 +37,14 @@ class Run:
 
     Attributes:
         path: The compiled YAML.
-        parameters: What the pipeline is given.
+        parameters: The pipeline's parameters.
         root: gs:// folder for the outputs of its tasks.
-        folder: Local folder for what launchers keep on disk.
+        folder: Local folder for files that launchers keep on disk.
         vertex: Address of the API.
-        environment: Further variables of the launchers.
+        environment: Further variables for the launchers.
         outputs: Task to its output parameters, so far.
         answers: Task to its executor output.
-        read: Reads an object of the store.
+        read: Reads an object from the store.
     """
 
     path: Path
@@ -137,14 +137,14 @@ class Run:
     def executor_input(
         self, name: str, component: Mapping[str, Any], inputs: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What KFP tells a task: its inputs, and where its outputs go, as Vertex writes both."""
+        """Build KFP's input for a task: its inputs and output locations, as Vertex writes both."""
         place = f"{self.root}/{name}"
         mounted = place.replace("gs://", "/gcs/", 1)
         declared = component.get("outputDefinitions", {})
         parameters = {
             key: {"outputFile": f"{mounted}/{key}"} for key in declared.get("parameters", {})
         }
-        if "gcp_resources" in parameters:  # the launcher writes it itself, through the mount
+        if "gcp_resources" in parameters:  # written by the launcher itself, through the mount
             parameters["gcp_resources"] = {"outputFile": str(self.resources(name))}
         artifacts = {
             key: {
@@ -167,7 +167,7 @@ class Run:
         return {"inputs": {"parameterValues": dict(inputs)}, "outputs": outputs}
 
     def resources(self, name: str) -> Path:
-        """Where the launcher of a task notes its job."""
+        """Return the file in which a task's launcher records its job."""
         return self.folder / f"{name}-gcp_resources"
 
     def collect(self, name: str, component: Mapping[str, Any]) -> None:
@@ -214,7 +214,7 @@ class Run:
     def _render(
         self, text: str, inputs: Mapping[str, Any], executor_input: Mapping[str, Any]
     ) -> str:
-        """Put values for placeholders, as the backend does: text raw, everything else as JSON."""
+        """Fill in placeholders like the backend: text as it is, everything else as JSON."""
 
         def value_of(match: re.Match[str]) -> str:
             value = inputs[match[1]]
@@ -228,7 +228,7 @@ class Run:
         )
         escaped = json.dumps(json.dumps(executor_input, ensure_ascii=False), ensure_ascii=False)
         text = text.replace("{{$.json_escape[1]}}", escaped[1:-1])
-        # A task's number is its own; a whole number that may be negative, as Vertex writes it.
+        # Each task has its own number; an integer that may be negative, as on Vertex.
         number = str(-zlib.crc32(executor_input["outputs"]["outputFile"].encode()))
         text = self._at_run_time(text).replace("{{$.pipeline_task_uuid}}", number)
         assert "{{$" not in text, text
@@ -236,7 +236,7 @@ class Run:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """What KFP does to a launcher whose pipeline is cancelled."""
+    """Stop a launcher as KFP does when its pipeline is cancelled."""
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed.decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Vertex AI's custom jobs on loopback: a process for every job.
+"""Vertex AI's custom jobs on loopback: one process per job.
 
 A job runs the container's entrypoint with its own arguments.
 """
@@ -24,7 +24,7 @@ ENTRYPOINT = ROOT / "containers" / "entrypoint.sh"
 
 @dataclass
 class Job:
-    """A job, its process and what it printed."""
+    """A job, its process and its output."""
 
     resource: CustomJob
     log: Path
@@ -49,11 +49,11 @@ class CustomJobs(FakeVertex):
 
     Args:
         folder: For the jobs' output.
-        environment: Variables of every job, such as the object store's.
+        environment: Variables for every job, such as the object store's.
 
     Attributes:
         jobs: By resource name, in the order of creation.
-        restarts: How often a job that failed is started again, as Vertex does with a lost machine.
+        restarts: How often a failed job is restarted, as Vertex does after losing a machine.
     """
 
     ROUTES = (
@@ -72,13 +72,13 @@ class CustomJobs(FakeVertex):
 
     @property
     def polls(self) -> int:
-        """How often somebody asked how a job is."""
+        """How often a job's state was queried."""
         return sum(method == "GET" for method, _, _ in self.requests)
 
     def create_custom_job(self, *, parent: str, body: Any, **_: Any) -> Answer:
         resource = CustomJob()
         try:
-            ParseDict(body, resource._pb)  # refuses what CustomJob does not have
+            ParseDict(body, resource._pb)  # rejects fields that CustomJob does not have
         except ParseError as error:
             return 400, {"error": {"code": 400, "message": str(error)}}
         number = len(self.jobs) + 1

@@ -1,8 +1,8 @@
-"""The tables of docs/vertex.md that the code decides.
+"""The tables in docs/vertex.md that are generated from the code.
 
 `python tests/support/doc_tables.py` rewrites them.
 
-Each stands between `<!-- NAME -->` and `<!-- end -->`.
+Each is between `<!-- NAME -->` and `<!-- end -->`.
 """
 
 import json
@@ -21,7 +21,7 @@ from rlhf.vertex.base_models import HUB_NAMES
 from rlhf.vertex.parameters import PARAMETERS, REQUIRED, Parameter, description
 
 PAGE = Path(__file__).parents[2] / "docs" / "vertex.md"
-# What the compiled pipeline fills in by itself, in words.
+# What the compiled pipeline fills in itself, in words.
 AT_RUN_TIME = {
     "project": "the pipeline's",
     "location": "the pipeline's",
@@ -38,7 +38,7 @@ def flan_t5(d_model: int, d_ff: int, layers: int, heads: int) -> T5Config:
     )  # fmt: skip
 
 
-# Shapes of the checkpoints that Google's names stand for, as in their config.json.
+# Shapes of the checkpoints behind Google's names, from their config.json.
 SHAPES: dict[str, PreTrainedConfig] = {
     "t5-small": flan_t5(512, 1024, 8, 6),
     "t5-large": flan_t5(1024, 2816, 24, 16),
@@ -67,7 +67,7 @@ def default(parameter: Parameter) -> str:
 
 
 def parameters() -> str:
-    """Every parameter, what it is for, its default, and the field of the YAML that it sets."""
+    """List every parameter, its meaning, its default, and the YAML field that it sets."""
     fields = {
         "output_directory": "`output_dir`, all but its last part",
         "run_name": "`output_dir`, last part",
@@ -88,7 +88,7 @@ def parameters() -> str:
 
 
 def machine_types() -> str:
-    """The machines that are chosen by themselves, cheapest first."""
+    """List the machines that are chosen automatically, cheapest first."""
     rows = [
         (
             f"`{m.machine_type}`",
@@ -101,7 +101,7 @@ def machine_types() -> str:
 
 
 def chosen(shape: PreTrainedConfig, *, checkpointing: bool) -> str:
-    """The machine that a model gets with default settings."""
+    """Return the machine that a model gets with default settings."""
     config = PipelineConfig(
         base_model="a/b",
         preference_dataset="gs://bucket/rows.jsonl",
@@ -116,7 +116,7 @@ def chosen(shape: PreTrainedConfig, *, checkpointing: bool) -> str:
 
 
 def models() -> str:
-    """Machines of Google's models with default settings."""
+    """List the machines of Google's models with default settings."""
     rows = [
         (
             f"`{name}`",
@@ -131,7 +131,7 @@ def models() -> str:
 
 
 def learning_rates() -> str:
-    """Rates at multiplier 1.0, ours and those of Google's public runs."""
+    """List the rates at multiplier 1.0, ours and those of Google's public runs."""
     google = {"reward_model": "1e-4 with rank 4", "ppo": "5e-4 with rank 1", "critic": "unknown"}
     rows = [
         (name, f"{rates['lora']:g}", f"{rates['full']:g}", google[name])
@@ -151,7 +151,7 @@ TABLES = {
 
 
 def with_tables(text: str) -> str:
-    """A page whose tables are what the code gives."""
+    """Return a page with its tables regenerated from the code."""
     for name, make in TABLES.items():
         start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
         pattern = f"(?<={re.escape(start)}).*?(?={re.escape(end)})"

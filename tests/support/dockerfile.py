@@ -1,7 +1,7 @@
-"""Reads the Dockerfile, and runs its steps as a script where there is no Docker.
+"""Read the Dockerfile, and run its steps as a script where there is no Docker.
 
-RUN and COPY do below an empty folder what they would do in the image: the image's absolute paths
-are redirected into that folder, and nothing else of a step is changed.
+RUN and COPY act on an empty folder as they would on the image: the image's absolute paths are
+redirected into that folder, and nothing else in a step is changed.
 """
 
 import fnmatch
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# Steps that need root and a Debian of their own.
+# Steps that need root and their own Debian.
 SKIPPED = {"useradd --uid 1000 --user-group --create-home rlhf"}
 
 
@@ -31,9 +31,9 @@ class Stage:
 
 
 def stages() -> list[Stage]:
-    """The instructions of the Dockerfile, continued lines joined, comments left out.
+    """Return the Dockerfile's instructions, with continued lines joined and comments left out.
 
-    An ARG before the first FROM is for the FROM lines, which show its default here.
+    An ARG before the first FROM applies to the FROM lines, which show its default here.
     """
     text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M)
     found: list[Stage] = []
@@ -55,7 +55,7 @@ def stages() -> list[Stage]:
 
 
 def ignored(path: Path) -> bool:
-    """Whether .dockerignore keeps a path out of the build: the last rule that fits decides."""
+    """Return whether .dockerignore excludes a path; the last matching rule decides."""
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     names = [path, *path.parents][:-1]
     result = False
@@ -68,10 +68,10 @@ def ignored(path: Path) -> bool:
 
 
 class Build:
-    """Runs the Dockerfile's stages, each one in its turn at `root`, as an image would be made.
+    """Runs the Dockerfile's stages one by one at `root`, like an image build.
 
     Attributes:
-        root: The folder that stands for `/`; at the end, the final stage's.
+        root: The folder in place of `/`; at the end, the final stage's.
         env: The environment that a container of the image would start with.
         directory: The working directory of that container.
         skipped: The RUN steps that were left out.
@@ -92,7 +92,7 @@ class Build:
         if stage.base in self._inherited:
             env, self.directory = self._inherited[stage.base]
             self.env = dict(env)
-            # Hard links: pip replaces files and does not write into them.
+            # Hard links are safe: pip replaces files instead of writing into them.
             subprocess.run(["cp", "-al", self._saved / stage.base, self.root], check=True)
         else:
             self._base_image()
@@ -103,7 +103,7 @@ class Build:
             self.root.rename(self._saved / stage.name)
 
     def _base_image(self) -> None:
-        """An environment of this Python stands for the Python image, with pip in it."""
+        """Use an environment of this Python, with pip, in place of the Python image."""
         self.directory = self.root
         local = self.root / "usr" / "local"
         subprocess.run([sys.executable, "-m", "venv", local], check=True)
@@ -118,7 +118,7 @@ class Build:
         }
 
     def redirected(self, text: str) -> str:
-        """Puts the image's absolute paths below `root`; addresses and relative paths stay."""
+        """Move the image's absolute paths below `root`; keep addresses and relative paths."""
         return re.sub(r"(?<![\w/.*])/(?=(opt|usr/local|home|build)\b)", f"{self.root}/", text)
 
     def _arg(self, value: str) -> None:

@@ -1,7 +1,7 @@
-"""Vertex AI's pipelines on loopback: the REST API that the real `aiplatform.PipelineJob` speaks.
+"""Vertex AI's pipelines on loopback: the REST API used by the real `aiplatform.PipelineJob`.
 
-Requests are parsed strictly as `aiplatform_v1` messages. Nothing runs: a test says, state by state,
-what becomes of a pipeline. A route is a row of `ROUTES` and a method; a subclass may add more.
+Requests are parsed strictly as `aiplatform_v1` messages. Nothing runs: the test dictates a
+pipeline's states one by one. A route is a row of `ROUTES` and a method; a subclass may add more.
 """
 
 import datetime
@@ -33,12 +33,12 @@ class FakeVertex:
     """The API's server.
 
     Attributes:
-        url: Where the API is.
+        url: Address of the API.
         requests: (method, path, body) of every request, in order.
         pipelines: By resource name.
-        custom_jobs: All, in the order in which they were made.
-        steps: What happens to a pipeline, one at each look at it; the last one holds.
-        refuse: Status and message with which a new pipeline is answered; None to take it.
+        custom_jobs: All, in order of creation.
+        steps: Changes to a pipeline, one per query of its state; the last one persists.
+        refuse: Status and message to answer a new pipeline with; None to accept it.
         refuse_list: The same for a list of pipelines.
     """
 
@@ -59,7 +59,7 @@ class FakeVertex:
         self._numbers = itertools.count(1)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
-        # Looks every hundredth of a second whether to end.
+        # Checks every hundredth of a second whether to end.
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -68,7 +68,7 @@ class FakeVertex:
         self._server.server_close()
 
     def posted(self) -> list[Any]:
-        """Bodies of the POST requests."""
+        """Return the bodies of the POST requests."""
         return [body for method, _, body in self.requests if method == "POST"]
 
     def answer(self, method: str, target: str, body: Any) -> Answer:
@@ -87,7 +87,7 @@ class FakeVertex:
         if self.refuse is not None:
             return _error(*self.refuse)
         job = PipelineJob()
-        ParseDict(body, job._pb)  # raises for what PipelineJob does not have
+        ParseDict(body, job._pb)  # rejects fields that PipelineJob does not have
         job.name = f"{parent}/pipelineJobs/{query['pipelineJobId']}"
         job.state = PipelineState.PIPELINE_STATE_PENDING
         job.create_time = NOW
@@ -104,7 +104,7 @@ class FakeVertex:
         return 200, message(job)
 
     def list_pipelines(self, parent: str, query: Mapping[str, str], **_: Any) -> Answer:
-        """By state, a page of two at a time, with the fields of the read mask only."""
+        """Filter by state, two per page, with the fields of the read mask only."""
         if self.refuse_list is not None:
             return _error(*self.refuse_list)
         terms = query.get("filter", "").split(" OR ")
@@ -129,7 +129,7 @@ class FakeVertex:
         return 200, message(ListCustomJobsResponse(custom_jobs=found))
 
     def add_custom_job(self, parent: str, **fields: Any) -> CustomJob:
-        """Make a job as a pipeline's launcher would have."""
+        """Create a job as a pipeline's launcher would."""
         name = f"{parent}/customJobs/{next(self._numbers)}"
         job = CustomJob({"create_time": NOW, **fields, "name": name})
         self.custom_jobs.append(job)
@@ -138,14 +138,14 @@ class FakeVertex:
 
 def _masked(job: PipelineJob, mask: str) -> PipelineJob:
     fields = FieldMask()
-    fields.FromJsonString(mask)  # raises for what is no mask
+    fields.FromJsonString(mask)  # raises if it is not a mask
     copy = PipelineJob()
     fields.MergeMessage(PipelineJob.pb(job), PipelineJob.pb(copy))
     return copy
 
 
 def message(resource: Any) -> dict[str, Any]:
-    """A message as the REST API writes it: enums as integers."""
+    """Return a message as the REST API writes it: enums as integers."""
     return MessageToDict(type(resource).pb(resource), use_integers_for_enums=True)
 
 
@@ -167,7 +167,7 @@ def _handler(api: FakeVertex) -> type[BaseHTTPRequestHandler]:
         def _respond(self, body: Any) -> None:
             try:
                 status, answer = api.answer(self.command, self.path, body)
-            except Exception as error:  # whatever is wrong with a request is the client's fault
+            except Exception as error:  # anything wrong with a request is the client's fault
                 status, answer = _error(400, repr(error))
             content = json.dumps(answer).encode()
             self.send_response(status)
@@ -177,6 +177,6 @@ def _handler(api: FakeVertex) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(content)
 
         def log_message(self, *_: Any) -> None:
-            """Nothing to stderr."""
+            """Write nothing to stderr."""
 
     return Handler

@@ -4,14 +4,14 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 
-# Cases of each fuzz test; a thorough run sets RLHF_FUZZ=30000.
+# Cases per fuzz test; a thorough run sets RLHF_FUZZ=30000.
 CASES = int(os.environ.get("RLHF_FUZZ", "400"))
 
 
 def mutations(
     originals: Sequence[bytes], tokens: Sequence[bytes], cases: int = CASES, seed: int = 0
 ) -> Iterator[bytes]:
-    """Yield damaged copies: pieces lost, doubled, swapped, tokens and bytes put in."""
+    """Yield damaged copies: pieces removed, doubled or swapped, tokens and bytes inserted."""
     for number in range(cases):
         rng = random.Random(f"{seed} {number}")
         text = bytearray(rng.choice(originals))
@@ -23,7 +23,7 @@ def mutations(
                 del text[start:end]
             elif kind == 1:
                 text[start:end] = rng.choice(tokens)
-            elif kind == 2:  # a token in the place of a value
+            elif kind == 2:  # a token in place of a value
                 stop = text.find(b"\n", start)
                 at = text.find(b": ", start, stop)
                 text[at + 2 if at >= 0 else start : max(stop, start)] = rng.choice(tokens)

@@ -1,9 +1,8 @@
-"""Runs Python without a network: `python tests/support/isolated.py -m pytest …`.
+"""Run Python without a network: `python tests/support/isolated.py -m pytest …`.
 
-Only loopback is left. A test that would reach out fails at once, instead of passing where there is
-a network and hanging where there is none. Linux lets a process give its network up; where the
-kernel or a container's rules refuse, and on other systems, the command runs as it is, after a line
-that says so.
+Only loopback is left. A test that tries to reach out fails at once, instead of passing with a
+network and hanging without one. Linux lets a process give up its network; where the kernel or a
+container's rules refuse, and on other systems, the command runs anyway, after a line that says so.
 """
 
 import ctypes
@@ -19,10 +18,10 @@ SIOCGIFFLAGS, SIOCSIFFLAGS, IFF_UP = 0x8913, 0x8914, 0x1
 
 
 def isolate() -> None:
-    """Moves this process into a network namespace of its own and brings its loopback up.
+    """Move this process into its own network namespace and bring loopback up there.
 
     Raises:
-        OSError: If that is refused; the network is then as it was.
+        OSError: If that is refused; the network is then unchanged.
     """
     if not sys.platform.startswith("linux"):
         raise OSError(f"{sys.platform} has no network namespaces")
@@ -30,7 +29,7 @@ def isolate() -> None:
     try:
         _unshare(CLONE_NEWNET)
     except PermissionError:
-        # Whoever is not root needs a user namespace too, in which he is still himself.
+        # A user other than root needs a user namespace too, mapped to the same user.
         _unshare(CLONE_NEWUSER | CLONE_NEWNET)
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
@@ -56,6 +55,6 @@ if __name__ == "__main__":
         print(f"isolated.py: the network stays reachable: {error}", file=sys.stderr)
     else:
         os.environ["RLHF_ISOLATED"] = "1"
-    # Google's libraries would look for a metadata server at its fixed address.
+    # Otherwise Google's libraries look for a metadata server at its fixed address.
     os.environ["NO_GCE_CHECK"] = "true"
     os.execv(sys.executable, [sys.executable, *sys.argv[1:]])

@@ -1,12 +1,12 @@
-"""Kills a small pipeline before each of its file operations and gives the same command again.
+"""Kill a small pipeline before each of its file operations, then run the same command again.
 
 ```
 python tests/support/killing.py [--aimed 100] [--random 100] [--arch t5] [--seed 0]
 ```
-prints one line of figures: how many kills, how many restarts were refused, how many temporary
-files stayed, how many results differ. All of torch is loaded once; each attempt is a fork of that,
-which SIGKILL ends at the chosen operation (an audit event of Python, see `OPERATIONS`) or, for a
-random kill, at a random moment.
+prints one line of figures: how many kills, how many failed restarts, how many temporary files left
+behind, how many differing results. All of torch is loaded once; each attempt is a fork of that
+process, killed by SIGKILL at the chosen operation (a Python audit event, see `OPERATIONS`) or, for
+a random kill, at a random moment.
 """
 
 import argparse
@@ -29,19 +29,19 @@ OPERATIONS = {
     "shutil.rmtree",
 }  # fmt: skip
 WORDS = "the cat sat and the dog ran to a post"
-# Of a pipeline's results, what depends on the clock or on the memory of the machine.
+# Results of a pipeline that depend on the clock or on the machine's memory.
 UNSTABLE = ("seconds", "time/", "perf/")
 
 
 @dataclass
 class Figures:
-    """What came of the kills.
+    """Outcome of the kills.
 
     Attributes:
-        operations: File operations of a run that nobody kills.
+        operations: File operations in an undisturbed run.
         kills: Attempts that were killed.
-        refused: Restarts that did not end well, with their place.
-        leaked: Temporary files that stayed, with the kill's place.
+        refused: Restarts that failed, with their place.
+        leaked: Temporary files left behind, with the kill's place.
         different: Results that differ, with the kill's place.
     """
 
@@ -59,7 +59,7 @@ class Figures:
 
 
 def make_inputs(arch: str, folder: Path) -> dict[str, Any]:
-    """Writes a base and data; returns the pipeline's fields."""
+    """Write a base and data; return the pipeline's fields."""
     from support.tiny import make_tokenizer, tiny_model
 
     folder.mkdir(parents=True)
@@ -88,9 +88,9 @@ class Killer:
     """Runs a function in forks, and kills them.
 
     Args:
-        run: What a fork does.
-        watched: Operations count only below these folders.
-        log: Where forks write what they say.
+        run: The function to run in a fork.
+        watched: Only operations below these folders count.
+        log: File for the forks' output.
     """
 
     def __init__(self, run: Callable[[], Any], watched: list[Path], log: Path) -> None:
@@ -98,14 +98,14 @@ class Killer:
         self.watched = tuple(str(path) for path in watched)
 
     def attempt(self, kill_at: int | None = None, after: float | None = None) -> tuple[int, int]:
-        """Runs once.
+        """Run once.
 
         Args:
-            kill_at: Number of the operation before which to kill.
+            kill_at: Index of the operation before which to kill.
             after: Seconds after which to kill.
 
         Returns:
-            The exit code (negative: the signal), and how many operations there were.
+            The exit code (negative: the signal), and the number of operations.
         """
         reading, writing = os.pipe()
         child = os.fork()
@@ -152,12 +152,12 @@ class Killer:
         path = arguments[0]
         if not isinstance(path, str | Path) or not str(path).startswith(self.watched):
             return False
-        # Reading changes nothing: of a thousand openings of that kind one is as good as another.
+        # Reading changes nothing, so opening files for it does not count.
         return event != "open" or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
 
 def results(out: Path) -> dict[str, Any]:
-    """What a pipeline is for, by file, without what depends on the clock."""
+    """Return a pipeline's results by file, without what depends on the clock."""
     found: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         name = path.relative_to(out).as_posix()
@@ -182,14 +182,14 @@ def _stable(value: Any) -> Any:
 
 
 def kill_pipeline(arch: str, folder: Path, aimed: int, at_random: int, seed: int = 0) -> Figures:
-    """Kills a pipeline, each time in a fresh folder, and continues it.
+    """Kill a pipeline, each time in a fresh folder, and continue it.
 
     Args:
         arch: "t5" or "llama".
-        folder: Where to work.
-        aimed: How many operations to kill before, evenly spread; all if there are fewer.
-        at_random: How many kills at random moments.
-        seed: Of the moments.
+        folder: Folder to work in.
+        aimed: Number of operations to kill before, evenly spread; all if there are fewer.
+        at_random: Number of kills at random moments.
+        seed: Seed of the moments.
     """
     import torch
 
@@ -219,7 +219,7 @@ def kill_pipeline(arch: str, folder: Path, aimed: int, at_random: int, seed: int
     for place in places:
         shutil.rmtree(out)
         code, _ = killer.attempt(**place)
-        if code != -signal.SIGKILL:  # it was faster
+        if code != -signal.SIGKILL:  # it finished first
             continue
         figures.kills += 1
         where = json.dumps(place)

@@ -1,4 +1,4 @@
-"""Language models of tests, ragged batches, and slow references."""
+"""Language models for tests, ragged batches, and slow reference implementations."""
 
 import torch
 from support.tiny import make_tokenizer, tiny_model
@@ -23,7 +23,7 @@ def make_lm(arch: str, *, untied: bool = False) -> LanguageModel:
 
 
 def ragged(arch: str) -> tuple[TokenBatch, TokenBatch]:
-    """Mixed lengths, an EOS-first response, a sampled PAD, a PAD in a prompt, a cut response."""
+    """Return rows with mixed lengths, EOS first, a sampled PAD, a PAD in a prompt, and a cut."""
     eos = EOS[arch]
     prompts = [[5, 6, 7, 8, 9, 10], [11], [PAD, 12, PAD, 13], [14, 15]]
     responses = [[20, 21, PAD, 22, eos], [eos], [23, PAD], [PAD, PAD, eos]]
@@ -33,7 +33,7 @@ def ragged(arch: str) -> tuple[TokenBatch, TokenBatch]:
 def plain_logits(
     arch: str, model: torch.nn.Module, prompt: list[int], response: list[int]
 ) -> Tensor:
-    """(R+1, V) logits before and after each response token, from the model's own forward."""
+    """Return (R+1, V) logits before and after each response token, from the model's own forward."""
     with torch.no_grad():
         if arch == "t5":
             decoder = torch.tensor([[0, *response]])

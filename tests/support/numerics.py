@@ -1,4 +1,4 @@
-"""What "the same numbers" means where sums are taken in another order."""
+"""What "the same numbers" means when sums are taken in another order."""
 
 from collections.abc import Mapping
 
@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def assert_same_gradients(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Gradients in float32 that are equal but for the order of their sums.
+    """Assert that float32 gradients are equal except for the order of their sums.
 
-    An entry whose terms nearly cancel keeps the rounding of those terms, 6e-8 of each, so that its
-    own error may have any size beside it. Errors are held against the whole tensor, and where all
-    of its entries cancel against all tensors. A bound of 1e-5 is more than a hundred roundings and
-    far less than a row, a token or a factor that went missing.
+    An entry whose terms nearly cancel keeps the rounding error of those terms, 6e-8 of each, so its
+    relative error is unbounded. Errors are therefore compared with the whole tensor or, if all of
+    its entries cancel, with all tensors. The bound of 1e-5 is more than a hundred rounding errors,
+    and far less than a missing row, token or factor.
     """
     assert actual.keys() == expected.keys()
     total = sum(float(tensor.double().square().sum()) for tensor in expected.values()) ** 0.5

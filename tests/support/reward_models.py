@@ -1,4 +1,4 @@
-"""Reward models of tests, and a slow reference of their scores."""
+"""Reward models for tests, and a slow reference implementation of their scores."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def load(folder: Path, trainable: bool = False) -> LanguageModel:
 
 
 def slow_raw_scores(reward: RewardModel, arch: str, rows: zip) -> list[float]:
-    """One row at a time in a plain model, the adapter multiplied out by hand."""
+    """Score one row at a time in a plain model, with the adapter multiplied out by hand."""
     model = tiny_model(arch).eval()
     weights = dict(model.named_parameters())
     matrices = dict(reward.lm.named_trainable("reward"))

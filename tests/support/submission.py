@@ -1,4 +1,4 @@
-"""What tests of `rlhf vertex submit` have in common: a run, and a fake of Vertex's API for it."""
+"""Shared parts of the tests of `rlhf vertex submit`: a run, and a fake of Vertex's API for it."""
 
 from collections.abc import Iterator
 
@@ -32,17 +32,17 @@ vertex:
 
 
 def fake_api(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVertex]:
-    """The API, credentials of nobody, and files that nobody looks into."""
+    """Provide the API, anonymous credentials, and files that are not checked."""
     fake = FakeVertex()
     settings = initializer.global_config
-    for name in ("_project", "_location", "_credentials"):  # whatever a test makes of them
+    for name in ("_project", "_location", "_credentials"):  # whatever a test sets them to
         monkeypatch.setattr(settings, name, getattr(settings, name))
     monkeypatch.setattr(settings, "_api_endpoint", fake.url)
     monkeypatch.setattr(settings, "_api_transport", "rest")
     credentials = (AnonymousCredentials(), "own-project")
     monkeypatch.setattr("google.auth.default", lambda **_: credentials)
     monkeypatch.setattr(submit, "check_inputs", lambda config: ["pairs: 9 rows"])
-    monkeypatch.setattr(submit, "find_files", lambda *_: {})  # the bucket is there
+    monkeypatch.setattr(submit, "find_files", lambda *_: {})  # the bucket exists
     shape = dict(SHAPES["tiny"])
     tiny = AutoConfig.for_model(shape.pop("model_type"), **shape)
     monkeypatch.setattr("rlhf.vertex.machines.read_model_config", lambda *_: tiny)

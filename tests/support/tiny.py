@@ -1,4 +1,4 @@
-"""Builders of the tiny random models and tokenizers that tests use."""
+"""Builders of the tiny random models and tokenizers for tests."""
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -18,7 +18,7 @@ WORDS = ["▁the", "▁a", "▁cat", "▁dog", "▁sat", "▁ran", "▁to", "▁
 
 
 def make_tokenizer(arch: str) -> PreTrainedTokenizerFast:
-    """About 120 tokens. LLaMA's PAD equals its UNK, T5's equals the decoder start, as in life."""
+    """Build one with about 120 tokens. As in real ones, LLaMA's PAD is UNK; T5 decodes from PAD."""
     specials = ["<pad>", "</s>", "<unk>"] if arch == "t5" else ["<unk>", "<s>", "</s>"]
     pieces = [*specials, "▁", *LETTERS, *WORDS]
     vocab = [(piece, -1.0 if piece in WORDS else -5.0) for piece in dict.fromkeys(pieces)]
@@ -50,7 +50,7 @@ def make_tokenizer(arch: str) -> PreTrainedTokenizerFast:
 def tiny_model(
     arch: str, seed: int = 0, *, untied: bool = False, vocab: int = 120, layers: int = 2
 ) -> PreTrainedModel:
-    """A random model; `untied` gives T5 v1.1's own LM head and no output scaling."""
+    """Build a random model; `untied` gives T5 v1.1's separate LM head and no output scaling."""
     torch.manual_seed(seed)
     if arch == "t5":
         config = T5Config(
@@ -78,7 +78,7 @@ def tiny_model(
 
 
 def randomise_lora(lm: LanguageModel, adapter: str, seed: int = 1, std: float = 0.1) -> None:
-    """Gives the adapter a random B: zeros would hide a mix-up of roles."""
+    """Give the adapter a random B: zeros would hide a mix-up of roles."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in lm.named_trainable(adapter):

@@ -1,4 +1,4 @@
-"""A trainer of a handful of numbers, for tests of runs and folders."""
+"""A trainer with a handful of numbers, for tests of runs and folders."""
 
 import json
 import os
@@ -19,7 +19,7 @@ ROWS = 24
 
 
 class ToyTrainer(Trainer):
-    """Two linear layers with different clip norms, dropout, and state of its own."""
+    """Two linear layers with different clip norms, dropout, and its own state."""
 
     stage = "toy"
     best_metric = ("eval/loss", "min")

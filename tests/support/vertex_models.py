@@ -1,4 +1,4 @@
-"""What tests of Vertex share: shapes of known models, parameters of the notebook."""
+"""Shared by tests of Vertex: shapes of known models, parameters of the notebook."""
 
 from typing import Any
 

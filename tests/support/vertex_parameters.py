@@ -1,6 +1,6 @@
 """Parameters of a published notebook."""
 
-# What Google's course notebook passes, and where the results go, which its pipeline did not ask.
+# What Google's course notebook passes to its pipeline.
 NOTEBOOK = {
     "preference_dataset": "gs://vertex-ai/generative-ai/rlhf/text_small/summarize_from_feedback_tfds/comparisons/train/*.jsonl",
     "prompt_dataset": "gs://vertex-ai/generative-ai/rlhf/text_small/reddit_tfds/train/*.jsonl",
