@@ -238,7 +238,7 @@ class InferenceConfig(StageConfig):
     )
     min_response_length: int = option(
         0,
-        "EOS cannot be generated before this many tokens. Default: as in the policy's training.",
+        "EOS cannot be generated before this many tokens.",
         ge=0,
         le=MOST_TOKENS,
     )
