@@ -2,9 +2,9 @@
 # docker run IMAGE quickstart --arch t5            an ordinary command of rlhf
 # docker run IMAGE rlhf quickstart --arch t5       the same
 # docker run IMAGE job STAGE --executor_input=...  a step of the Vertex pipeline
-# docker run IMAGE serve --model FOLDER            a tuned model over HTTP, as Vertex's endpoints do
+# docker run IMAGE serve --model FOLDER            a tuned model over HTTP, for Vertex's endpoints
 #
-# exec, so that Python takes this shell's place as process 1 and gets SIGTERM itself: a stage saves
+# exec, so that Python replaces this shell as process 1 and receives SIGTERM itself: a stage saves
 # and exits with 75.
 set -eu
 

@@ -74,11 +74,11 @@ class ConvertReport:
         """Return the report for people, one fact per line."""
         said = [f"{self.output}: {self.rows} rows from layout {self.layout}"]
         if self.left_out:
-            said.append(f"left out, not two answers to one user's prompt: {self.left_out}")
+            said.append(f"left out, not two answers to the same user prompt: {self.left_out}")
         if self.repeating:
             said.append(
                 f"both answers begin with the whole prompt: {self.repeating} (kept as they are; "
-                "cut it off if it is no part of the answer)"
+                "remove it if it is not part of the answer)"
             )
         if self.unused:
             said.append(f"fields not used: {named(self.unused)}")

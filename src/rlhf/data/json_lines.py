@@ -190,7 +190,7 @@ def _parse_stream(stream: IO[bytes], number: int) -> Iterator[JsonLine]:
 def _not_lines(start: bytes) -> str:
     """Return what is wrong with a file whose first line shows that it is one JSON value."""
     if start.startswith(b"["):
-        return "is a JSON array, expected one object per line (rlhf data convert makes it)"
+        return "is a JSON array, expected one object per line (use rlhf data convert)"
     if start == b"{":
         return "is one JSON value over several lines, expected one object per line"
     return ""

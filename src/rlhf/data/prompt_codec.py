@@ -24,7 +24,7 @@ from rlhf.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_TOKENS = "input_text: the tokenizer makes no token of it, expected text that it knows"
+NO_TOKENS = "input_text: the tokenizer produces no tokens for it, expected text that it knows"
 _COUNT_ROWS = 512
 
 
@@ -312,7 +312,7 @@ class PromptCodec:
         needed = fixed + self.prompt_limit - self._room(prompt)
         return (
             f"prompt_sequence_length: is {self.prompt_limit}, expected more than {needed}, which "
-            "the instruction, the chat template and special tokens take alone"
+            "the instruction, the chat template and special tokens alone take up"
         )
 
     def _shorten(self, prompt: PromptText, piece: Piece) -> list[int] | None:

@@ -297,10 +297,10 @@ class RowChecker:
                 return
         if not turns or turns[0] != "user":
             found = f"is {turns[0]}" if turns else "is missing"
-            self._wrong(f"messages[{first}].author", found, "a conversation that the user begins")
+            self._wrong(f"messages[{first}].author", found, "a conversation begun by the user")
         elif turns[-1] != "user":
             place = f"messages[{len(authors) - 1}].author"
-            self._wrong(place, f"is {turns[-1]}", "user as the last author, who gets the answer")
+            self._wrong(place, f"is {turns[-1]}", "user as the last author, to be answered")
 
     def _missing(self, name: str, expected: str) -> None:
         hint = _hint(name, tuple(key[: _EXCERPT + 1] for key in islice(self.row, _MOST_KEYS)))
@@ -322,7 +322,7 @@ def _hint(name: str, keys: tuple[str, ...]) -> str:
     missing = FIELDS - {name} - set(keys)
     # Suggest renaming a field only if no other field would lose its content by it.
     if near and all(key == near or closest(key, missing) for key in own):
-        return f" (did you mean {name} by {_shorten(near)}?)"
+        return f" (did you mean {name} where it says {_shorten(near)}?)"
     return f" (the row has {named(keys[:8])})"
 
 

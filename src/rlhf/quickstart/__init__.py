@@ -1,1 +1,1 @@
-"""The built-in corpus, the small models, and the run that uses both."""
+"""The embedded corpus, the small models, and the run that uses both."""

@@ -1,1 +1,1 @@
-"""What is told to people: the dry run, the model card, the check of data."""
+"""Reports for people: the model card and the data check."""

@@ -1,4 +1,4 @@
-"""README.md of a stage's folder: what it holds, how to load it, what it was measured to do."""
+"""README.md of a stage's folder: its contents, how to load them, and measured results."""
 
 import json
 import math
@@ -39,14 +39,14 @@ def write_card(
     metrics: Mapping[str, Any],
     data: Sequence[str] = (),
 ) -> None:
-    """Writes the model card of a finished stage.
+    """Write the model card of a finished stage.
 
     Args:
         folder: The stage's folder, with its artifacts in place.
         stage: sft, reward_model or ppo.
-        config: What it was run with.
+        config: The stage's configuration.
         metrics: Final metrics; only numbers are listed.
-        data: Lines that say what was read, such as those of a data report.
+        data: Lines about the data that was read, such as those of a data report.
     """
     base = as_code(config.base_model) if config.base_model else "a model given as an object"
     sections = [
@@ -79,7 +79,7 @@ def _front_matter(folder: Path, stage: str, config: TrainingConfig) -> str:
         "tags": ["rlhf", kind, *(["lora"] if lora else [])],
     }
     base = without_secrets(config.base_model or "")
-    # The Hub takes only its own ids here, and a folder's name would tell a reader nothing.
+    # The Hub accepts only its own ids here, and a folder's name would be useless to a reader.
     if (
         base
         and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)
