@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 from support.fuzzing import mutations
 
 from rlhf.cli import main
@@ -20,6 +21,7 @@ from rlhf.config import (
     Schema,
     ScoreConfig,
     SFTConfig,
+    VertexConfig,
     config_to_yaml,
     load_config,
     result_fields,
@@ -243,6 +245,12 @@ def test_flags_that_cannot_be_are_refused_in_one_line(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1, said
     assert flag.strip("-") in said[0]
+
+
+@pytest.mark.parametrize("labels", [{"team": "\ud800"}, {"\ud800": "x"}, '{"team": "\\ud800"}'])
+def test_half_a_character_in_labels_is_refused(labels: Any) -> None:
+    with pytest.raises(ValidationError, match="half a character"):
+        VertexConfig(labels=labels)
 
 
 def test_a_reward_function_that_cannot_be_called_is_refused() -> None:

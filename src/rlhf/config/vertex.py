@@ -12,6 +12,7 @@ from pydantic import AfterValidator, field_validator
 from rlhf.config import cloud_names
 from rlhf.config.common import Schema, option
 from rlhf.config.describe import nearest
+from rlhf.config.loading import unreadable_character
 from rlhf.untrusted import parse_json
 
 # Vertex's names, those of its TPUs apart; a test compares them with its client library's.
@@ -149,6 +150,8 @@ class VertexConfig(Schema):
         for name, text in labels.items() if isinstance(labels, dict) else ():
             if not isinstance(text, str):
                 raise ValueError(f"{name}: expected text, got {text!r:.200}; put it in quotes")
+            if bad := unreadable_character(f"{name}{text}"):
+                raise ValueError(f"expected text, got a text with {bad}")
         return labels
 
     def cross_problems(self) -> list[str]:

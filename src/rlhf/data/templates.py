@@ -123,10 +123,11 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         if operator in ("*", "**"):
             self.ask([left, right], len(left) if isinstance(left, list) else 1)
         if operator == "%" and isinstance(left, str):
-            self._ask_format(left, right if isinstance(right, tuple) else (right,))
+            self.ask_format(left, right if isinstance(right, tuple) else (right,))
         return self.pay(super().call_binop(context, operator, left, right))
 
-    def _ask_format(self, text: str, values: Iterable[Any]) -> None:
+    def ask_format(self, text: str, values: Iterable[Any]) -> None:
+        """Refuse what a format would make too wide, before it is done."""
         self.ask(values)
         if _WIDE.search(text):
             raise jinja2.TemplateError("a format asks for a width that is too large")
@@ -138,7 +139,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
         values = [*arguments, *named.values()]
         if isinstance(owner, str) and function.__name__ in ("format", "format_map"):
-            self._ask_format(owner, values)
+            self.ask_format(owner, values)
         elif isinstance(owner, str):
             self.ask(values, max(len(owner), 1))
             self.pay(values, whole=True)
@@ -147,8 +148,9 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.pay(None)
         return self.pay(super().call(context, function, *arguments, **named))
 
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
+    def bounded(self, source: str) -> nodes.Template:
+        """Parse a template and put what pays for it into its tree."""
+        tree = self.parse(source)
         found: list[Any] = list(
             tree.find_all((nodes.Concat, nodes.List, nodes.Tuple, nodes.For, nodes.Output))
         )
@@ -185,7 +187,7 @@ def _paid(
         value, *others = arguments[1 if passed else 0 :]
         others += named.values()
         if filter_name == "format":
-            environment._ask_format(str(value), others)
+            environment.ask_format(str(value), others)
         elif filter_name in _MULTIPLYING:
             environment.ask(others, len(value) if isinstance(value, str | list | tuple) else 1)
         else:
@@ -220,7 +222,7 @@ def _compile(template: str) -> tuple[_BoundedEnvironment, jinja2.Template]:
     """Compile like transformers, but with a fixed date, which transformers cannot set."""
     environment = _BoundedEnvironment()
     environment.start(len(template))
-    return environment, environment.from_string(template)
+    return environment, environment.from_string(environment.bounded(template))
 
 
 def render(template: str, **values: Any) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from rlhf.errors import InputError, StorageError
+from rlhf.files.compat import request, upload_address
 from rlhf.files.owners import Process
 from rlhf.files.storage import as_url, find_files, locate, open_store, reason, storage_errors
 
@@ -306,7 +307,7 @@ class _Object:
         parts += [b"\n--=lease=\nContent-Type: application/json\n\n", content, b"\n--=lease=--"]
         answer = self._call(
             "POST",
-            f"{self._filesystem._location}/upload/storage/v1/b/{self._bucket}/o",
+            upload_address(self._filesystem, self._bucket),
             uploadType="multipart",
             ifGenerationMatch=version or "0",
             headers={"Content-Type": 'multipart/related; boundary="=lease="'},
@@ -332,7 +333,7 @@ class _Object:
     def _call(self, *args: Any, **options: Any) -> Any:
         """Return what the store answers; None for an unmet condition or a missing object."""
         try:
-            return self._filesystem.call(*args, **options)
+            return request(self._filesystem, *args, **options)
         except FileExistsError:  # how gcsfs says 412
             return None
         except FileNotFoundError:

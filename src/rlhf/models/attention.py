@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.llama.modeling_llama import rotate_half
+
+from rlhf.models.compat import register_attention, rotate_half, sdpa_attention_forward
 
 SDPA_FLOAT32 = "sdpa_float32"
 
@@ -43,8 +41,7 @@ def attention(
     return output.to(query.dtype), None
 
 
-AttentionInterface.register(SDPA_FLOAT32, attention)
-AttentionMaskInterface.register(SDPA_FLOAT32, sdpa_mask)
+register_attention(SDPA_FLOAT32, attention)
 
 
 def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

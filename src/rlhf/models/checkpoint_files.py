@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
 
 from rlhf.errors import InputError
+from rlhf.models.compat import attention_kind, find_hub_file
 from rlhf.untrusted import inner_names, parse_json
 
 INDEX = "model.safetensors.index.json"
@@ -56,13 +56,11 @@ def check_checkpoint(name: str, where: str, revision: str | None = None) -> None
     folder = Path(name)
     if not folder.is_dir():
         try:
-            index = cached_file(
-                name, INDEX, revision=revision, _raise_exceptions_for_missing_entries=False
-            )
+            index = find_hub_file(name, INDEX, revision)
         except Exception:  # no such name, no network: reading config.json says so
             return
         if index is not None:
-            _shards(Path(index), where)
+            _shards(index, where)
         return
     if (folder / "adapter_config.json").is_file():
         raise InputError(
@@ -169,11 +167,8 @@ def check_config(config: PretrainedConfig, where: str) -> None:
     for name in ("quantization_config", "transformers_weights", "auto_map"):
         if getattr(config, name, None):
             problems.append(f"{where}: {name} is not supported; save a plain model")
-    if config._attn_implementation not in (None, "eager", "sdpa"):
-        problems.append(
-            f"{where}: attn_implementation: expected eager or sdpa, got "
-            f"{config._attn_implementation!r:.80}"
-        )
+    if (kind := attention_kind(config)) not in (None, "eager", "sdpa"):
+        problems.append(f"{where}: attn_implementation: expected eager or sdpa, got {kind!r:.80}")
     if problems:
         raise InputError(problems)
 

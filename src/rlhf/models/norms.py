@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 from typing_extensions import override
+
+from rlhf.models.compat import LlamaRMSNorm, T5LayerNorm
 
 
 class _RMSNorm(Function):

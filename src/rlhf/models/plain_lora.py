@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from rlhf.errors import InputError
+from rlhf.models.compat import rank_of
 from rlhf.models.targets import adapted_layers, target_problems
 from rlhf.untrusted import parse_json
 
@@ -138,7 +138,7 @@ def check_fit(module: nn.Module, config: LoraConfig, state: Mapping[str, Tensor]
         return [f"target_modules: {problem}; {_FIX}" for problem in problems]
     expected: dict[str, tuple[int, ...]] = {}
     for name, layer in adapted_layers(module, config).items():
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r)
+        rank = rank_of(config, name)
         expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, layer.in_features)
         expected[f"{_PREFIX}{name}.lora_B.weight"] = (layer.out_features, rank)
     missing = [name for name in expected if name not in state]

@@ -9,8 +9,9 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
+
+from rlhf.models.compat import is_targeted
 
 _SHOWN = 5  # of a list of layers in a message
 
@@ -22,9 +23,7 @@ def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
         model: The base; it may have adapters already, and need not have storage.
         config: Of the adapter.
     """
-    return {
-        name: layer for name, layer in _layers(model) if check_target_module_exists(config, name)
-    }
+    return {name: layer for name, layer in _layers(model) if is_targeted(config, name)}
 
 
 def target_problems(

@@ -9,19 +9,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from google_cloud_pipeline_components import _placeholders as placeholders
 from google_cloud_pipeline_components.utils import build_serverless_customjob_container_spec
 from kfp import compiler, dsl
 
 from rlhf.vertex import default_image
+from rlhf.vertex.compat import project_and_location
 from rlhf.vertex.parameters import PARAMETERS, REQUIRED, Parameter, description
 
 PIPELINE_NAME = "rlhf-pipeline"
+_PROJECT, _LOCATION = project_and_location()
 # Defaults that are only known while the pipeline runs.
 _AT_RUN_TIME = {
-    "project": placeholders.PROJECT_ID_PLACEHOLDER,
-    "location": placeholders.LOCATION_PLACEHOLDER,
-    "image": default_image(placeholders.PROJECT_ID_PLACEHOLDER, placeholders.LOCATION_PLACEHOLDER),
+    "project": _PROJECT,
+    "location": _LOCATION,
+    "image": default_image(_PROJECT, _LOCATION),
     "output_directory": dsl.PIPELINE_ROOT_PLACEHOLDER,
     "run_name": dsl.PIPELINE_JOB_NAME_PLACEHOLDER,
 }

@@ -13,8 +13,6 @@ from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 from google.auth.transport.requests import AuthorizedSession
 from google.cloud import aiplatform
-from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
-from google.protobuf.struct_pb2 import Struct
 from pydantic import ValidationError
 
 from rlhf.config import PipelineConfig, TrainingConfig, VertexConfig
@@ -25,6 +23,7 @@ from rlhf.files.storage import as_url, find_files, open_store
 from rlhf.pipeline import check_inputs
 from rlhf.vertex import TEMPLATE, default_image
 from rlhf.vertex.addresses import PIPELINE_ROOT, not_in_the_cloud
+from rlhf.vertex.compat import request_of, send, set_account_and_network
 from rlhf.vertex.conversion import to_config, to_parameters
 from rlhf.vertex.follow import follow
 from rlhf.vertex.image import pinned
@@ -102,7 +101,7 @@ def submit(config: PipelineConfig, *, wait: bool = False) -> int:
     aiplatform.init(project=project, location=location, credentials=credentials)
     job = pipeline_job(config, parameters)
     if config.dry_run:
-        show(json.dumps(_request(job), indent=2, ensure_ascii=False))
+        show(json.dumps(request_of(job), indent=2, ensure_ascii=False))
         return 0
     _send(job, f"projects/{project}/locations/{location}", config.output_dir)
     say(f"submitted {job.resource_name}")
@@ -124,21 +123,9 @@ def _parameters(config: PipelineConfig) -> dict[str, Any]:
         named = any(problem.startswith("output_dir:") for problem in problems)
         same = ("output_directory:", "run_name:") if named else ()
         problems += [problem for problem in error.problems if not problem.startswith(same)]
-    problems += _not_on_the_wire(parameters)
     if problems:
         raise InputError(problems)
     return parameters
-
-
-def _not_on_the_wire(parameters: Mapping[str, Any]) -> list[str]:
-    """Report parameters that protobuf cannot encode: lone surrogates, numbers beyond doubles."""
-    problems = []
-    for name, value in parameters.items():
-        try:
-            ParseDict({"value": value}, Struct()).SerializeToString()
-        except (ParseError, OverflowError, ValueError) as error:  # includes UnicodeEncodeError
-            problems.append(f"{name}: cannot be sent to Vertex: {error}")
-    return problems
 
 
 def _of_section(problems: Sequence[str]) -> list[str]:
@@ -151,10 +138,7 @@ def _send(job: aiplatform.PipelineJob, parent: str, output_dir: str) -> None:
     """Submit the pipeline, unless another one is still writing to its folder."""
     refuse_second_writer(job.api_client, parent, output_dir)
     try:
-        # Not job.submit(), which checks the bucket and would create one for a misspelled name.
-        job._gca_resource = job.api_client.create_pipeline_job(
-            parent=parent, pipeline_job=job._gca_resource, pipeline_job_id=job.job_id
-        )
+        send(job, parent)
     except (GoogleAPIError, GoogleAuthError) as error:
         message = getattr(error, "message", error)
         raise InputError(f"Vertex AI refused the pipeline: {message}") from error
@@ -174,15 +158,9 @@ def pipeline_job(config: PipelineConfig, parameters: Mapping[str, Any]) -> aipla
         encryption_spec_key_name=config.vertex.encryption_spec_key_name or None,
         labels=config.vertex.labels or None,
     )
-    # Set here rather than in submit(), so that a dry run shows it.
-    job._gca_resource.service_account = config.vertex.service_account
-    job._gca_resource.network = config.vertex.network
+    # Set here rather than in submit(), so that a dry run shows them.
+    set_account_and_network(job, config.vertex.service_account, config.vertex.network)
     return job
-
-
-def _request(job: aiplatform.PipelineJob) -> dict[str, Any]:
-    request: dict[str, Any] = MessageToDict(job._gca_resource._pb)
-    return request
 
 
 def _identity(config: PipelineConfig) -> tuple[str, Any]:

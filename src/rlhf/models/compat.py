@@ -1,0 +1,75 @@
+"""What models use of torch, transformers and peft beyond their public interfaces.
+
+Checked with torch 2.13.0, transformers 5.23.0 and peft 0.21.2; after an upgrade, look here first.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.utils import cached_file
+
+__all__ = ["LlamaRMSNorm", "T5LayerNorm", "rotate_half", "sdpa_attention_forward"]
+
+
+def attention_kind(config: PretrainedConfig) -> str | None:
+    """Return which attention a model computes with: "eager", "sdpa" or a registered name."""
+    kind: str | None = config._attn_implementation
+    return kind
+
+
+def set_attention_kind(config: PretrainedConfig, kind: str) -> None:
+    """Choose the attention of a model that is built already."""
+    config._attn_implementation = kind
+
+
+def register_attention(kind: str, forward: Callable[..., Any]) -> None:
+    """Give transformers a kind of attention, which takes the same masks as `sdpa`."""
+    AttentionInterface.register(kind, forward)
+    AttentionMaskInterface.register(kind, sdpa_mask)
+
+
+def find_hub_file(name: str, file: str, revision: str | None) -> Path | None:
+    """Return where a file of a Hub repository is in the cache, fetched if need be.
+
+    None if the repository has no such file; any other failure is transformers' own error.
+    """
+    found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+def keep_address(tensor: Tensor) -> None:
+    """Promise torch.compile that a tensor's memory stays where it is, so that it is not copied."""
+    torch._dynamo.mark_static_address(tensor, guard=False)
+
+
+def compile_error() -> type[Exception]:
+    """Return what torch.compile raises; to ask loads the compiler."""
+    error: type[Exception] = torch._dynamo.exc.TorchDynamoException
+    return error
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Return whether peft has put adapters of any kind into a model."""
+    return any(isinstance(part, BaseTunerLayer) for part in module.modules())
+
+
+def is_targeted(config: LoraConfig, layer: str) -> bool:
+    """Return whether peft would put an adapter on the layer of that name."""
+    return bool(check_target_module_exists(config, layer))
+
+
+def rank_of(config: LoraConfig, layer: str) -> int:
+    """Return the rank that peft would give the adapter on the layer of that name."""
+    rank: int = config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
+    return rank
