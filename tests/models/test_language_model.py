@@ -292,7 +292,7 @@ def count_calls(lm: LanguageModel) -> dict[str, int]:
         return count
 
     for name, module in lm.module.named_modules():
-        if name.endswith(("self_attn", "SelfAttention")):
+        if name.endswith(("self_attn.o_proj", "SelfAttention.o")):
             module.register_forward_hook(hook(name))
     return calls
 
@@ -402,7 +402,7 @@ def test_a_frozen_encoder_reads_each_prompt_once(monkeypatch: pytest.MonkeyPatch
         with lm.using(role):
             expected[role] = lm.response_states(prompts, responses)
     with lm.using("reward"):
-        assert lm.with_states(prompts, 2).states is None
+        assert lm.with_states(prompts, 2) is prompts
     with lm.using("policy"):
         known = lm.with_states(prompts, 3)
     runs: list[int] = []

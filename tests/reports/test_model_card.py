@@ -24,7 +24,7 @@ def read(folder: Path) -> tuple[dict[str, object], str]:
 def test_card_says_what_was_done_and_how_to_load_it(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "merged").mkdir()
-    (tmp_path / "merged" / "config.json").write_text('{"is_encoder_decoder": true}')
+    (tmp_path / "merged" / "config.json").write_text('{"model_type": "t5"}')
     config = SFTConfig(
         base_model="google/flan-t5-small",
         revision="main",

@@ -20,23 +20,21 @@ class TokenBatch:
     Attributes:
         ids: (B, L) int64, right-padded with an arbitrary filler.
         lengths: (B,) int64, number of real tokens in each row.
-        states: (B, L, D) a frozen encoder's outputs for the rows, if they were kept.
     """
 
     ids: Tensor
     lengths: Tensor
-    states: Tensor | None = None
 
-    @classmethod
+    @staticmethod
     def from_lists(
-        cls, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+        rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"
     ) -> "TokenBatch":
         """Right-pad lists of ids into one batch."""
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
         ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
         for target, row in zip(ids, rows, strict=True):
             target[: len(row)] = torch.tensor(row, dtype=torch.long)
-        return cls(ids.to(device), lengths.to(device))
+        return TokenBatch(ids.to(device), lengths.to(device))
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -51,13 +49,17 @@ class TokenBatch:
         index = torch.as_tensor(rows, dtype=torch.long, device=self.ids.device)
         lengths = self.lengths[index]
         longest = int(lengths.max()) if len(lengths) else 0
-        states = None if self.states is None else self.states[index, :longest]
-        return TokenBatch(self.ids[index, :longest], lengths, states)
+        return TokenBatch(self.ids[index, :longest], lengths)
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """Return the batch on another device."""
-        states = None if self.states is None else self.states.to(device)
-        return TokenBatch(self.ids.to(device), self.lengths.to(device), states)
+        return TokenBatch(self.ids.to(device), self.lengths.to(device))
+
+    def fill_up(self, rows: int, width: int) -> "TokenBatch":
+        """Return at least so many rows, further ones of a token each, and columns of filler."""
+        more, wider = max(0, rows - len(self)), max(0, width - self.ids.shape[1])
+        ids = torch.nn.functional.pad(self.ids, (0, wider, 0, more))
+        return TokenBatch(ids, torch.nn.functional.pad(self.lengths, (0, more), value=1))
 
     def tolists(self) -> list[list[int]]:
         """Return the rows as lists without padding."""

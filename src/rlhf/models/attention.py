@@ -1,16 +1,29 @@
-"""Attention: transformers' for bfloat16 models on a CPU, and what decoding does by itself.
+"""Attention of whole rows, through transformers' kernels, and of a few queries over a cache.
 
-torch's fused kernel takes twice as long for the backward pass in bfloat16 as in float32 on a CPU.
+Both are what a family's layer is given to compute with: it never says whether it trains or decodes.
+Queries are (B, H, N, d), keys and values (B, H / G, L, d); G heads share a key. An attention module
+of transformers comes with them, for its `scaling`, `is_causal` and what else a kernel asks it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
 
-from rlhf.models.compat import register_attention, rotate_half, sdpa_attention_forward
+from rlhf.models.compat import (
+    attention_kind,
+    register_attention,
+    rotate_half,
+    sdpa_attention_forward,
+)
 
 SDPA_FLOAT32 = "sdpa_float32"
+
+# From an attention module, queries, keys and values to (B, N, H·d).
+Attend = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
 def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -31,7 +44,11 @@ def attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' `sdpa` on `widened` inputs. (B, H, L, d) each."""
+    """Transformers' `sdpa` on `widened` inputs. (B, H, L, d) each.
+
+    torch's fused kernel takes twice as long for the backward pass in bfloat16 as in float32 on a
+    CPU.
+    """
     inputs = widened(query, key, value)
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask.to(inputs[0].dtype)
@@ -60,14 +77,72 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return states * cos[:, None] + rotate_half(states) * sin[:, None]
 
 
-def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+def full_attention(
+    module: Any,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+) -> Tensor:
+    """Attention of all tokens of a row, by the kernel that the model is configured with.
+
+    Args:
+        module: Attention module; without a mask its `is_causal` says who sees whom.
+        queries: (B, H, L, d).
+        keys: (B, H / G, K, d).
+        values: (B, H / G, K, d).
+        mask: (B, 1, L or 1, K) bool, true where a query sees a key; None for no more than
+            `is_causal`.
+        position_bias: (1, H, L, K), added to the scores; None without.
+
+    Returns:
+        (B, L, H·d).
+    """
+    kernel = AttentionInterface().get_interface(attention_kind(module.config), _eager)
+    options = {} if position_bias is None else {"position_bias": position_bias}
+    heads, _ = kernel(
+        module, queries, keys, values, mask, dropout=0.0, scaling=module.scaling, **options
+    )
+    return heads.flatten(2)
+
+
+def _eager(
+    module: Any,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention step by step: the kernel of `attn_implementation: eager`."""
+    groups = queries.shape[1] // keys.shape[1]
+    keys, values = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
+    scores = queries @ keys.transpose(2, 3) * scaling
+    if position_bias is not None:
+        scores = scores + position_bias
+    if mask is None and module.is_causal:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    return (weights @ values).transpose(1, 2), None
+
+
+def grouped_attention(
+    module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
+) -> Tensor:
     """Attention of a few queries, of which several heads may share keys.
 
     Args:
+        module: Attention module.
         queries: (B, H, N, d).
         keys: (B, H / G, L, d).
         values: (B, H / G, L, d).
-        mask: (B, 1, N, L), bool or added to the scores.
+        mask: (B or 1, 1 or H / G, N, L), bool or added to the scores.
 
     Returns:
         (B, N, H·d).
@@ -77,18 +152,24 @@ def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tenso
     # Heads that share keys become further queries of one head: keys are not copied.
     stacked = queries.unflatten(1, (-1, groups)).flatten(2, 3)
     heads = nn.functional.scaled_dot_product_attention(
-        stacked, keys, values, attn_mask=mask.repeat(1, 1, groups, 1) if groups > 1 else mask
+        stacked,
+        keys,
+        values,
+        attn_mask=mask.repeat(1, 1, groups, 1) if groups > 1 else mask,
+        scale=module.scaling,
     )
     return heads.to(dtype).reshape(queries.shape).transpose(1, 2).flatten(2)
 
 
-def t5_attention(attention: Any, h: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """T5 does not scale its scores. (B, 1, D) to (B, 1, D)."""
-    heads = nn.functional.scaled_dot_product_attention(
-        split_heads(attention.q(h), attention.key_value_proj_dim),
-        keys,
-        values,
-        attn_mask=bias,
-        scale=1.0,
-    )
-    return attention.o(heads.transpose(1, 2).flatten(2))
+def checkpointed(block: Any, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call a function of a layer; with gradient checkpointing only its arguments are kept.
+
+    Args:
+        block: The layer, which transformers tells whether to checkpoint.
+        function: Computed again in the backward pass then.
+        *arguments: Its arguments.
+    """
+    if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
+        output: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+        return output
+    return function(*arguments)

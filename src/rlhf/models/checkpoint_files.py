@@ -13,13 +13,14 @@ from transformers import PretrainedConfig
 
 from rlhf.errors import InputError
 from rlhf.models.compat import attention_kind, find_hub_file
+from rlhf.models.family import Family
 from rlhf.untrusted import inner_names, parse_json
 
 INDEX = "model.safetensors.index.json"
 _DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer_config.json", INDEX)
 # safetensors' own limit.
 _LONGEST_HEADER = 100_000_000
-# (smallest, largest) of the sizes in config.json, of T5 and LLaMA; largest: far beyond any model.
+# (smallest, largest) of the sizes in config.json where it has them; largest: far beyond any model.
 _SIZES: dict[str, tuple[int, int]] = {
     "vocab_size": (1, 2**24),
     "hidden_size": (1, 2**18),
@@ -149,8 +150,8 @@ def _header(path: Path, where: str) -> dict[str, Any]:
     return header
 
 
-def check_config(config: PretrainedConfig, where: str) -> None:
-    """Refuse a config.json of T5 or LLaMA that no model can be built from.
+def check_config(config: PretrainedConfig, family: type[Family], where: str) -> None:
+    """Refuse a config.json that no model of its family can be built from.
 
     Raises:
         InputError: All that is wrong with it.
@@ -163,7 +164,7 @@ def check_config(config: PretrainedConfig, where: str) -> None:
         if type(value) not in (int, float) or not 0 <= value < 1:
             problems.append(f"{where}: {name}: expected a number from 0 to 1, got {value!r:.80}")
     if not problems:
-        problems += [f"{where}: {problem}" for problem in _misfits(config)]
+        problems += [f"{where}: {problem}" for problem in family.config_problems(config)]
     for name in ("quantization_config", "transformers_weights", "auto_map"):
         if getattr(config, name, None):
             problems.append(f"{where}: {name} is not supported; save a plain model")
@@ -181,18 +182,3 @@ def _wrong_sizes(values: Mapping[str, Any], where: str) -> list[str]:
         and not (values[name] is None and name in _SELDOM)
         and not (type(values[name]) is int and low <= values[name] <= high)
     ]
-
-
-def _misfits(config: PretrainedConfig) -> list[str]:
-    heads, hidden = int(config.num_attention_heads or 0), int(config.hidden_size or 0)
-    problems: list[str] = []
-    if config.is_encoder_decoder:
-        return problems
-    if hidden % heads and not getattr(config, "head_dim", None):
-        problems.append(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    if heads % shared:
-        problems.append(
-            f"num_attention_heads {heads} is no multiple of num_key_value_heads {shared}"
-        )
-    return problems

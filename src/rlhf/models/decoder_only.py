@@ -1,30 +1,91 @@
-"""Decoder-only models: the response continues the prompt in one causal sequence."""
+"""Decoder-only models: the response continues the prompt in one causal sequence.
+
+What is the same for all of them: which tokens one row holds, who sees whom, of which tokens states
+are wanted, and the cache. How a layer computes, a family says once, in a few functions that know
+nothing of all this (`rlhf.models.families.llama` is an example).
+
+Shape letters: L tokens of a row, N of them wanted; others as in `language_model`.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    DynamicCache,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from rlhf.data.batching import TokenBatch, join_rows
 from rlhf.data.prompt_codec import PromptLayout
 from rlhf.data.special_tokens import added_ids
 from rlhf.errors import InputError
-from rlhf.models.attention import grouped_attention, padding_bias, rotate, split_heads
-from rlhf.models.decoding import (
-    DecodeState,
-    read_llama_token,
+from rlhf.models.attention import (
+    Attend,
+    checkpointed,
+    full_attention,
+    grouped_attention,
+    padding_bias,
 )
-from rlhf.models.language_model import FORBIDDEN_LOGIT, LanguageModel, eos_ids
+from rlhf.models.decoding import DecodeState, cached_attention, hide_later
+from rlhf.models.family import Shape, eos_ids
+from rlhf.models.language_model import LanguageModel
+
+# What layers are told of the tokens' positions: tensors of (B or 1, L, any).
+Places = tuple[Tensor, ...]
 
 
 class DecoderOnlyModel(LanguageModel):
-    """LLaMA: the response continues the prompt in one causal sequence."""
+    """A model of one causal stack of layers; a family fills in the abstract methods.
+
+    A layer is: `attention_input`, of which `queries` and `keys_values` are made, attention, and
+    `after_attention`. Each of these gets some tokens' states and returns as many.
+    """
 
     task_type = "CAUSAL_LM"
-    adapter_modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    auto_class = AutoModelForCausalLM
+    has_sequence_classifier = True
+
+    @property
+    @abstractmethod
+    def layers(self) -> Sequence[Any]:
+        """Transformers' modules of the layers, from the first to the last."""
+
+    @abstractmethod
+    def embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Places]:
+        """What the first layer reads, and what all layers are told of positions.
+
+        Args:
+            ids: (B, L).
+            positions: (B or 1, L) of the tokens in their sequence, from 0.
+
+        Returns:
+            (B, L, D), and any number of tensors.
+        """
+
+    @abstractmethod
+    def attention(self, layer: Any) -> Any:
+        """The attention module, which transformers' kernels ask for its settings."""
+
+    @abstractmethod
+    def attention_input(self, layer: Any, x: Tensor) -> Tensor:
+        """(B, L, D) that queries, keys and values are made of: mostly a norm."""
+
+    @abstractmethod
+    def queries(self, layer: Any, h: Tensor, places: Places) -> Tensor:
+        """(B, L, D) to (B, H, L, d)."""
+
+    @abstractmethod
+    def keys_values(self, layer: Any, h: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """(B, L, D) to (B, H / G, L, d) each."""
+
+    @abstractmethod
+    def after_attention(self, layer: Any, x: Tensor, heads: Tensor) -> Tensor:
+        """The rest of the layer. (B, L, D), what it read, and (B, L, H·d) to (B, L, D)."""
+
+    @abstractmethod
+    def final_norm(self, x: Tensor) -> Tensor:
+        """What comes between the last layer and the LM head. (B, L, D) to (B, L, D)."""
 
     @classmethod
     @override
@@ -40,12 +101,36 @@ class DecoderOnlyModel(LanguageModel):
     @override
     def targets(cls, suffixes: list[str], where: str) -> list[str] | str:
         if where == "encoder":
-            raise InputError("lora.where: a LLaMA has no encoder; use all or decoder")
+            raise InputError(f"lora.where: a {cls.name} has no encoder; use all or decoder")
         return suffixes
 
+    @classmethod
     @override
-    def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:
-        return prompts
+    def shape(cls, config: PretrainedConfig) -> Shape:
+        layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
+        shared = int(getattr(config, "num_key_value_heads", None) or heads)
+        size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        # Causal kernels store no attention matrix.
+        return Shape(0, layers, kept_matrices=0, cached=2 * layers * shared * size)
+
+    @classmethod
+    @override
+    def position_limit(cls, config: PretrainedConfig) -> int | None:
+        return int(config.max_position_embeddings)
+
+    @classmethod
+    @override
+    def config_problems(cls, config: PretrainedConfig) -> list[str]:
+        heads, hidden = int(config.num_attention_heads or 0), int(config.hidden_size or 0)
+        problems: list[str] = []
+        if hidden % heads and not getattr(config, "head_dim", None):
+            problems.append(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        shared = getattr(config, "num_key_value_heads", None) or heads
+        if heads % shared:
+            problems.append(
+                f"num_attention_heads {heads} is no multiple of num_key_value_heads {shared}"
+            )
+        return problems
 
     @override
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
@@ -79,6 +164,35 @@ class DecoderOnlyModel(LanguageModel):
         states = self._states_at(torch.stack([middle - 1, last], 1), ids, positions, visible)
         return states[:, 0], states[:, 1]
 
+    def _layer(self, layer: Any, x: Tensor, places: Places, attend: Attend) -> Tensor:
+        """One layer, for all tokens that it reads. (B, L, D) to (B, L, D)."""
+        h = self.attention_input(layer, x)
+        queries = self.queries(layer, h, places)
+        heads = attend(self.attention(layer), queries, *self.keys_values(layer, h, places))
+        return self.after_attention(layer, x, heads)
+
+    def _layer_at(
+        self, layer: Any, x: Tensor, places: Places, wanted: Tensor, seen: Tensor
+    ) -> Tensor:
+        """One layer, for some of the tokens that it reads.
+
+        Args:
+            layer: The layer.
+            x: (B, L, D).
+            places: Of all L tokens.
+            wanted: (B, N, 1) columns.
+            seen: (B, N, L) bool, the columns that each of these sees.
+
+        Returns:
+            (B, N, D).
+        """
+        h = self.attention_input(layer, x)
+        keys, values = self.keys_values(layer, h, places)
+        there = tuple(part.expand(len(x), -1, -1).take_along_dim(wanted, 1) for part in places)
+        queries = self.queries(layer, h.take_along_dim(wanted, 1), there)
+        heads = grouped_attention(self.attention(layer), queries, keys, values, seen[:, None])
+        return self.after_attention(layer, x.take_along_dim(wanted, 1), heads)
+
     def _states_at(
         self,
         index: Tensor,
@@ -97,47 +211,52 @@ class DecoderOnlyModel(LanguageModel):
         Returns:
             (B, N, D).
         """
-        model, length = self.module.model, ids.shape[1]
-        columns = torch.arange(length, device=ids.device)
-        wanted = index[:, :, None]
+        columns, wanted = torch.arange(ids.shape[1], device=ids.device), index[:, :, None]
         seen = columns <= wanted if visible is None else visible.take_along_dim(wanted, 1)
         mask = None if visible is None else visible[:, None]
-        if self.config._attn_implementation == "eager":  # SDPA is causal without being told
-            mask = columns[:, None] >= columns if mask is None else mask
-            mask = torch.zeros(mask.shape, device=ids.device).masked_fill(~mask, FORBIDDEN_LOGIT)
+
+        def attend(module: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return full_attention(module, queries, keys, values, mask)
+
         with self.autocast():
-            x = model.embed_tokens(ids)
-            rotary = model.rotary_emb(x, columns[None] if positions is None else positions)
-            for layer in model.layers[:-1]:
-                x = layer(x, attention_mask=mask, position_embeddings=rotary)
-            layer = model.layers[-1]
-            attention, h = layer.self_attn, layer.input_layernorm(x)
-            cos, sin = rotary
-            keys = rotate(split_heads(attention.k_proj(h), attention.head_dim), cos, sin)
-            values = split_heads(attention.v_proj(h), attention.head_dim)
-            cos, sin = (part.expand(len(x), -1, -1).take_along_dim(wanted, 1) for part in rotary)
-            queries = split_heads(attention.q_proj(h.take_along_dim(wanted, 1)), attention.head_dim)
-            heads = grouped_attention(rotate(queries, cos, sin), keys, values, seen[:, None])
-            x = x.take_along_dim(wanted, 1) + attention.o_proj(heads)
-            return model.norm(x + layer.mlp(layer.post_attention_layernorm(x)))
+            x, places = self.embed(ids, columns[None] if positions is None else positions)
+            for layer in self.layers[:-1]:
+                x = checkpointed(layer, self._layer, layer, x, places, attend)
+            return self.final_norm(self._layer_at(self.layers[-1], x, places, wanted, seen))
 
     @override
     def read_prompts(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
-        cache = DynamicCache(config=self.config)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+
+        def attend(module: Any, queries: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            key, value = key.contiguous(), value.contiguous()
+            for cache, part in ((keys, key), (values, value)):
+                cache.append(nn.functional.pad(part, (0, 0, 0, max_new_tokens)))
+            return full_attention(module, queries, key, value)
+
+        width, device = prompts.ids.shape[1], prompts.ids.device
         with self.autocast():
-            states = self.module.model(
-                input_ids=prompts.ids, past_key_values=cache, use_cache=True
-            ).last_hidden_state
-        last = states[torch.arange(len(prompts), device=states.device), prompts.lengths - 1]
-        keys, values = (
-            tuple(nn.functional.pad(layer, (0, 0, 0, max_new_tokens)) for layer in layers)
-            for layers in zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
-        )
-        bias, width = padding_bias(prompts.mask, keys[0].dtype), prompts.ids.shape[1]
-        column = torch.tensor([width], device=last.device)
-        return DecodeState(keys, values, bias, prompts.lengths, column, width), last
+            x, places = self.embed(prompts.ids, torch.arange(width, device=device)[None])
+            for layer in self.layers:
+                x = self._layer(layer, x, places, attend)
+            states = self.final_norm(x)
+        last = states[torch.arange(len(prompts), device=device), prompts.lengths - 1]
+        bias = padding_bias(prompts.mask, keys[0].dtype)
+        column = torch.tensor([width], device=device)
+        state = DecodeState(tuple(keys), tuple(values), bias, prompts.lengths, column, width)
+        return state, last
 
     @override
     def read_token(self, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
+        # Columns of the cache: the prompts padded to P, then each response token of all rows.
+        # Positions go on from each row's own prompt length.
+        prompt = state.prompt_bias.shape[-1]
+        bias = hide_later(nn.functional.pad(state.prompt_bias, (0, width - prompt)), state.column)
+        positions = (state.prompt_lengths + state.column - prompt)[:, None]
         with self.autocast():
-            return read_llama_token(self.module.model, state, tokens, width)
+            x, places = self.embed(tokens[:, None], positions)
+            for layer, keys, values in zip(self.layers, state.keys, state.values, strict=True):
+                attend = cached_attention(keys, values, state.column, width, bias)
+                x = self._layer(layer, x, places, attend)
+            return self.final_norm(x)[:, 0]

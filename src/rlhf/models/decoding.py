@@ -1,6 +1,6 @@
-"""Decoding a token at a time: the cache, what each family does with one token, and compiling it.
+"""Decoding a token at a time: the cache, attention over it, and compiling a step.
 
-Only `language_model` uses this. Shape letters: B rows, P prompt tokens, R response tokens,
+Shape letters: B rows, P prompt tokens, R response tokens,
 C columns of the cache, D hidden.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf.data.batching import TokenBatch
 from rlhf.errors import InputError
-from rlhf.models.attention import grouped_attention, rotate, split_heads, t5_attention
+from rlhf.models.attention import Attend, grouped_attention
 
 Layers = tuple[Tensor, ...]
 
@@ -31,7 +31,7 @@ class DecodeState:
         prompt_lengths: (B,) tokens of each prompt.
         column: (1,) where the next token's key and value go, on the device.
         used: The same number on the host.
-        prompt_keys: Of attention from decoder to encoder, T5 only.
+        prompt_keys: Of attention from decoder to encoder, if there is one.
         prompt_values: Likewise.
         fixed: Whether shapes and addresses must stay as they are.
     """
@@ -75,52 +75,29 @@ class DecodeState:
 ReadToken = Callable[[DecodeState, Tensor, int], Tensor]
 
 
-def read_llama_token(model: Any, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
-    """What LLaMA's layers make of one more token of each row; see `ReadToken`."""
-    # Columns of the cache: the prompts padded to P, then each response token of all rows.
-    # Positions go on from each row's own prompt length.
-    prompt = state.prompt_bias.shape[-1]
-    bias = _hide_later(nn.functional.pad(state.prompt_bias, (0, width - prompt)), state.column)
-    x = model.embed_tokens(tokens)[:, None]
-    cos, sin = model.rotary_emb(x, (state.prompt_lengths + state.column - prompt)[:, None])
-    for layer, keys, values in zip(model.layers, state.keys, state.values, strict=True):
-        attention = layer.self_attn
-        h = layer.input_layernorm(x)
-        q, k, v = (
-            split_heads(projection(h), attention.head_dim)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        keys.index_copy_(2, state.column, rotate(k, cos, sin).to(keys.dtype))
-        values.index_copy_(2, state.column, v.to(values.dtype))
-        heads = grouped_attention(
-            rotate(q, cos, sin), keys[:, :, :width], values[:, :, :width], bias
-        )
-        x = x + attention.o_proj(heads)
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return model.norm(x)[:, 0]
+def cached_attention(
+    keys: Tensor, values: Tensor, column: Tensor, width: int, bias: Tensor
+) -> Attend:
+    """Return attention of one more token, whose key and value go into the cache.
+
+    Args:
+        keys: (B, H / G, C, d), a layer's in the cache; changed in place.
+        values: Likewise.
+        column: (1,) where the token's go.
+        width: Columns of the cache that are looked at.
+        bias: (B or 1, 1 or H, 1, width), added to the scores.
+    """
+
+    def attend(module: Any, queries: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys.index_copy_(2, column, key.to(keys.dtype))
+        values.index_copy_(2, column, value.to(values.dtype))
+        return grouped_attention(module, queries, keys[:, :, :width], values[:, :, :width], bias)
+
+    return attend
 
 
-def read_t5_token(decoder: Any, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
-    """What the layers of T5's decoder make of one more token of each row; see `ReadToken`."""
-    first = decoder.block[0].layer[0].SelfAttention
-    bias = _hide_later(first.compute_bias(1, width, past_seen_tokens=state.column), state.column)
-    x = decoder.embed_tokens(tokens)[:, None]
-    for i, block in enumerate(decoder.block):
-        own, cross, feed_forward = block.layer
-        attention, h = own.SelfAttention, own.layer_norm(x)
-        keys, values, size = state.keys[i], state.values[i], attention.key_value_proj_dim
-        keys.index_copy_(2, state.column, split_heads(attention.k(h), size).to(keys.dtype))
-        values.index_copy_(2, state.column, split_heads(attention.v(h), size).to(values.dtype))
-        x = x + t5_attention(attention, h, keys[:, :, :width], values[:, :, :width], bias)
-        attention, h = cross.EncDecAttention, cross.layer_norm(x)
-        keys, values = state.prompt_keys[i], state.prompt_values[i]
-        x = x + t5_attention(attention, h, keys, values, state.prompt_bias)
-        x = feed_forward(x)
-    return decoder.final_layer_norm(x)[:, 0]
-
-
-def _hide_later(bias: Tensor, column: Tensor) -> Tensor:
-    """(..., C): the least number after `column`, where the cache holds nothing yet."""
+def hide_later(bias: Tensor, column: Tensor) -> Tensor:
+    """Return (..., C): the bias, and the least number after `column`, where nothing is yet."""
     later = torch.arange(bias.shape[-1], device=bias.device) > column
     return bias.masked_fill(later, torch.finfo(bias.dtype).min)
 
@@ -147,14 +124,7 @@ class CompiledDecoding:
 
     def fill_up(self, prompts: TokenBatch) -> TokenBatch:
         """The prompts in a batch of the one size; what is larger already stays as it is."""
-        rows = max(0, self._rows - len(prompts))
-        width = max(0, self._prompt_width - prompts.ids.shape[1])
-        ids = nn.functional.pad(prompts.ids, (0, width, 0, rows))
-        lengths = nn.functional.pad(prompts.lengths, (0, rows), value=1)
-        states = prompts.states
-        if states is not None:
-            states = nn.functional.pad(states, (0, 0, 0, width, 0, rows))
-        return TokenBatch(ids, lengths, states)
+        return prompts.fill_up(self._rows, self._prompt_width)
 
     def hold(self, state: DecodeState) -> DecodeState:
         """The state in the tensors of the first one that had its shapes."""

@@ -1,33 +1,130 @@
-"""Encoder-decoder models: the prompt goes to the encoder, the response to the decoder."""
+"""Encoder-decoder models: the prompt goes to the encoder, the response to the decoder.
+
+What is the same for all of them: when the encoder must run, who sees whom, and the cache. How a
+layer of the decoder computes, a family says once (`rlhf.models.families.t5`); the encoder is
+transformers' own.
+"""
 
 import re
-from dataclasses import replace
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedTokenizerBase
 from typing_extensions import override
 
 from rlhf.data.batching import TokenBatch, chunks
 from rlhf.data.prompt_codec import PromptLayout
 from rlhf.data.special_tokens import added_ids
-from rlhf.models.attention import padding_bias, split_heads
-from rlhf.models.decoding import (
-    DecodeState,
-    read_t5_token,
+from rlhf.models.attention import (
+    Attend,
+    checkpointed,
+    full_attention,
+    grouped_attention,
+    padding_bias,
 )
-from rlhf.models.language_model import LanguageModel, eos_ids
+from rlhf.models.decoding import DecodeState, cached_attention, hide_later
+from rlhf.models.family import eos_ids
+from rlhf.models.language_model import LanguageModel
 from rlhf.signals import stop_point
+
+# Attention to the prompt: from an attention module and queries (B, H, N, d) to (B, N, H·d).
+AttendPrompt = Callable[[Any, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class EncodedPrompts(TokenBatch):
+    """Prompts with what a frozen encoder made of them.
+
+    Attributes:
+        states: (B, L, D).
+    """
+
+    states: Tensor
+
+    @override
+    def select_rows(self, rows: Tensor | Sequence[int]) -> "EncodedPrompts":
+        plain = super().select_rows(rows)
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.states.device)
+        states = self.states[index, : plain.ids.shape[1]]
+        return EncodedPrompts(plain.ids, plain.lengths, states)
+
+    @override
+    def to(self, device: torch.device | str) -> "EncodedPrompts":
+        plain = super().to(device)
+        return EncodedPrompts(plain.ids, plain.lengths, self.states.to(device))
+
+    @override
+    def fill_up(self, rows: int, width: int) -> "EncodedPrompts":
+        plain = super().fill_up(rows, width)
+        more, wider = len(plain) - len(self), plain.ids.shape[1] - self.ids.shape[1]
+        states = nn.functional.pad(self.states, (0, 0, 0, wider, 0, more))
+        return EncodedPrompts(plain.ids, plain.lengths, states)
 
 
 class EncoderDecoderModel(LanguageModel):
-    """T5: the prompt goes to the encoder, the response to the decoder."""
+    """A model of an encoder and a decoder; a family fills in the abstract methods."""
 
     task_type = "SEQ_2_SEQ_LM"
-    adapter_modules = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+    auto_class = AutoModelForSeq2SeqLM
+    # Transformers' class of that name feeds one text to encoder and decoder alike.
+    has_sequence_classifier = False
+
+    @property
+    @abstractmethod
+    def layers(self) -> Sequence[Any]:
+        """Transformers' modules of the decoder's layers, from the first to the last."""
+
+    @abstractmethod
+    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Run the encoder. (B, P) ids and bool to (B, P, D)."""
+
+    @abstractmethod
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the decoder's first layer reads. (B, L) to (B, L, D)."""
+
+    @abstractmethod
+    def position_bias(self, length: int, columns: int, first: int | Tensor) -> Tensor:
+        """What positions add to the scores of the decoder's self-attention.
+
+        Args:
+            length: L, queries.
+            columns: K, keys, from position 0 on.
+            first: Position of the first query, an int or (1,).
+
+        Returns:
+            (1, H, L, K).
+        """
+
+    @abstractmethod
+    def layer(self, layer: Any, x: Tensor, attend: Attend, attend_prompt: AttendPrompt) -> Tensor:
+        """One layer of the decoder.
+
+        Args:
+            layer: Transformers' module.
+            x: (B, L, D).
+            attend: Self-attention.
+            attend_prompt: Attention to the encoder's states; gets queries only.
+
+        Returns:
+            (B, L, D).
+        """
+
+    @abstractmethod
+    def prompt_attention(self, layer: Any) -> Any:
+        """The layer's module of attention to the encoder's states."""
+
+    @abstractmethod
+    def prompt_keys_values(self, attention: Any, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """What that module makes of the encoder's states. (B, P, D) to (B, H, P, d) each."""
+
+    @abstractmethod
+    def final_norm(self, x: Tensor) -> Tensor:
+        """What comes between the decoder's last layer and the LM head. (B, L, D)."""
 
     @classmethod
     @override
@@ -39,18 +136,6 @@ class EncoderDecoderModel(LanguageModel):
         suffix = suffix if suffix[-1:] == (eos,) else (*suffix, eos)
         return PromptLayout(prefix, suffix, False, eos, eos_ids(eos, extra_eos))
 
-    @property
-    def start_id(self) -> int:
-        """What the decoder reads first."""
-        start = getattr(self.config, "decoder_start_token_id", None)
-        return int(self.config.pad_token_id if start is None else start)
-
-    @property
-    @override
-    def max_length(self) -> int | None:
-        """None: relative positions have no limit."""
-        return None
-
     @classmethod
     @override
     def targets(cls, suffixes: list[str], where: str) -> list[str] | str:
@@ -59,16 +144,14 @@ class EncoderDecoderModel(LanguageModel):
 
     @classmethod
     @override
-    def head_is_tied(cls, config: PretrainedConfig) -> bool:
-        # transformers 5 sets tie_word_embeddings always, and unties what a checkpoint has twice:
-        # v1.1 and Flan, whose outputs are not scaled.
-        return bool(config.scale_decoder_outputs)
+    def position_limit(cls, config: PretrainedConfig) -> int | None:
+        return None  # relative positions
 
-    @override
-    def scale_for_head(self, states: Tensor) -> Tensor:
-        # T5 v1.0 scales before its tied head; v1.1 and Flan do not. transformers 5 keeps that in
-        # scale_decoder_outputs, because it forces tie_word_embeddings to True.
-        return states * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else states
+    @property
+    def start_id(self) -> int:
+        """What the decoder reads first."""
+        start = getattr(self.config, "decoder_start_token_id", None)
+        return int(self.config.pad_token_id if start is None else start)
 
     @override
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
@@ -84,19 +167,34 @@ class EncoderDecoderModel(LanguageModel):
         ends = states[torch.arange(len(both), device=states.device), both.lengths]
         return ends[: len(prompts)], ends[len(prompts) :]
 
+    def _read(self, encoded: Tensor, mask: Tensor, responses: TokenBatch) -> Tensor:
+        """(B, R+1, D) states of the decoder."""
+        start = responses.ids.new_full((len(responses), 1), self.start_id)
+        length = responses.ids.shape[1] + 1
+
+        def attend_prompt(attention: Any, queries: Tensor) -> Tensor:
+            keys, values = self.prompt_keys_values(attention, encoded)
+            return full_attention(attention, queries, keys, values, mask[:, None, None])
+
+        with self.autocast():
+            x = self.embed(torch.cat([start, responses.ids], dim=1))
+            attend = partial(full_attention, position_bias=self.position_bias(length, length, 0))
+            for layer in self.layers:
+                x = checkpointed(layer, self.layer, layer, x, attend, attend_prompt)
+            return self.final_norm(x)
+
     @override
     def read_prompts(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
-        blocks, size = self.module.decoder.block, self.config.d_kv
         encoded = self._encode(prompts)
         with self.autocast():
             pairs = [
-                (split_heads(cross.k(encoded), size), split_heads(cross.v(encoded), size))
-                for cross in (block.layer[1].EncDecAttention for block in blocks)
+                self.prompt_keys_values(self.prompt_attention(layer), encoded)
+                for layer in self.layers
             ]
         prompt_keys, prompt_values = (
             tuple(layer.contiguous() for layer in layers) for layers in zip(*pairs, strict=True)
         )
-        shape = (*prompt_keys[0].shape[:2], max_new_tokens, size)
+        shape = (*prompt_keys[0].shape[:2], max_new_tokens, prompt_keys[0].shape[3])
         keys, values = (tuple(key.new_zeros(shape) for key in prompt_keys) for _ in range(2))
         bias = padding_bias(prompts.mask, keys[0].dtype)
         column = torch.zeros(1, dtype=torch.long, device=encoded.device)
@@ -108,10 +206,24 @@ class EncoderDecoderModel(LanguageModel):
     @override
     def read_token(self, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
         with self.autocast():
-            return read_t5_token(self.module.decoder, state, tokens, width)
+            bias = hide_later(self.position_bias(1, width, state.column), state.column)
+            x = self.embed(tokens[:, None])
+            for i, layer in enumerate(self.layers):
+                attend = cached_attention(state.keys[i], state.values[i], state.column, width, bias)
+                prompt = state.prompt_keys[i], state.prompt_values[i], state.prompt_bias
+                x = self.layer(layer, x, attend, _cached_prompt(*prompt))
+            return self.final_norm(x)[:, 0]
 
     @override
     def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:
+        """The same prompts, with the encoder's states if the active adapter leaves it alone.
+
+        All roles that leave the encoder alone then read these instead of running it again.
+
+        Args:
+            prompts: B prompts.
+            batch_size: Rows that the encoder reads at once.
+        """
         if self._encoder_changes():
             return prompts
         width = prompts.ids.shape[1]
@@ -121,7 +233,7 @@ class EncoderDecoderModel(LanguageModel):
                 stop_point()
                 encoded = self._encode(prompts.select_rows(rows))
                 parts.append(nn.functional.pad(encoded, (0, 0, 0, width - encoded.shape[1])))
-        return replace(prompts, states=torch.cat(parts))
+        return EncodedPrompts(prompts.ids, prompts.lengths, torch.cat(parts))
 
     def _encoder_changes(self) -> bool:
         """Whether training changes what the encoder makes of a prompt in the active role."""
@@ -129,20 +241,16 @@ class EncoderDecoderModel(LanguageModel):
 
     def _encode(self, prompts: TokenBatch) -> Tensor:
         """(B, P, D) states of the encoder."""
-        if prompts.states is not None and not self._encoder_changes():
+        if isinstance(prompts, EncodedPrompts) and not self._encoder_changes():
             return prompts.states
         with self.autocast():
-            return self.module.encoder(
-                input_ids=prompts.ids, attention_mask=prompts.mask
-            ).last_hidden_state
+            return self.encode(prompts.ids, prompts.mask)
 
-    def _read(self, encoded: Tensor, mask: Tensor, responses: TokenBatch) -> Tensor:
-        """(B, R+1, D) states of the decoder."""
-        start = responses.ids.new_full((len(responses), 1), self.start_id)
-        with self.autocast():
-            return self.module.decoder(
-                input_ids=torch.cat([start, responses.ids], dim=1),
-                encoder_hidden_states=encoded,
-                encoder_attention_mask=mask,
-                use_cache=False,
-            ).last_hidden_state
+
+def _cached_prompt(keys: Tensor, values: Tensor, bias: Tensor) -> AttendPrompt:
+    """Return attention to a prompt whose keys and values are at hand."""
+
+    def attend(module: Any, queries: Tensor) -> Tensor:
+        return grouped_attention(module, queries, keys, values, bias)
+
+    return attend

@@ -1,6 +1,6 @@
-"""The one place that knows T5 (encoder-decoder) from LLaMA (decoder-only).
+"""What every model can do, whatever its family: read, decode, and hold adapters.
 
-Everything else sees prompts and responses as `TokenBatch`es and gets states and logits. Both
+Everything above sees prompts and responses as `TokenBatch`es and gets states and logits. All
 families pad on the right, always: a causal model never attends to what follows, so padding cannot
 reach a real token, no query is ever fully masked, and the fast causal kernels apply. Masks come
 from lengths; whether an id equals PAD says nothing.
@@ -8,29 +8,21 @@ from lengths; whether an id equals PAD says nothing.
 Shape letters: B batch, P prompt tokens, R response tokens, V vocabulary, D hidden.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import LoRAConfig
 from rlhf.data.batching import TokenBatch
-from rlhf.data.prompt_codec import PromptLayout
 from rlhf.models.adapters import AdapterSet
-from rlhf.models.decoding import (
-    CompiledDecoding,
-    DecodeState,
-)
+from rlhf.models.decoding import CompiledDecoding, DecodeState
+from rlhf.models.family import Family
 from rlhf.models.logprobs import token_stats
 from rlhf.models.norms import use_faster_norms
 from rlhf.models.weights import loaded_fingerprint, switch_off_dropout
@@ -53,8 +45,8 @@ class TokenStats:
     entropy: Tensor
 
 
-class LanguageModel(ABC):
-    """A language model with LoRA adapters, the same for T5 and LLaMA.
+class LanguageModel(Family):
+    """A language model with LoRA adapters, the same for every family.
 
     Args:
         module: The Hugging Face model; its dropout is switched off (every p set to 0) and it is
@@ -65,9 +57,6 @@ class LanguageModel(ABC):
         base_name: Where the base came from (recorded with adapters).
         revision: Hub revision, or None.
     """
-
-    task_type: str
-    adapter_modules: tuple[str, ...]
 
     def __init__(
         self,
@@ -115,33 +104,14 @@ class LanguageModel(ABC):
         head: Any = self.module.get_output_embeddings()
         return int(head.weight.shape[0])
 
-    @property
-    def max_length(self) -> int | None:
-        """Most tokens of prompt and response together, None where there is no such limit."""
-        return getattr(self.config, "max_position_embeddings", None)
-
-    @classmethod
-    @abstractmethod
-    def prompt_layout(
-        cls, tokenizer: PreTrainedTokenizerBase, extra_eos: int | list[int] | None = None
-    ) -> PromptLayout:
-        """What surrounds prompts and responses of this family; needs no weights.
-
-        Args:
-            tokenizer: The model's tokenizer, with an EOS token.
-            extra_eos: Further ids that end a response, from the generation config.
-        """
-
-    @abstractmethod
-    def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:
-        """The same prompts, for T5 with the encoder's states if the active adapter leaves it alone.
-
-        All roles that leave the encoder alone then read these instead of running it again.
+    def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:  # noqa: ARG002
+        """The same prompts, with what all roles would make of them alike, if there is anything.
 
         Args:
             prompts: B prompts.
-            batch_size: Rows that the encoder reads at once.
+            batch_size: Rows that are read at once.
         """
+        return prompts
 
     @abstractmethod
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
@@ -179,6 +149,9 @@ class LanguageModel(ABC):
 
     def compile_decoding(self, rows: int, prompt_width: int, **options: Any) -> None:
         """From now on one compiled graph decodes, in batches of one size.
+
+        On a GPU one CUDA graph in place of a step's many small kernels may be worth the memory that
+        it keeps; nothing has been measured there yet, so it is off unless asked for.
 
         Args:
             rows: Rows of a batch; smaller ones are filled up, larger ones compiled anew.
@@ -219,33 +192,6 @@ class LanguageModel(ABC):
     @abstractmethod
     def read_token(self, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
         """`decode` with the first `width` columns of the state, which it does not advance."""
-
-    @classmethod
-    @abstractmethod
-    def targets(cls, suffixes: list[str], where: str) -> list[str] | str:
-        """What peft calls target_modules: layers of these names in the part that `where` names."""
-
-    @classmethod
-    def peft_config(cls, lora: LoRAConfig) -> LoraConfig:
-        """What peft makes an adapter of.
-
-        Raises:
-            InputError: The family has no such part as `lora.where`.
-        """
-        return LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.effective_alpha,
-            lora_dropout=lora.dropout,
-            target_modules=cls.targets(
-                lora.target_modules or list(cls.adapter_modules), lora.where
-            ),
-            use_rslora=lora.use_rslora,
-        )
-
-    @classmethod
-    def head_is_tied(cls, config: PretrainedConfig) -> bool:
-        """Whether the LM head is the embedding, as far as config.json tells."""
-        return bool(config.tie_word_embeddings)
 
     def scale_for_head(self, states: Tensor) -> Tensor:
         """What happens to states between the final norm and the LM head: nothing, mostly."""
@@ -383,10 +329,3 @@ class LanguageModel(ABC):
         enabled = self.trainable and self.dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             yield
-
-
-def eos_ids(eos: int, extra: int | list[int] | None) -> frozenset[int]:
-    """Return the ids that end a response: the tokenizer's and those of the generation config."""
-    return frozenset(
-        [eos, *([] if extra is None else [extra] if isinstance(extra, int) else extra)]
-    )

@@ -7,8 +7,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -25,7 +23,6 @@ from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.attention import SDPA_FLOAT32
 from rlhf.models.checkpoint_files import check_checkpoint, check_config, count_stored
 from rlhf.models.content import check_written
-from rlhf.models.encoder_decoder import EncoderDecoderModel
 from rlhf.models.families import FAMILIES
 from rlhf.models.heap import keep_freed_memory
 from rlhf.models.language_model import LanguageModel
@@ -50,7 +47,7 @@ def read_model_config(base_model: str, revision: str | None = None) -> Pretraine
         raise InputError(f"base_model: {base_model}: config.json: {_reason(error)}") from error
     if config.model_type not in FAMILIES:
         raise InputError(f"base_model: {base_model} is a {config.model_type!r} model; {SUPPORTED}")
-    check_config(config, f"base_model: {base_model}")
+    check_config(config, FAMILIES[config.model_type], f"base_model: {base_model}")
     sources = [("config.json", config), ("generation_config.json", _generation(source, revision))]
     problems = special_id_problems(sources, config.vocab_size)
     if problems:
@@ -154,10 +151,8 @@ def prompt_layout(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) 
 
 def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: int) -> list[str]:
     """What is wrong with the sequence limits for this model; nothing where it has no limit."""
-    if issubclass(FAMILIES[config.model_type], EncoderDecoderModel):
-        return []
-    limit = config.max_position_embeddings
-    if prompt_limit + response_limit <= limit:
+    limit = FAMILIES[config.model_type].position_limit(config)
+    if limit is None or prompt_limit + response_limit <= limit:
         return []
     return [
         f"prompt_sequence_length {prompt_limit} + target_sequence_length {response_limit} exceed "
@@ -172,11 +167,9 @@ def without_storage(config: PretrainedConfig) -> Any:
         InputError: It describes none.
     """
     family = FAMILIES[config.model_type]
-    seq2seq = issubclass(family, EncoderDecoderModel)
-    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            model: Any = auto.from_config(config)
+            model: Any = family.auto_class.from_config(config)
             head = model.get_output_embeddings()
             if not family.head_is_tied(config):
                 head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
@@ -210,14 +203,12 @@ def check_adapter(config: StageConfig, model_config: PretrainedConfig, model: An
 
 def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention: str) -> Any:
     config = read_model_config(name, revision)
-    seq2seq = issubclass(FAMILIES[config.model_type], EncoderDecoderModel)
-    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     source = _existing(name)
     _check_size(config, Path(source), f"base_model: {name}")
     check_written(Path(source))
     try:
         with quiet_transformers():
-            model, info = auto.from_pretrained(
+            model, info = FAMILIES[config.model_type].auto_class.from_pretrained(
                 source,
                 revision=revision,
                 dtype=dtype,

@@ -32,8 +32,6 @@ TRAINED_BYTES = 16
 # Numbers kept per token, layer and hidden unit for the backward pass: the 34 bytes of 16-bit
 # activations of Korthikanti et al. 2022 (arXiv 2205.05198, eq. 2), attention matrices apart.
 KEPT_PER_HIDDEN = 17
-# Attention matrices kept per head: the softmax, and what it was made from (measured).
-ATTENTION_KEPT = 2
 
 
 @dataclass(frozen=True)
@@ -149,18 +147,11 @@ def _export(config: PretrainedConfig, stage: TrainingConfig, counts: Counts, wid
     return total
 
 
-def _layers(config: PretrainedConfig) -> tuple[int, int]:
-    """Layers of encoder (0 without) and decoder."""
-    layers = int(config.num_hidden_layers)
-    if config.is_encoder_decoder:
-        return layers, int(getattr(config, "num_decoder_layers", None) or layers)
-    return 0, layers
-
-
 def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) -> int:
     """Bytes kept for the backward pass of one micro-batch of the longest rows."""
     prompt, response = stage.prompt_sequence_length, stage.target_sequence_length
-    encoder, decoder = _layers(config)
+    shape = FAMILIES[config.model_type].shape(config)
+    encoder, decoder = shape.encoder_layers, shape.decoder_layers
     read = response if encoder else prompt + response
     rows, tokens = stage.micro_batch_limits
     pair = isinstance(stage, RewardModelConfig)
@@ -168,10 +159,8 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
     if pair:
         rows *= 2  # both candidates of a pair, as if each had its prompt to itself: an upper bound
     hidden = int(config.hidden_size)
-    # T5's position bias keeps its attention matrices alive; LLaMA's kernels never store them.
-    matrix = ATTENTION_KEPT * int(config.num_attention_heads) if encoder else 0
-    in_encoder = prompt * (KEPT_PER_HIDDEN * hidden + matrix * prompt)
-    in_decoder = read * (KEPT_PER_HIDDEN * hidden + matrix * (prompt + read))
+    in_encoder = prompt * (KEPT_PER_HIDDEN * hidden + shape.kept_matrices * prompt)
+    in_decoder = read * (KEPT_PER_HIDDEN * hidden + shape.kept_matrices * (prompt + read))
     if stage.gradient_checkpointing:  # a layer's input each, and all of the one recomputed
         kept = (encoder * prompt + decoder * read) * hidden
         kept += max(in_encoder if encoder else 0, in_decoder)
@@ -186,11 +175,8 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
 
 def _cache(config: PretrainedConfig, stage: StageConfig, rows: int, width: int) -> int:
     """Bytes of keys and values while `rows` responses are generated."""
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    size = int(size or config.hidden_size // config.num_attention_heads)
     tokens = stage.prompt_sequence_length + stage.target_sequence_length
-    return 2 * _layers(config)[1] * heads * size * tokens * rows * width
+    return FAMILIES[config.model_type].shape(config).cached * tokens * rows * width
 
 
 def total_memory(roles: dict[str, int]) -> int:

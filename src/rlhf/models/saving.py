@@ -18,6 +18,7 @@ from rlhf.errors import InputError
 from rlhf.files.disk import settle
 from rlhf.files.text import write_text
 from rlhf.models.content import ORIGIN, check_written, written_checksums
+from rlhf.models.family import Family
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.merging import kl_of_merging, plain_weights, write_weights
 from rlhf.models.plain_lora import check_fit, read_adapter_config
@@ -129,7 +130,7 @@ def save_merged(
     folder.mkdir(parents=True, exist_ok=True)
     kl = kl_of_merging(lm, adapter, *probe) if adapter and probe else None
     write_weights(plain_weights(lm, adapter), folder)
-    write_config(lm.config, type(lm.module).__name__, lm.dtype, folder)
+    write_config(type(lm), lm.config, type(lm.module).__name__, lm.dtype, folder)
     with quiet_transformers():
         _plain_generation(lm).save_pretrained(folder)
     save_tokenizer(lm.tokenizer, lm.layout.prefix_ids, lm.layout.suffix_ids, folder)
@@ -173,23 +174,19 @@ def add_adapter_to_weights(source: LanguageModel, adapter: str, target: Language
 
 
 def write_config(
-    config: PretrainedConfig, architecture: str, dtype: torch.dtype, folder: Path
+    family: type[Family],
+    config: PretrainedConfig,
+    architecture: str,
+    dtype: torch.dtype,
+    folder: Path,
 ) -> None:
-    """Writes config.json as `save_pretrained` of a model of that class would."""
+    """Writes config.json as `save_pretrained` of a model of that class should."""
     config = copy.deepcopy(config)
     config.architectures = [architecture]
     config.dtype = str(dtype).removeprefix("torch.")
     with quiet_transformers():
         config.save_pretrained(folder)
-    _keep_head_scaling(config, folder)
-
-
-def _keep_head_scaling(config: PretrainedConfig, folder: Path) -> None:
-    # T5Config derives scale_decoder_outputs from tie_word_embeddings when it is read, but
-    # transformers 5 always writes tie_word_embeddings=true: a v1.1 or Flan model saved so would
-    # come back with scaled outputs.
-    if getattr(config, "scale_decoder_outputs", True):
-        return
-    path = folder / "config.json"
-    values = json.loads(path.read_text()) | {"tie_word_embeddings": False}
-    write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")
+    if right := family.saved_fields(config):
+        path = folder / "config.json"
+        values = json.loads(path.read_text()) | right
+        write_text(path, json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -8,7 +8,6 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from rlhf.data.special_tokens import save_tokenizer
 from rlhf.files.disk import settle
-from rlhf.models.decoder_only import DecoderOnlyModel
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.merging import Weight, plain_weights, write_weights
@@ -22,9 +21,8 @@ def save_sequence_classifier(
 
     It reads the last token that is not PAD, which is the EOS that ends prompt and response; its
     tokenizer puts that EOS, and what the model reads before a prompt, around a text. The
-    format has no bias, so it gives the raw score without the normalization. T5's class of that
-    name feeds one text to encoder and decoder alike, which is not how ours reads a prompt and a
-    response: there is nothing to write for it.
+    format has no bias, so it gives the raw score without the normalization. For a family whose
+    class of that name reads a prompt and a response in another way than ours, nothing is written.
 
     Args:
         lm: The language model.
@@ -35,7 +33,7 @@ def save_sequence_classifier(
     Returns:
         Whether the family has such a class and the folder was written.
     """
-    if not isinstance(lm, DecoderOnlyModel):
+    if not lm.has_sequence_classifier:
         return False
     tokenizer = copy.deepcopy(lm.tokenizer)
     tokenizer.pad_token = _pad_token(tokenizer)
@@ -43,7 +41,9 @@ def save_sequence_classifier(
     config.num_labels = 1
     config.pad_token_id = tokenizer.pad_token_id
     weights = plain_weights(lm, adapter)
-    weights = {name: weight for name, weight in weights.items() if not name.startswith("lm_head.")}
+    lm_head = lm.module.get_output_embeddings()
+    unread = next(name for name, part in lm.module.named_modules() if part is lm_head)
+    weights = {name: part for name, part in weights.items() if not name.startswith(f"{unread}.")}
     score = head.weight.detach().float().cpu()
     weights["score.weight"] = Weight(score.shape, score.dtype, lambda: score)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def save_sequence_classifier(
         model = AutoModelForSequenceClassification.from_config(config)
     # The class answers in the type it is loaded in, which config.json names: scores in bfloat16
     # have two or three digits. Weights in bfloat16 lose nothing as float32.
-    write_config(model.config, type(model).__name__, torch.float32, folder)
+    write_config(type(lm), model.config, type(model).__name__, torch.float32, folder)
     save_tokenizer(tokenizer, lm.layout.prefix_ids, (lm.layout.eos_id,), folder)
     settle(folder)
     return True

@@ -11,6 +11,7 @@ import yaml
 
 from rlhf.config import TrainingConfig
 from rlhf.files.text import write_text
+from rlhf.models.families import FAMILIES
 from rlhf.untrusted import as_code, as_markdown, without_secrets
 
 TITLES = {
@@ -130,7 +131,8 @@ def _auto_class(merged: Path) -> str:
         config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = {}
-    return "AutoModelForSeq2SeqLM" if config.get("is_encoder_decoder") else "AutoModelForCausalLM"
+    family = FAMILIES.get(config.get("model_type"))
+    return family.auto_class.__name__ if family else "AutoModelForCausalLM"
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:

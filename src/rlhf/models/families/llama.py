@@ -1,0 +1,56 @@
+"""LLaMA (Touvron et al. 2023): rotary positions, RMSNorm before each part, a gated feed forward."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import override
+
+from rlhf.models.attention import rotate, split_heads
+from rlhf.models.decoder_only import DecoderOnlyModel, Places
+
+
+class Llama(DecoderOnlyModel):
+    """LLaMA 1 to 3, and what has its `model_type`."""
+
+    name = "LLaMA"
+    adapter_modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+    @property
+    @override
+    def layers(self) -> Sequence[Any]:
+        layers: Sequence[Any] = self.module.model.layers
+        return layers
+
+    @override
+    def embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Places]:
+        x = self.module.model.embed_tokens(ids)
+        return x, self.module.model.rotary_emb(x, positions)
+
+    @override
+    def attention(self, layer: Any) -> Any:
+        return layer.self_attn
+
+    @override
+    def attention_input(self, layer: Any, x: Tensor) -> Tensor:
+        return layer.input_layernorm(x)
+
+    @override
+    def queries(self, layer: Any, h: Tensor, places: Places) -> Tensor:
+        attention = layer.self_attn
+        return rotate(split_heads(attention.q_proj(h), attention.head_dim), *places)
+
+    @override
+    def keys_values(self, layer: Any, h: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        attention = layer.self_attn
+        keys = rotate(split_heads(attention.k_proj(h), attention.head_dim), *places)
+        return keys, split_heads(attention.v_proj(h), attention.head_dim)
+
+    @override
+    def after_attention(self, layer: Any, x: Tensor, heads: Tensor) -> Tensor:
+        x = x + layer.self_attn.o_proj(heads)
+        return x + layer.mlp(layer.post_attention_layernorm(x))
+
+    @override
+    def final_norm(self, x: Tensor) -> Tensor:
+        return self.module.model.norm(x)

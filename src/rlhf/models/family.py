@@ -1,0 +1,116 @@
+"""What a family of models says of itself before any weights are there."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from peft import LoraConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from rlhf.config import LoRAConfig
+from rlhf.data.prompt_codec import PromptLayout
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model, as far as estimates of memory need them.
+
+    Attributes:
+        encoder_layers: Layers that read the prompt alone, 0 without an encoder.
+        decoder_layers: Layers that read responses.
+        kept_matrices: Attention matrices that a layer keeps for the backward pass.
+        cached: Numbers that the cache holds per token.
+    """
+
+    encoder_layers: int
+    decoder_layers: int
+    kept_matrices: int
+    cached: int
+
+
+class Family(ABC):
+    """A family of models, asked about checkpoints and configurations.
+
+    Attributes:
+        name: What people call it.
+        task_type: peft's name for what its models do.
+        auto_class: Transformers' class that loads its models.
+        adapter_modules: Names of the linear layers that adapters sit on unless told otherwise.
+        has_sequence_classifier: Whether transformers' `…ForSequenceClassification` reads a prompt
+            and a response as our reward model does.
+    """
+
+    name: ClassVar[str]
+    task_type: ClassVar[str]
+    auto_class: ClassVar[Any]
+    adapter_modules: ClassVar[tuple[str, ...]]
+    has_sequence_classifier: ClassVar[bool]
+
+    @classmethod
+    @abstractmethod
+    def prompt_layout(
+        cls, tokenizer: PreTrainedTokenizerBase, extra_eos: int | list[int] | None = None
+    ) -> PromptLayout:
+        """What surrounds prompts and responses of this family.
+
+        Args:
+            tokenizer: The model's tokenizer, with an EOS token.
+            extra_eos: Further ids that end a response, from the generation config.
+        """
+
+    @classmethod
+    @abstractmethod
+    def targets(cls, suffixes: list[str], where: str) -> list[str] | str:
+        """What peft calls target_modules: layers of these names in the part that `where` names.
+
+        Raises:
+            InputError: The family has no such part.
+        """
+
+    @classmethod
+    def peft_config(cls, lora: LoRAConfig) -> LoraConfig:
+        """What peft makes an adapter of.
+
+        Raises:
+            InputError: The family has no such part as `lora.where`.
+        """
+        names = lora.target_modules or list(cls.adapter_modules)
+        return LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.effective_alpha,
+            lora_dropout=lora.dropout,
+            target_modules=cls.targets(names, lora.where),
+            use_rslora=lora.use_rslora,
+        )
+
+    @classmethod
+    @abstractmethod
+    def shape(cls, config: PretrainedConfig) -> Shape:
+        """Sizes of the model that a config.json describes."""
+
+    @classmethod
+    @abstractmethod
+    def position_limit(cls, config: PretrainedConfig) -> int | None:
+        """Most tokens of prompt and response together, None where there is no such limit."""
+
+    @classmethod
+    def config_problems(cls, config: PretrainedConfig) -> list[str]:  # noqa: ARG003
+        """What in a config.json, each of whose sizes is possible, does not fit together."""
+        return []
+
+    @classmethod
+    def head_is_tied(cls, config: PretrainedConfig) -> bool:
+        """Whether the LM head is the embedding, as far as config.json tells."""
+        return bool(config.tie_word_embeddings)
+
+    @classmethod
+    def saved_fields(cls, config: PretrainedConfig) -> dict[str, Any]:  # noqa: ARG003
+        """Fields of config.json that transformers itself would write wrongly."""
+        return {}
+
+
+def eos_ids(eos: int, extra: int | list[int] | None) -> frozenset[int]:
+    """Return the ids that end a response: the tokenizer's and those of the generation config."""
+    return frozenset(
+        [eos, *([] if extra is None else [extra] if isinstance(extra, int) else extra)]
+    )
