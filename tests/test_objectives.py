@@ -132,7 +132,7 @@ def test_clipped_losses_token_by_token(size: tuple[int, int, int], clip: float) 
     ("log_ratio", "advantage", "has_gradient"),
     [(0.5, 1.0, False), (0.5, -1.0, True), (-0.5, 1.0, True), (-0.5, -1.0, False)],
 )
-def test_the_clip_takes_only_the_optimiztic_gradient(
+def test_the_clip_takes_only_the_optimistic_gradient(
     log_ratio: float, advantage: float, has_gradient: bool
 ) -> None:
     new = torch.tensor([[log_ratio]], requires_grad=True)

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rlhf.data.batching import TokenBatch
 from rlhf.data.prompts import PromptRenderer
 from rlhf.errors import InputError
 from rlhf.models.families import FAMILIES
+from rlhf.models.generation import TorchGenerator
 from rlhf.models.heads import ScalarHead
 from rlhf.models.reward_model import RewardModel, RewardRecord, tokenizer_fingerprint
 from rlhf.models.saving import save_merged
@@ -42,7 +44,8 @@ def ragged_rollout(trainer: PPOTrainer) -> Rollout:
     texts = [row.prompt for row in rows]
     finished = torch.tensor([eos in row for row in responses.tolists()])
     answers = trainer.codec.decode_rows(responses.tolists())
-    return Rollout(texts, trainer.codec.prompts(texts), responses, finished, answers)
+    prompts, groups = trainer.codec.prompts(texts), torch.arange(len(texts))
+    return Rollout(texts, prompts, responses, finished, answers, groups)
 
 
 def load_weights(arch: str, folder: Path) -> PreTrainedModel:
@@ -321,7 +324,7 @@ def test_micro_batches_change_no_experience(arch: str, tmp_path: Path) -> None:
 def test_rollout_chunks_change_no_response(arch: str, tmp_path: Path) -> None:
     trainer = make_trainer(arch, tmp_path)
     whole = trainer.rollout(trainer.next_prompts())
-    trainer.config.rollout_batch_size = 3
+    trainer.generator = TorchGenerator(3)
     assert trainer.rollout(trainer.next_prompts()).texts == whole.texts
 
 
@@ -611,10 +614,7 @@ def test_an_exploding_ratio_is_skipped_and_then_ends_the_run(arch: str, tmp_path
     trainer = make_trainer(arch, tmp_path)
     rollout = trainer.rollout(trainer.next_prompts())
     experience, _ = trainer.make_experience(rollout, trainer.score(rollout))
-    broken = Experience(
-        experience.prompts, experience.responses, experience.logprobs - 5.0,
-        experience.values, experience.advantages, experience.returns,
-    )  # fmt: skip
+    broken = replace(experience, logprobs=experience.logprobs - 5.0)
     before = snapshot(trainer.policy.lm.module)
     trainer.optimize(broken)
     assert trainer.skipped_updates == trainer.config.ppo_epochs

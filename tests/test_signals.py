@@ -126,12 +126,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
 MOMENTS = [
     ("ppo", LanguageModel, "policy_logits", 3, 0),  # the third token
     ("ppo", Critic, "values", 2, 0),  # the second micro-batch of the first experience
-    ("ppo", PPOTrainer, "_backward", 1, 0),  # before the first update
-    ("ppo", PPOTrainer, "_backward", 7, 0),  # three updates are made
-    ("ppo", PPOTrainer, "_backward", 8, 1),  # nothing but the last update is left
-    ("ppo", PPOTrainer, "_backward", 9, 1),
-    ("ppo", PPOTrainer, "_backward", 11, 1),  # one update of the second step is made
-    ("ppo", PPOTrainer, "_backward", 31, 3),
+    ("ppo", ppo_trainer, "add_gradients", 1, 0),  # before the first update
+    ("ppo", ppo_trainer, "add_gradients", 7, 0),  # three updates are made
+    ("ppo", ppo_trainer, "add_gradients", 8, 1),  # nothing but the last update is left
+    ("ppo", ppo_trainer, "add_gradients", 9, 1),
+    ("ppo", ppo_trainer, "add_gradients", 11, 1),  # one update of the second step is made
+    ("ppo", ppo_trainer, "add_gradients", 31, 3),
     ("reward_model", RewardModelTrainer, "_backward", 1, 0),
     ("reward_model", RewardModelTrainer, "_backward", 5, 2),
     ("reward_model", RewardModel, "raw_pair_scores", 5, 2),  # in the first evaluation
@@ -192,7 +192,7 @@ def test_weights_too_large_to_copy_continue_from_the_newest_checkpoint(
     monkeypatch.setattr(optimization, "LARGEST_COPY", 0)
     for call, done in ((11, 1), (9, 2)):  # after an update of step 2; then before one of step 3
         with monkeypatch.context() as patch:
-            calls = send_in(patch, PPOTrainer, "_backward", call)
+            calls = send_in(patch, ppo_trainer, "add_gradients", call)
             with pytest.raises(StoppedBySignal) as stopped:
                 stage(tmp_path / "out")
         assert (calls, stopped.value.step) == ([call], done)

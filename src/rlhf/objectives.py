@@ -6,11 +6,16 @@ minibatch: then neither micro-batching, padding nor the number of processes chan
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rlhf.config import PPOConfig
+from rlhf.config.describe import nearest
+from rlhf.errors import InputError
 
 
 def pairwise_loss(
@@ -49,6 +54,10 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
+
+
+# (B, R) log-probabilities under policy and reference to (B, R) estimates, nats per token.
+KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k3": kl_k3}
 
 
 def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coeff: float) -> Tensor:
@@ -97,7 +106,65 @@ def gae(
     return advantages, advantages + values
 
 
-def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+AdvantageFunction = Callable[
+    [Tensor, Tensor | None, Tensor, Tensor, PPOConfig], tuple[Tensor, Tensor | None]
+]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An advantage estimator: an entry of `ADVANTAGES`.
+
+    Attributes:
+        function: Called with the token rewards (B, R), the critic's values (B, R) or None, the mask
+            (B, R), the group ids (B,), which are equal for responses to one prompt, and the stage's
+            configuration. Returns the advantages (B, R) and the targets of the values (B, R), None
+            without a critic; both 0 past the end.
+        needs_critic: Whether there is a critic; without one no weights, memory or loss are spent on
+            values.
+        whitened: Whether the advantages are then shifted to mean 0 and scaled to variance 1 over
+            the whole batch.
+    """
+
+    function: AdvantageFunction
+    needs_critic: bool
+    whitened: bool
+
+
+def _gae_of_config(
+    rewards: Tensor, values: Tensor | None, mask: Tensor, _groups: Tensor, config: PPOConfig
+) -> tuple[Tensor, Tensor | None]:
+    """`gae` as an entry of `ADVANTAGES`; responses to one prompt need not know of each other."""
+    assert values is not None
+    return gae(rewards, values, mask, config.gamma, config.gae_lambda)
+
+
+# What `PPOConfig.advantage` may name.
+ADVANTAGES: dict[str, Estimator] = {
+    "gae": Estimator(_gae_of_config, needs_critic=True, whitened=True),
+}
+
+
+def find_estimator(name: str) -> Estimator:
+    """Return the entry of `ADVANTAGES` that `PPOConfig.advantage` names.
+
+    Raises:
+        InputError: There is none.
+    """
+    if name not in ADVANTAGES:
+        known = ", ".join(ADVANTAGES)
+        hint = nearest(name, ADVANTAGES)
+        raise InputError(f"advantage: unknown estimator {name!r}{hint}; expected one of {known}")
+    return ADVANTAGES[name]
+
+
+def whiten(
+    values: Tensor,
+    mask: Tensor,
+    *,
+    shift_mean: bool = True,
+    reduce: Callable[[Tensor], Tensor] = lambda local: local,
+) -> Tensor:
     """Scales masked values to variance 1 and, if asked, shifts them to mean 0.
 
     Advantages are shifted; rewards are only scaled, for their mean is what is to be learned. The
@@ -107,13 +174,14 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
         values: (B, R).
         mask: (B, R) bool.
         shift_mean: Whether the result has mean 0 (else it keeps its mean, scaled).
+        reduce: Sums a number over all processes; by default there is only this one.
 
     Returns:
         (B, R), 0 where masked.
     """
-    count = mask.sum()
-    mean = (values * mask).sum() / count.clamp(min=1)
-    variance = ((values - mean) ** 2 * mask).sum() / (count - 1).clamp(min=1)
+    count = reduce(mask.sum())
+    mean = reduce((values * mask).sum()) / count.clamp(min=1)
+    variance = reduce(((values - mean) ** 2 * mask).sum()) / (count - 1).clamp(min=1)
     scale = torch.where(count > 1, torch.rsqrt(variance + 1e-8), 1.0)
     return (values - mean if shift_mean else values) * scale * mask
 

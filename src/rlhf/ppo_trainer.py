@@ -21,27 +21,27 @@ from rlhf.files.local_copy import recorded_base
 from rlhf.files.run_folder import Run, Status
 from rlhf.files.storage import exists
 from rlhf.models.content import weights_fingerprint
-from rlhf.models.generation import generate_in_chunks, rollout_uniforms
+from rlhf.models.generation import Generator, TorchGenerator, rollout_uniforms
 from rlhf.models.reward_model import (
     RewardModel,
     check_reward_model,
     limit_lines,
-    load_reward_model,
     read_record,
 )
 from rlhf.models.saving import save_adapter, save_merged
-from rlhf.models.scorers import RewardFn, RewardFunction, Scorer
+from rlhf.models.scorers import RewardFunction
+from rlhf.ppo.deviations import deviation_warnings
 from rlhf.ppo.experience import (
     Experience,
-    Minibatch,
     Rollout,
     RolloutStats,
-    UpdateLog,
     evaluate_rollout,
+    evaluation_metrics,
     rollout_metrics,
     rollout_samples,
 )
-from rlhf.ppo.roles import load_bases, make_critic, make_policy, make_reference
+from rlhf.ppo.roles import load_bases, make_critic, make_policy, make_reference, make_scorer
+from rlhf.ppo.update import Minibatch, UpdateLog, add_gradients
 from rlhf.reports.model_card import write_card
 from rlhf.signals import stop_point
 from rlhf.training.inputs import StageInputs
@@ -49,10 +49,8 @@ from rlhf.training.trainer import Callback, ParameterGroup, Trainer
 
 # A minibatch whose mean probability ratio is beyond this has left the region PPO is about.
 RATIO_LIMIT = 10.0
-# The first ratios of a step are 1 but for rounding; float32 stays below this.
-RATIO_TOLERANCE = 1e-4
-# Decoding sums in another order than the update; float32 stays below this.
-DECODE_TOLERANCE = 1e-3
+# Entries of `objectives.KL`: what rewards are charged with, and what is logged beside it.
+CHARGED_KL, LOGGED_KL = "k1", "k3"
 EVALUATION_ROWS = 256
 SAMPLES_PER_STEP = 4
 CARD_METRICS = ("ppo/score", "ppo/kl", "ppo/response_length", "eval/")
@@ -144,6 +142,7 @@ def read_inputs(
     """
     if (reward_fn is None) == (config.reward_model_path is None):
         raise InputError("reward_model_path: give it or a reward_fn, one of the two")
+    objectives.find_estimator(config.advantage)
     inputs = StageInputs(config, model, tokenizer)
     prompts = inputs.read(load_prompts, "prompt_dataset")
     eval_prompts = inputs.read(load_prompts, "eval_dataset")
@@ -184,6 +183,7 @@ class PPOTrainer(Trainer):
         tokenizer: Its tokenizer.
         inputs: What `read_inputs` returned; read anew if not given.
         callbacks: Called after every step.
+        generator: What decodes the rollouts; our own engine by default.
     """
 
     stage: ClassVar[str] = "ppo"
@@ -204,18 +204,23 @@ class PPOTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         inputs: Inputs | None = None,
         callbacks: Sequence[Callback] = (),
+        generator: Generator | None = None,
     ) -> None:
         inputs = inputs or read_inputs(config, reward_fn, model, tokenizer, type(self))
         super().__init__(config, num_rows=len(inputs.prompts), run=inputs.run, callbacks=callbacks)
+        self.generator = generator or TorchGenerator(config.effective_rollout_batch_size)
         self.lines = inputs.lines
         self._warned: set[str] = set()
         self.prompts = inputs.prompts
         self.eval_prompts = inputs.eval_prompts
+        self.estimator = objectives.find_estimator(config.advantage)
         bases = load_bases(config, model, inputs.tokenizer, reward_model=reward_fn is None)
-        self.scorer = self._make_scorer(reward_fn, bases.frozen)
+        self.scorer = make_scorer(config, bases, reward_fn)
         self.policy = make_policy(config, bases)
         self.reference = make_reference(config, bases)
-        self.critic = make_critic(config, self.policy, self.scorer, model, inputs.tokenizer)
+        self.critic = None
+        if self.estimator.needs_critic:
+            self.critic = make_critic(config, self.policy, self.scorer, model, inputs.tokenizer)
         lm = self.policy.lm
         if config.compile_decode:
             rows, width = config.effective_rollout_batch_size, config.prompt_sequence_length
@@ -250,7 +255,9 @@ class PPOTrainer(Trainer):
         metrics = rollout_metrics(rollout, experience, stats, coefficient) | updates
         self.log_samples(rollout_samples(rollout, stats, SAMPLES_PER_STEP))
         self._warn_of_deviations(metrics)
-        self.kl_controller.update(float(stats.kl.sum(1).mean()), len(experience))
+        kl = self.reduce(stats.kl.sum(1).mean(), "mean")
+        episodes = self.reduce(torch.tensor(len(experience)))
+        self.kl_controller.update(float(kl), int(episodes))
         return metrics
 
     def next_prompts(self) -> list[PromptRow]:
@@ -275,10 +282,9 @@ class PPOTrainer(Trainer):
         draw = (0, "evaluation") if evaluation else (self.step_index, "rollout")
         with self.policy.active() as lm:
             prompts = lm.with_states(prompts, config.effective_micro_batch_size)
-            generation = generate_in_chunks(
+            generation = self.generator(
                 lm,
                 prompts,
-                chunk_size=config.effective_rollout_batch_size,
                 max_new_tokens=limit,
                 temperature=config.temperature,
                 uniforms=rollout_uniforms(config.seed, draw[0], range(len(rows)), limit, draw[1]),
@@ -291,6 +297,7 @@ class PPOTrainer(Trainer):
             generation.responses,
             generation.finished,
             responses,
+            torch.arange(len(rows), device=self.device),
             generation.logprobs,
         )
 
@@ -317,25 +324,30 @@ class PPOTrainer(Trainer):
         The old log-probabilities come from the update's own forward path, so that the first
         ratios are 1, and not from decoding.
         """
-        mask = rollout.responses.mask
-        logprobs, ref_logprobs, values, entropy = evaluate_rollout(
-            rollout, self.policy, self.reference, self.critic, self.config
-        )
-        kl = objectives.kl_k1(logprobs, ref_logprobs)
+        config, mask = self.config, rollout.responses.mask
+        found = evaluate_rollout(rollout, self.policy, self.reference, self.critic, config)
+        kl = found.kl(CHARGED_KL)
         rewards = objectives.token_rewards(
             scores, kl, rollout.responses.lengths, self.kl_controller.value
         )
-        if self.config.whiten_rewards:
-            rewards = objectives.whiten(rewards, mask, shift_mean=False)
-        advantages, returns = objectives.gae(
-            rewards, values, mask, self.config.gamma, self.config.gae_lambda
+        if config.whiten_rewards:
+            rewards = objectives.whiten(rewards, mask, shift_mean=False, reduce=self.reduce)
+        advantages, returns = self.estimator.function(
+            rewards, found.values, mask, rollout.groups, config
         )
-        advantages = objectives.whiten(advantages, mask)
+        if self.estimator.whitened:
+            advantages = objectives.whiten(advantages, mask, reduce=self.reduce)
         experience = Experience(
-            rollout.prompts, rollout.responses, logprobs, values, advantages, returns
+            rollout.prompts,
+            rollout.responses,
+            rollout.groups,
+            found.logprobs,
+            found.ref_logprobs,
+            found.values,
+            advantages,
+            returns,
         )
-        kl_k3 = objectives.kl_k3(logprobs, ref_logprobs)
-        return experience, RolloutStats(scores, kl, kl_k3, entropy)
+        return experience, RolloutStats(scores, kl, found.kl(LOGGED_KL), found.entropy)
 
     @property
     def updates_per_step(self) -> int:
@@ -344,7 +356,7 @@ class PPOTrainer(Trainer):
 
     def optimize(self, experience: Experience) -> dict[str, float]:
         """All epochs over the rollout; ends early when the policy has moved too far."""
-        config, log = self.config, UpdateLog()
+        config, log = self.config, UpdateLog(critic=self.critic is not None)
         size = len(experience) // config.num_minibatches
         for epoch in range(config.ppo_epochs):
             order = permutation(len(experience), "minibatches", config.seed, self.step_index, epoch)
@@ -362,59 +374,15 @@ class PPOTrainer(Trainer):
 
     def accumulate_gradients(self, minibatch: Experience) -> Minibatch:
         """Gradients of the mean loss over the minibatch's tokens, micro-batch by micro-batch."""
-        count = int(minibatch.responses.lengths.sum())
+        local = minibatch.responses.lengths.sum()
+        count = int(self.reduce(local))
         total = Minibatch(tokens=count)
         for rows in micro_batches(minibatch.tokens, *self.config.micro_batch_limits):
             stop_point()
-            total = total + self._backward(minibatch.select_rows(rows), count)
-        self.count_tokens(count + int(minibatch.prompts.lengths.sum()))
-        return total
-
-    def _backward(self, micro: Experience, count: int) -> Minibatch:
-        """Adds a micro-batch's part of the gradients; `count` is the minibatch's tokens."""
-        config, mask = self.config, micro.responses.mask
-        with self.policy.active() as lm:
-            states = lm.response_states(micro.prompts, micro.responses)
-            new = lm.token_logprobs(
-                states,
-                micro.responses,
-                config.temperature,
-                config.min_response_length,
-                entropy=config.entropy_coef != 0,
-            )
-            policy = objectives.policy_loss(
-                new.logprobs, micro.logprobs, micro.advantages, mask, config.clip_range
-            )
-            loss = policy.total - config.entropy_coef * new.entropy.sum()
-            if self.critic.on_policy_trunk:
-                value = self._value_loss(states, micro)
-                loss = loss + config.vf_coef * value.total
-            (loss / count).backward()
-        if not self.critic.on_policy_trunk:
-            with self.critic.role.active() as lm:
-                value = self._value_loss(lm.response_states(micro.prompts, micro.responses), micro)
-                (config.vf_coef * value.total / count).backward()
-        log_ratio = (new.logprobs.detach() - micro.logprobs)[mask]
-        return Minibatch(
-            tokens=count,
-            policy_loss=policy.total.item() / count,
-            value_loss=value.total.item() / count,
-            policy_clipped=float(policy.clipped) / count,
-            value_clipped=float(value.clipped) / count,
-            # KL(old‖new) on samples of old: k3 with the roles swapped.
-            kl=float((torch.expm1(log_ratio) - log_ratio).sum()) / count,
-            ratio=float(log_ratio.exp().sum()) / count,
-            ratio_deviation=float(torch.expm1(log_ratio).abs().max()),
-        )
-
-    def _value_loss(self, states: Tensor, micro: Experience) -> objectives.ClippedLoss:
-        return objectives.value_loss(
-            self.critic.values(states),
-            micro.values,
-            micro.returns,
-            micro.responses.mask,
-            self.config.value_clip_range,
-        )
+            micro = minibatch.select_rows(rows)
+            total = total + add_gradients(micro, count, self.policy, self.critic, self.config)
+        self.count_tokens(int(local + minibatch.prompts.lengths.sum()))
+        return total.reduced(self.reduce)
 
     def evaluate(self) -> dict[str, float]:
         """Score and KL on held-out prompts, sampled as in training, always with the same draws."""
@@ -423,47 +391,27 @@ class PPOTrainer(Trainer):
         count = min(len(self.eval_prompts), EVALUATION_ROWS)
         rollout = self.rollout([self.eval_prompts[i] for i in range(count)], evaluation=True)
         _, stats = self.make_experience(rollout, self.score(rollout))
-        score, kl = float(stats.scores.mean()), float(stats.kl.sum(1).mean())
-        return {
-            "eval/score": score,
-            "eval/kl": kl,
-            "eval/objective": score - self.config.kl_coeff * kl,
-            "eval/response_length": float(rollout.responses.lengths.float().mean()),
-            "eval/eos_rate": float(rollout.finished.float().mean()),
-        }
+        return evaluation_metrics(rollout, stats, self.config.kl_coeff)
 
     def _warn_of_deviations(self, metrics: Mapping[str, float]) -> None:
         """Say once each where the update does not see the policy that sampled."""
         exact = self.policy.lm.dtype == torch.float32
-        cause = "a bug: please report it" if exact else "rounding in bfloat16; float32 has none"
-        deviation = metrics["ppo/ratio_first"]
-        if not deviation < RATIO_TOLERANCE and "ratio" not in self._warned:
-            self._warned.add("ratio")
-            say(f"ppo: the first probability ratios are off 1 by up to {deviation:.2g} ({cause})")
-        deviation = metrics["ppo/decode_deviation"]
-        if exact and not deviation < DECODE_TOLERANCE and "decode" not in self._warned:
-            self._warned.add("decode")
-            say(
-                f"ppo: ppo/decode_deviation is {deviation:.2g}: responses were sampled from "
-                "another distribution than the one that is trained (a bug: please report it)"
-            )
+        for name, warning in deviation_warnings(metrics, exact=exact).items():
+            if self.is_main and name not in self._warned:
+                say(f"ppo: {warning}")
+            self._warned.add(name)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Policy and critic, each with its own learning rate and clip norm."""
+        """Policy and critic (if there is one), each with its own learning rate and clip norm."""
         config = self.config
+        rates = {"policy": config.effective_learning_rate}
+        named = {"policy": self.policy.named_trainable("policy")}
+        if self.critic is not None:
+            rates["critic"] = config.effective_critic_learning_rate
+            named["critic"] = self.critic.named_trainable()
         return [
-            ParameterGroup(
-                "policy",
-                self.policy.named_trainable("policy"),
-                config.effective_learning_rate,
-                config.max_grad_norm,
-            ),
-            ParameterGroup(
-                "critic",
-                self.critic.named_trainable(),
-                config.effective_critic_learning_rate,
-                config.max_grad_norm,
-            ),
+            ParameterGroup(name, named[name], rate, config.max_grad_norm)
+            for name, rate in rates.items()
         ]
 
     def extra_state(self) -> dict[str, Any]:
@@ -486,14 +434,3 @@ class PPOTrainer(Trainer):
         shown = {name: m for name, m in self.final_metrics.items() if name.startswith(CARD_METRICS)}
         write_card(folder, self.stage, self.config, shown | metrics, self.lines)
         return metrics
-
-    def _make_scorer(self, reward_fn: RewardFunction | None, frozen: Any) -> Scorer:
-        if reward_fn is not None:
-            return RewardFn(reward_fn)
-        assert self.config.reward_model_path is not None
-        return load_reward_model(
-            self.config.reward_model_path,
-            device=self.config.device,
-            dtype=self.config.dtype,
-            policy_lm=frozen,
-        )

@@ -233,12 +233,13 @@ class RewardModelTrainer(Trainer):
         Returns:
             Mean loss, accuracy, margin and score of the pairs.
         """
+        count = int(self.reduce(torch.tensor(len(pairs))))
         totals = torch.zeros(4, device=self.reward.lm.device)
         for rows in micro_batches(pairs.tokens, *self.config.micro_batch_limits):
             stop_point()
-            totals += self._backward(pairs.select_rows(rows).to(totals.device), len(pairs))
+            totals += self._backward(pairs.select_rows(rows).to(totals.device), count)
         names = ("loss", "accuracy", "margin", "score")
-        means = (totals / len(pairs)).tolist()
+        means = (self.reduce(totals) / count).tolist()
         return {f"reward_model/{name}": mean for name, mean in zip(names, means, strict=True)}
 
     def _backward(self, micro: Pairs, count: int) -> Tensor:

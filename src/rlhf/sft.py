@@ -16,7 +16,7 @@ from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.reading import PromptData, load_prompts
 from rlhf.data.schema import PromptRow
 from rlhf.files.run_folder import Run, Status
-from rlhf.models.generation import generate
+from rlhf.models.generation import Generator, TorchGenerator
 from rlhf.models.loading import load_language_model
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.reports.model_card import write_card
@@ -159,6 +159,7 @@ class SFTTrainer(Trainer):
         tokenizer: Its tokenizer.
         inputs: What `read_inputs` returned; read anew if not given.
         callbacks: Called after every step.
+        generator: What decodes the samples; our own engine by default.
 
     Attributes:
         lm: The model.
@@ -180,7 +181,9 @@ class SFTTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         inputs: Inputs | None = None,
         callbacks: Sequence[Callback] = (),
+        generator: Generator | None = None,
     ) -> None:
+        self.generator = generator or TorchGenerator()
         self.inputs = inputs or read_inputs(
             config, model=model, tokenizer=tokenizer, trainer=type(self)
         )
@@ -249,7 +252,7 @@ class SFTTrainer(Trainer):
         Returns:
             Mean negative log-likelihood per response token, nats.
         """
-        count = int(batch.responses.lengths.sum())
+        count = int(self.reduce(batch.responses.lengths.sum()))
         total = torch.zeros((), device=self.lm.device)
         for rows in micro_batches(batch.tokens, *self.config.micro_batch_limits):
             stop_point()
@@ -257,7 +260,7 @@ class SFTTrainer(Trainer):
                 nll = self.negative_log_likelihood(batch.select_rows(rows))
                 (nll / count).backward()
             total += nll.detach()
-        return total.item() / count
+        return self.reduce(total).item() / count
 
     def negative_log_likelihood(self, batch: Demonstrations) -> Tensor:
         """Sum over all response tokens, EOS included, nats."""
@@ -280,13 +283,14 @@ class SFTTrainer(Trainer):
                 batch = self.tokenize(some, [row.references[0] for row in some])
                 total += self.negative_log_likelihood(batch).item()
                 count += int(batch.responses.lengths.sum())
+        total, count = self.reduce(torch.tensor([total, count], dtype=torch.float64)).tolist()
         loss = total / count
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
     def _sample(self, rows: Sequence[PromptRow]) -> None:
         prompts = self.codec.prompts([row.prompt for row in rows]).to(self.lm.device)
         limit = self.config.target_sequence_length
-        generation = generate(self.lm, prompts, max_new_tokens=limit, temperature=0.0)
+        generation = self.generator(self.lm, prompts, max_new_tokens=limit, temperature=0.0)
         answers = generation.responses.tolists()
         self.log_samples(
             [

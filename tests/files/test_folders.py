@@ -24,7 +24,7 @@ from rlhf.files.output import RUN_FILE, Output
 from rlhf.files.owners import Process, remove_abandoned, temporary_folder, temporary_name
 from rlhf.files.run_folder import Status, prepare_output
 from rlhf.files.text import whole_file, write_text
-from rlhf.training import checkpoints
+from rlhf.training import checkpoints, tracking
 from rlhf.training import trainer as training
 from rlhf.training.checkpoints import BEST, Best, load_best, restore_best, save_best
 
@@ -414,7 +414,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> Iterat
         (run_folder, "write_text"),
         (checkpoints, "save_file"),
         (checkpoints, "write_text"),
-        (training.JsonLog, "write"),
+        (tracking.JsonLog, "write"),
         (training.Trainer, "_finish"),
     ],
 )

@@ -170,7 +170,7 @@ def record_responses(
         0, 0, range(len(rows)), RESPONSE_LIMIT, "inference"
     )
     with models.tuned.using(models.adapter):
-        generation = before_and_after.generate(
+        generation = models.generator(
             models.tuned,
             prompts,
             max_new_tokens=RESPONSE_LIMIT,

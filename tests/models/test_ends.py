@@ -71,7 +71,8 @@ def sampled(trainer: PPOTrainer, rows: list[list[int]]) -> Rollout:
     texts = [trainer.prompts[i // 5 % len(INPUTS)].prompt for i in range(len(rows))]
     prompts = trainer.codec.prompts(texts)
     answers = trainer.codec.decode_rows(rows)
-    return Rollout(texts, prompts, TokenBatch.from_lists(rows), finished, answers)
+    responses, groups = TokenBatch.from_lists(rows), torch.arange(len(rows))
+    return Rollout(texts, prompts, responses, finished, answers, groups)
 
 
 def file_scores(reward: Path, rollout: Rollout, folder: Path) -> list[float]:
@@ -233,7 +234,7 @@ def test_other_limits_are_said_and_do_not_change_scores(arch: str, tmp_path: Pat
         trainer.codec.tokenizer, trainer.codec.layout, 40, 12, truncation_side="right"
     )
     prompts, responses = codec.prompts([text]), codec.responses([answer])
-    rollout = Rollout([text], prompts, responses, torch.tensor([True]), [answer])
+    rollout = Rollout([text], prompts, responses, torch.tensor([True]), [answer], torch.zeros(1))
     torch.testing.assert_close(trainer.score(rollout), expected, rtol=1e-5, atol=1e-5)
 
 

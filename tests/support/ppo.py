@@ -36,9 +36,10 @@ def make_config(folder: Path, **fields: Any) -> PPOConfig:
 def make_trainer(arch: str, folder: Path, **options: Any) -> PPOTrainer:
     reward_fn = options.pop("reward_fn", count_letters)
     model = options.pop("model", None) or tiny_model(arch)
+    generator = options.pop("generator", None)
     trainer = PPOTrainer(
         make_config(folder, **options), reward_fn=reward_fn, model=model,
-        tokenizer=make_tokenizer(arch),
+        tokenizer=make_tokenizer(arch), generator=generator,
     )  # fmt: skip
     randomise_roles(trainer)
     return trainer
@@ -48,6 +49,8 @@ def randomise_roles(trainer: PPOTrainer) -> None:
     """Randomize the roles: the zeros of a fresh LoRA B or head would hide mix-ups of roles."""
     for seed, name in enumerate(trainer.policy.lm.adapters.names):
         randomise_lora(trainer.policy.lm, name, seed)
+    if trainer.critic is None:
+        return
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         weight = trainer.critic.head.weight

@@ -18,7 +18,7 @@ from rlhf.data.schema import PromptRow
 from rlhf.errors import InputError
 from rlhf.inference.predictions import FinishReason, Prediction
 from rlhf.models.content import tokenizer_fingerprint
-from rlhf.models.generation import Generation, generate, rollout_uniforms
+from rlhf.models.generation import Generation, Generator, TorchGenerator, rollout_uniforms
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
 from rlhf.models.policy_folder import PolicySource
@@ -42,6 +42,7 @@ class Models:
         base: The untuned model, the same object as `tuned` where there is an adapter.
         codec: Texts to ids and back, for both.
         scorer: The reward model, if there is one.
+        generator: What decodes.
     """
 
     tuned: LanguageModel
@@ -49,14 +50,18 @@ class Models:
     base: LanguageModel
     codec: PromptCodec
     scorer: Scorer | None
+    generator: Generator
 
 
-def load_models(config: InferenceConfig, source: PolicySource) -> Models:
+def load_models(
+    config: InferenceConfig, source: PolicySource, generator: Generator | None = None
+) -> Models:
     """Loads the policy, its base and the reward model, as few models as there can be.
 
     Args:
         config: With `base_model` filled in.
         source: What `policy_path` holds.
+        generator: What decodes; our own engine by default.
 
     Raises:
         InputError: Checkpoints that are broken or do not belong together.
@@ -84,7 +89,7 @@ def load_models(config: InferenceConfig, source: PolicySource) -> Models:
         config.target_sequence_length,
         truncation_side=config.truncation_side,
     )
-    return Models(tuned, adapter, base, codec, scorer)
+    return Models(tuned, adapter, base, codec, scorer, generator or TorchGenerator())
 
 
 def _check_same_language(tuned: LanguageModel, base: LanguageModel) -> None:
@@ -117,7 +122,7 @@ def predict_rows(
 
     def respond(lm: LanguageModel, adapter: str | None) -> Generation:
         with lm.using(adapter):
-            return generate(
+            return models.generator(
                 lm,
                 prompts,
                 max_new_tokens=limit,

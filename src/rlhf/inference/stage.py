@@ -23,6 +23,7 @@ from rlhf.inference.metrics import prediction_metrics
 from rlhf.inference.predictions import Prediction, PredictionFile, read_predictions, write_sums
 from rlhf.inference.report import report_markdown, samples_markdown, summary_lines
 from rlhf.models.content import weights_fingerprint
+from rlhf.models.generation import Generator
 from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
 from rlhf.models.memory import dry_run_report
 from rlhf.models.policy_folder import PolicySource, find_policy
@@ -82,11 +83,17 @@ class _Inputs:
     preferences: PreferenceData | None
 
 
-def run_inference(config: InferenceConfig) -> InferenceResult:
+def run_inference(
+    config: InferenceConfig, *, generator: Generator | None = None
+) -> InferenceResult:
     """Generate with the tuned and the untuned model, score both, and write the comparison.
 
     Settings in `INHERITED` that the configuration does not set are taken from the policy's
     training. An interrupted run continues where it stopped; a finished one returns at once.
+
+    Args:
+        config: The stage's configuration.
+        generator: What decodes; our own engine by default.
 
     Raises:
         InputError: If files, configuration or checkpoints are wrong; nothing is written.
@@ -110,7 +117,7 @@ def run_inference(config: InferenceConfig) -> InferenceResult:
         file = _open_predictions(run, config, len(inputs.prompts))
         models = None
         if file.count < len(inputs.prompts) or inputs.preferences:
-            models = load_models(config, source)
+            models = load_models(config, source, generator)
             say(f"{STAGE}: {models.codec.check_prompts(inputs.prompts).line()}")
         run.start()
         metrics: dict[str, Any] = {}

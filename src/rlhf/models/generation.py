@@ -1,4 +1,4 @@
-"""The rollout engine: decoding with stateless sampling.
+"""Generation: the contract of an engine, and ours, which decodes with stateless sampling.
 
 Every sampled token is the inverse CDF of its distribution at one uniform number, which belongs to
 (seed, iteration, row, token). So a resumed run needs no random state, and neither the composition
@@ -6,6 +6,8 @@ of a batch, its chunks nor the number of processes changes a sample.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +37,29 @@ class Generation:
     responses: TokenBatch
     finished: Tensor
     logprobs: Tensor
+
+
+class Generator(Protocol):
+    """An engine that answers prompts.
+
+    Whoever takes one (PPO's rollouts, SFT's samples, inference, the server) activates the adapter
+    first. Another engine need not compute as ours does, but its responses should be samples of the
+    same distribution: PPO takes the log-probabilities that it trains on from its own forward pass
+    and reports how far the engine's are from them as `ppo/decode_deviation`.
+    """
+
+    def __call__(
+        self,
+        lm: LanguageModel,
+        prompts: TokenBatch,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        uniforms: Tensor | None = None,
+        min_response_length: int = 0,
+    ) -> Generation:
+        """Return one response per prompt, in the order of the prompts; see `generate`."""
+        ...
 
 
 def rollout_uniforms(
@@ -205,3 +230,38 @@ def generate_in_chunks(
     )
     back = back.to(finished.device)
     return Generation(responses, finished[back], logprobs[back])
+
+
+@dataclass(frozen=True)
+class TorchGenerator:
+    """The engine of this module, see `Generator`.
+
+    Attributes:
+        chunk_size: Most prompts decoded at once, so that the KV cache fits; None decodes all of
+            them together, in the order given.
+    """
+
+    chunk_size: int | None = None
+
+    def __call__(
+        self,
+        lm: LanguageModel,
+        prompts: TokenBatch,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        uniforms: Tensor | None = None,
+        min_response_length: int = 0,
+    ) -> Generation:
+        """Return one response per prompt, in the order of the prompts; see `generate`."""
+        decode = generate
+        if self.chunk_size is not None:
+            decode = partial(generate_in_chunks, chunk_size=self.chunk_size)
+        return decode(
+            lm,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            uniforms=uniforms,
+            min_response_length=min_response_length,
+        )

@@ -26,6 +26,7 @@ from rlhf.models.logprobs import LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_CPU
 from rlhf.models.lora import MERGED_AT_ONCE
 from rlhf.models.merging import SHARD_BYTES
 from rlhf.models.targets import adapted_layers
+from rlhf.objectives import find_estimator
 
 # fp32 weight, gradient and AdamW's two moments.
 TRAINED_BYTES = 16
@@ -89,6 +90,8 @@ def memory_per_role(
     counts = count_parameters(model_config, lora)
     width = pick_dtype(config.dtype, pick_device(config.device)).itemsize
     roles = _weights(config, counts, width)
+    if isinstance(config, PPOConfig) and not find_estimator(config.advantage).needs_critic:
+        del roles["critic"]
     if reward_config is not None:
         roles["reward model's base"] = count_parameters(reward_config).base * width
     if isinstance(config, TrainingConfig):

@@ -4,7 +4,7 @@ Shape letters: B responses, P prompt tokens, R response tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Rollout:
         responses: (B, R) tokens as sampled, EOS included.
         finished: (B,) bool, true where EOS was sampled before the limit.
         texts: B responses as text.
+        groups: (B,) id of the prompt that each response belongs to.
         logprobs: (B, R) that decoding gave the sampled tokens, 0 past the end; None where the
             responses were not sampled here.
     """
@@ -37,6 +38,7 @@ class Rollout:
     responses: TokenBatch
     finished: Tensor
     texts: Sequence[str]
+    groups: Tensor
     logprobs: Tensor | None = None
 
 
@@ -47,33 +49,44 @@ class Experience:
     Attributes:
         prompts: (B, P) tokens.
         responses: (B, R) tokens.
+        groups: (B,) id of the prompt that each response belongs to.
         logprobs: (B, R) log-probabilities under the policy that sampled.
-        values: (B, R) of the critic at that time.
-        advantages: (B, R) whitened over the whole batch.
-        returns: (B, R) targets of the values.
+        ref_logprobs: (B, R) under the reference; None without one.
+        values: (B, R) of the critic at that time; None without one.
+        advantages: (B, R), whitened over the whole batch if the estimator asks for it.
+        returns: (B, R) targets of the values; None without a critic.
     """
 
     prompts: TokenBatch
     responses: TokenBatch
+    groups: Tensor
     logprobs: Tensor
-    values: Tensor
+    ref_logprobs: Tensor | None
+    values: Tensor | None
     advantages: Tensor
-    returns: Tensor
+    returns: Tensor | None
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def select_rows(self, rows: Sequence[int]) -> "Experience":
-        """The given rows, trimmed to the longest response among them."""
+        """Return the given rows, trimmed to the longest response among them."""
         index = torch.tensor(rows, device=self.logprobs.device)
         responses = self.responses.select_rows(index)
         width = responses.ids.shape[1]
-        logprobs, values, advantages, returns = (
-            tensor[index, :width]
-            for tensor in (self.logprobs, self.values, self.advantages, self.returns)
-        )
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index, :width]
+
         return Experience(
-            self.prompts.select_rows(index), responses, logprobs, values, advantages, returns
+            self.prompts.select_rows(index),
+            responses,
+            self.groups[index],
+            self.logprobs[index, :width],
+            some(self.ref_logprobs),
+            some(self.values),
+            self.advantages[index, :width],
+            some(self.returns),
         )
 
     @property
@@ -99,62 +112,103 @@ class RolloutStats:
     entropy: Tensor
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What all roles say of a rollout, each (B, R) fp32 and 0 past the end.
+
+    Attributes:
+        logprobs: Log-probabilities under the policy.
+        entropy: Of the policy, nats.
+        ref_logprobs: Log-probabilities under the reference; None without one.
+        values: Of the critic; None without one.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    ref_logprobs: Tensor | None
+    values: Tensor | None
+
+    def kl(self, estimator: str) -> Tensor:
+        """Return the KL to the reference per token by an entry of `objectives.KL`; 0 without."""
+        if self.ref_logprobs is None:
+            return torch.zeros_like(self.logprobs)
+        return objectives.KL[estimator](self.logprobs, self.ref_logprobs)
+
+
 @torch.no_grad()
 def evaluate_rollout(
-    rollout: Rollout, policy: Role, reference: Role | None, critic: Critic, config: PPOConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What all roles say of a rollout, micro-batch by micro-batch.
+    rollout: Rollout,
+    policy: Role,
+    reference: Role | None,
+    critic: Critic | None,
+    config: PPOConfig,
+) -> Evaluation:
+    """Ask all roles about a rollout, micro-batch by micro-batch.
 
     Args:
         rollout: The responses.
         policy: Role that sampled them.
         reference: Role that KL is charged against; None charges none.
-        critic: Role that values states.
+        critic: Role that values states; None values none.
         config: Temperature, constraint and micro-batch size.
-
-    Returns:
-        Log-probabilities under policy and reference (the policy's own without one), values and
-        the policy's entropy, each (B, R) fp32, 0 past the end.
     """
     responses = rollout.responses
-    result = torch.zeros(4, *responses.ids.shape, device=responses.ids.device)
+
+    def blank() -> Tensor:
+        return torch.zeros(responses.ids.shape, device=responses.ids.device)
+
+    result = Evaluation(
+        logprobs=blank(),
+        entropy=blank(),
+        ref_logprobs=None if reference is None else blank(),
+        values=None if critic is None else blank(),
+    )
     tokens = rollout.prompts.lengths + responses.lengths
     constraint = (config.temperature, config.min_response_length)
     for rows in micro_batches(tokens, *config.micro_batch_limits):
         stop_point()
         prompts, answers = rollout.prompts.select_rows(rows), responses.select_rows(rows)
+        width = answers.ids.shape[1]
         with policy.active() as lm:
             states = lm.response_states(prompts, answers)
             own = lm.token_logprobs(states, answers, *constraint, entropy=True)
-        ref_logprobs = own.logprobs
-        if reference is not None:
+        result.logprobs[rows, :width], result.entropy[rows, :width] = own.logprobs, own.entropy
+        if reference is not None and result.ref_logprobs is not None:
             with reference.active() as lm:
                 ref_states = lm.response_states(prompts, answers)
-                ref_logprobs = lm.token_logprobs(ref_states, answers, *constraint).logprobs
-        if not critic.on_policy_trunk:
-            with critic.role.active() as lm:
-                states = lm.response_states(prompts, answers)
-        values = critic.values(states) * answers.mask
-        parts = torch.stack([own.logprobs, ref_logprobs, values, own.entropy])
-        result[:, rows, : answers.ids.shape[1]] = parts
-    return result[0], result[1], result[2], result[3]
+                ref = lm.token_logprobs(ref_states, answers, *constraint)
+            result.ref_logprobs[rows, :width] = ref.logprobs
+        if critic is not None and result.values is not None:
+            if not critic.on_policy_trunk:
+                with critic.role.active() as lm:
+                    states = lm.response_states(prompts, answers)
+            result.values[rows, :width] = critic.values(states) * answers.mask
+    return result
 
 
 def rollout_metrics(
     rollout: Rollout, experience: Experience, stats: RolloutStats, kl_coeff: float | None
 ) -> dict[str, float]:
-    """Metrics of a rollout; those of KL only where it is charged (`kl_coeff` not None)."""
+    """Return a rollout's metrics.
+
+    Those of KL are there only where it is charged (`kl_coeff` not None), those of values only with
+    a critic.
+    """
     mask, lengths = rollout.responses.mask, rollout.responses.lengths
-    values, returns = experience.values, experience.returns
     metrics = {
         "ppo/score": float(stats.scores.mean()),
         "ppo/score_std": float(stats.scores.std(correction=0)),
         "ppo/entropy": float(stats.entropy.sum() / mask.sum()),
         "ppo/response_length": float(lengths.float().mean()),
         "ppo/eos_rate": float(rollout.finished.float().mean()),
-        "ppo/explained_variance": objectives.explained_variance(values, returns, mask),
-        "ppo/value": float(values.sum() / mask.sum()),
     }
+    values, returns = experience.values, experience.returns
+    if values is not None and returns is not None:
+        explained = objectives.explained_variance(values, returns, mask)
+        metrics |= {
+            "ppo/explained_variance": explained,
+            "ppo/value": float(values.sum() / mask.sum()),
+        }
     if rollout.logprobs is not None:
         deviation = torch.expm1(experience.logprobs - rollout.logprobs)  # 0 past the end
         metrics["ppo/decode_deviation"] = float(deviation.abs().max())
@@ -186,73 +240,13 @@ def rollout_samples(rollout: Rollout, stats: RolloutStats, count: int) -> list[d
     ]
 
 
-@dataclass(frozen=True)
-class Minibatch:
-    """Statistics of one minibatch, means over its tokens; parts of it add up.
-
-    Attributes:
-        tokens: Response tokens of the minibatch.
-        policy_loss: Clipped surrogate.
-        value_loss: Clipped squared error.
-        policy_clipped: Share of tokens whose ratio was clipped.
-        value_clipped: Share of tokens whose value was clipped.
-        kl: KL to the policy that sampled, nats per token.
-        ratio: Mean probability ratio.
-        ratio_deviation: Largest deviation of a ratio from 1.
-    """
-
-    tokens: int
-    policy_loss: float = 0.0
-    value_loss: float = 0.0
-    policy_clipped: float = 0.0
-    value_clipped: float = 0.0
-    kl: float = 0.0
-    ratio: float = 0.0
-    ratio_deviation: float = 0.0
-
-    def __add__(self, other: "Minibatch") -> "Minibatch":
-        sums = {
-            field.name: getattr(self, field.name) + getattr(other, field.name)
-            for field in fields(self)
-            if field.name not in ("tokens", "ratio_deviation")
-        }
-        deviation = max(self.ratio_deviation, other.ratio_deviation)
-        return Minibatch(tokens=self.tokens, ratio_deviation=deviation, **sums)
-
-
-class UpdateLog:
-    """Collects the minibatches of a step's update.
-
-    Attributes:
-        norms: Gradient norms of the updates that were made.
-    """
-
-    def __init__(self) -> None:
-        self._minibatches: list[Minibatch] = []
-        self.norms: list[dict[str, float]] = []
-
-    def add(self, minibatch: Minibatch) -> None:
-        """Adds a minibatch in the order of the update."""
-        self._minibatches.append(minibatch)
-
-    def metrics(self, *, stopped_early: bool) -> dict[str, float]:
-        """Means over the step, the last KL, and how far the first ratios were from 1."""
-        count = len(self._minibatches)
-        metrics = {
-            f"ppo/{shown}": sum(getattr(m, name) for m in self._minibatches) / count
-            for name, shown in {
-                "policy_loss": "policy_loss",
-                "value_loss": "value_loss",
-                "policy_clipped": "policy_clip_fraction",
-                "value_clipped": "value_clip_fraction",
-            }.items()
-        }
-        metrics |= {
-            "ppo/kl_to_rollout": self._minibatches[-1].kl,
-            "ppo/ratio_first": self._minibatches[0].ratio_deviation,
-            "ppo/stopped_early": float(stopped_early),
-        }
-        norms = [norm for norm in self.norms if norm]
-        for name in norms[0] if norms else ():
-            metrics[name] = sum(norm[name] for norm in norms) / len(norms)
-        return metrics
+def evaluation_metrics(rollout: Rollout, stats: RolloutStats, kl_coeff: float) -> dict[str, float]:
+    """Return the metrics of a rollout on held-out prompts, charged `kl_coeff` per nat."""
+    score, kl = float(stats.scores.mean()), float(stats.kl.sum(1).mean())
+    return {
+        "eval/score": score,
+        "eval/kl": kl,
+        "eval/objective": score - kl_coeff * kl,
+        "eval/response_length": float(rollout.responses.lengths.float().mean()),
+        "eval/eos_rate": float(rollout.finished.float().mean()),
+    }

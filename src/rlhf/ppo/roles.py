@@ -17,9 +17,14 @@ from rlhf.config import PPOConfig
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
-from rlhf.models.reward_model import RewardModel, head_from_reward, value_from_reward
+from rlhf.models.reward_model import (
+    RewardModel,
+    head_from_reward,
+    load_reward_model,
+    value_from_reward,
+)
 from rlhf.models.saving import add_adapter_to_weights
-from rlhf.models.scorers import Scorer
+from rlhf.models.scorers import RewardFn, RewardFunction, Scorer
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,16 @@ def make_reference(config: PPOConfig, bases: Bases) -> Role | None:
         return None
     assert bases.frozen is not None
     return Role(bases.frozen, None)
+
+
+def make_scorer(config: PPOConfig, bases: Bases, reward_fn: RewardFunction | None) -> Scorer:
+    """Return what gives the scores: the given function, or else the configured reward model."""
+    if reward_fn is not None:
+        return RewardFn(reward_fn)
+    assert config.reward_model_path is not None
+    return load_reward_model(
+        config.reward_model_path, device=config.device, dtype=config.dtype, policy_lm=bases.frozen
+    )
 
 
 def make_critic(

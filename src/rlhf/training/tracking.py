@@ -173,6 +173,45 @@ class ProgressLine:
             self._bar.stop()
 
 
+class RunLog:
+    """All that a run writes step by step: metrics.jsonl, samples.jsonl, trackers, progress.
+
+    Args:
+        folder: The stage's folder.
+        done: Steps that are logged; what an earlier attempt wrote of later ones is dropped.
+        trackers: Get the metrics too; closed here.
+        progress: Shows the progress; closed here.
+    """
+
+    def __init__(self, folder: Path, done: int, trackers: Trackers, progress: ProgressLine) -> None:
+        self._metrics = JsonLog(folder / "metrics.jsonl")
+        self._samples = JsonLog(folder / "samples.jsonl")
+        self._metrics.truncate(done)
+        self._samples.truncate(done)
+        self._trackers = trackers
+        self._progress = progress
+
+    def write(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        samples: Sequence[Mapping[str, Any]],
+        *,
+        due: bool,
+    ) -> None:
+        """Write a step: its samples and progress in any case, its metrics where they are due."""
+        if due:
+            self._metrics.write(step, [metrics])
+            self._trackers.log(step, metrics)
+        self._samples.write(step, samples)
+        self._progress.update(step, metrics, due)
+
+    def close(self) -> None:
+        """Leave the terminal as it was; flush and close the trackers."""
+        self._progress.close()
+        self._trackers.close()
+
+
 class PhaseTimer:
     """Seconds spent in each named phase since the last `take`."""
 

@@ -7,15 +7,13 @@ the step has changed is taken back, and it is made again.
 
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
-from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
 from rlhf.config import TrainingConfig
 from rlhf.console import say
@@ -35,24 +33,24 @@ from rlhf.training.checkpoints import (
     save_best,
     save_checkpoint,
 )
-from rlhf.training.optimizer import GroupedAdamW, ParameterGroup, StepStart, learning_rate_factor
+from rlhf.training.optimizer import ParameterGroup, StepStart, learning_rate_factor
 from rlhf.training.tracking import (
-    JsonLog,
     PhaseTimer,
     ProgressLine,
+    RunLog,
     Trackers,
     check_trackers,
     peak_memory_mb,
 )
+from rlhf.training.updates import Updates
 
 __all__ = ["Callback", "ParameterGroup", "Trainer", "TrainingDiverged"]
 
 # Called after every step with the trainer, the step (from 1), its metrics and its samples.
 Callback = Callable[["Trainer", int, Mapping[str, float], Sequence[Mapping[str, Any]]], None]
-SKIPS_BEFORE_GIVING_UP = 5
 
 
-class Trainer(ABC):
+class Trainer(Updates):
     """A training run in a folder.
 
     A subclass sets its models up, calls `super().__init__` and supplies the abstract methods.
@@ -65,23 +63,16 @@ class Trainer(ABC):
         callbacks: Called after every step, see `Callback`.
 
     Attributes:
-        config: The stage's configuration.
-        run: The run's folder and identity.
         total_steps: Training steps of the run.
-        step_index: Steps that are done, which is the index of the step to make next.
-        skipped_updates: Optimizer updates left out so far.
         final_metrics: For `export`: metrics of the last step and of what is exported.
     """
 
-    stage: ClassVar[str]
     rows_name: ClassVar[str] = "rows"
     shown_metrics: ClassVar[tuple[str, ...]] = ()
     # Metric of `evaluate` that decides which weights are the best, and its direction.
     best_metric: ClassVar[tuple[str, Literal["max", "min"]] | None] = None
     # Whether `export` gets the best weights rather than the last.
     export_best: ClassVar[bool] = True
-    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
-    eps: ClassVar[float] = 1e-8
 
     def __init__(
         self,
@@ -92,18 +83,14 @@ class Trainer(ABC):
         callbacks: Sequence[Callback] = (),
     ) -> None:
         check_trackers(config.log_with)
-        self.config = config
+        super().__init__(config, run or prepare_output(config, {}, stage=self.stage))
         self.num_rows = num_rows
-        self.run = run or prepare_output(config, {}, stage=self.stage)
         self.output_path = self.run.output.path
         if config.tensorboard_dir is not None:
             self.run.output.also_publish("tensorboard", config.tensorboard_dir)
         self.callbacks = callbacks
         self.total_steps = config.total_steps(num_rows)
-        self.step_index = 0
-        self.skipped_updates = 0
         self.final_metrics: dict[str, Any] = {}
-        self._skipped_in_row = 0
         self._seconds = 0.0
         self._tokens = 0
         self._timer = PhaseTimer()
@@ -113,11 +100,6 @@ class Trainer(ABC):
         # A step that is done and whose evaluation is not: its metrics and samples.
         self._unevaluated: tuple[dict[str, float], list[dict[str, Any]]] | None = None
         self._saved_step = 0
-        self._before_step: StepStart | None = None
-
-    @abstractmethod
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """What is trained; asked once."""
 
     @abstractmethod
     def make_step(self) -> dict[str, float]:
@@ -135,7 +117,7 @@ class Trainer(ABC):
         """JSON-able state beyond weights and optimizer."""
         return {}
 
-    def load_extra_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 (optional)
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
         """Takes back what `extra_state` gave."""
 
     def describe(self) -> list[str]:
@@ -166,7 +148,8 @@ class Trainer(ABC):
     def _train(self) -> dict[str, Any]:
         if self.run.status is Status.FINISHED:  # by another process, a moment ago
             return self.run.conclude()
-        self.run.start()
+        if self.is_main:
+            self.run.start()
         self._restore()
         with self._session() as (signals, log):
             try:
@@ -175,12 +158,13 @@ class Trainer(ABC):
                 self._save_unfinished()
                 raise StoppedBySignal(self._saved_step) from None
             except TrainingDiverged:
-                self.run.output.publish()  # the log that the message points at
+                if self.is_main:
+                    self.run.output.publish()  # the log that the message points at
                 raise
             signals.all_saved(self.step_index)
             return self._finish()
 
-    def _make_steps(self, signals: SignalGuard, log: Callable[[dict[str, float]], None]) -> None:
+    def _make_steps(self, signals: SignalGuard, log: RunLog | None) -> None:
         """Makes what is left of the run, with evaluations, log and checkpoints."""
         while self.step_index < self.total_steps or self._unevaluated is not None:
             if self._unevaluated is None:
@@ -192,10 +176,11 @@ class Trainer(ABC):
                 self._samples = list(samples)
                 metrics = metrics | self._evaluate()
                 self._unevaluated = None
-            log(metrics)
-            if signals.requested or self._due(self.config.save_interval(self.total_steps)):
+            self._log_step(log, metrics)
+            stop = bool(self.reduce(torch.tensor(signals.requested), "max"))
+            if stop or self._due(self.config.save_interval(self.total_steps)):
                 self.save()
-            if signals.requested and self.step_index < self.total_steps:
+            if stop and self.step_index < self.total_steps:
                 raise StoppedBySignal(self.step_index)
 
     def _remembered_step(self) -> dict[str, float]:
@@ -246,7 +231,7 @@ class Trainer(ABC):
         dropout = seeded_generator("dropout", self.config.seed, self.step_index)
         torch.manual_seed(dropout.initial_seed())
         self._samples, self._tokens = [], 0
-        metrics = self.make_step()
+        metrics = self.mean_metrics(self.make_step())
         self.step_index += 1
         seconds = time.perf_counter() - start
         self._seconds += seconds
@@ -254,74 +239,9 @@ class Trainer(ABC):
         metrics |= {"train/skipped_updates": float(self.skipped_updates)}
         metrics |= self._timer.take() | {"time/step": seconds}
         metrics |= {"perf/peak_memory_mb": peak_memory_mb()}
-        if self._tokens:
-            metrics |= {"perf/tokens_per_second": self._tokens / seconds}
+        if tokens := int(self.reduce(torch.tensor(self._tokens))):
+            metrics |= {"perf/tokens_per_second": tokens / seconds}
         return metrics
-
-    @cached_property
-    def optimizer(self) -> GroupedAdamW:
-        """AdamW over the groups that `parameter_groups` gives, built when first needed."""
-        return GroupedAdamW(
-            self.parameter_groups(),
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.config.weight_decay,
-        )
-
-    @classmethod
-    def optimizer_settings(cls) -> str:
-        """What the optimizer has that no field of the configuration names, for the identity."""
-        return f"Adam, betas {cls.betas}, eps {cls.eps}"
-
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer updates that a step makes at most; after the last one nothing stops it."""
-        return 1
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that is trained, by name."""
-        return self.optimizer.parameters
-
-    def apply_gradients(self) -> dict[str, float]:
-        """Clips each group's gradients to its own norm, updates its weights, clears gradients.
-
-        Gradients are those of the loss itself: sums that the caller has divided by global counts.
-
-        Returns:
-            `train/grad_norm_<group>` before clipping; {} if the update was skipped because a
-            gradient was not finite.
-
-        Raises:
-            TrainingDiverged: If that happened several times in a row.
-        """
-        norms = self.optimizer.grad_norms()
-        broken = [name for name, norm in norms.items() if not torch.isfinite(norm)]
-        if broken:
-            self.skip_update(f"the gradient of {' and '.join(broken)} was not finite")
-            return {}
-        if self._before_step is not None:
-            self._before_step.keep(self.optimizer, copy=self.updates_per_step > 1)
-        self.optimizer.update(norms)
-        self._skipped_in_row = 0
-        return {f"train/grad_norm_{name}": float(norm) for name, norm in norms.items()}
-
-    def skip_update(self, reason: str) -> None:
-        """Leaves an update out: clears gradients and counts.
-
-        Raises:
-            TrainingDiverged: If it was the fifth in a row.
-        """
-        self.optimizer.zero_grad()
-        self.skipped_updates += 1
-        self._skipped_in_row += 1
-        if self._skipped_in_row >= SKIPS_BEFORE_GIVING_UP:
-            raise TrainingDiverged(
-                f"{self.stage} diverged: {self._skipped_in_row} updates in a row were skipped, the "
-                f"last one at step {self.step_index + 1} because {reason}. Lower learning_rate "
-                f"(now {self.optimizer.groups[0].learning_rate:g}) or max_grad_norm, use dtype "
-                f"float32, and look at {self.run.output.folder}/metrics.jsonl for where it began"
-            )
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """Measures what happens inside as `time/<name>`."""
@@ -337,6 +257,11 @@ class Trainer(ABC):
 
     def save(self) -> None:
         """Writes a checkpoint of the steps that are done, and publishes it."""
+        if self.is_main:
+            self._write_checkpoint()
+        self._saved_step = self.step_index
+
+    def _write_checkpoint(self) -> None:
         best = read_best(self.output_path)
         state = {
             "best": None if best is None else asdict(best),
@@ -354,7 +279,6 @@ class Trainer(ABC):
         with self.run.held(look=False):  # for those who make the steps themselves
             save_checkpoint(self.output_path, checkpoint, keep=self.config.save_total_limit)
             self.run.output.publish()
-        self._saved_step = self.step_index
 
     def _due(self, every: int) -> bool:
         return self.step_index % every == 0 or self.step_index == self.total_steps
@@ -362,7 +286,7 @@ class Trainer(ABC):
     def _evaluate(self) -> dict[str, float]:
         """Evaluates, and keeps the weights if they are the best so far."""
         with self.phase("evaluate"):
-            self._evaluation = self.evaluate()
+            self._evaluation = self.mean_metrics(self.evaluate())
         if self.best_metric is not None and self.best_metric[0] in self._evaluation:
             name, direction = self.best_metric
             value = self._evaluation[name]
@@ -370,44 +294,47 @@ class Trainer(ABC):
             sign = 1 if direction == "max" else -1
             if math.isfinite(value) and (best is None or sign * value > sign * best.value):
                 best = Best(self.step_index, name, value, self._evaluation)
-                save_best(self.output_path, self.parameters, best)
+                if self.is_main:
+                    save_best(self.output_path, self.parameters, best)
         return self._evaluation | self._timer.take()
 
     @contextmanager
-    def _session(self) -> Iterator[tuple[SignalGuard, Callable[[dict[str, float]], None]]]:
-        """Signals, logs, trackers and the progress bar, closed again whatever happens."""
-        metrics_log = JsonLog(self.output_path / "metrics.jsonl")
-        samples_log = JsonLog(self.output_path / "samples.jsonl")
-        # A step whose evaluation is still to come is logged after that.
-        logged = self.step_index - (self._unevaluated is not None)
-        for file in (metrics_log, samples_log):
-            file.truncate(logged)
-        for line in self.describe():
-            say(line)
-        if self.step_index:
-            say(f"{self.stage}: continues after step {self.step_index}")
-        facts = self.run.identity["fields"]
-        cpu = next(iter(self.parameters.values())).device.type == "cpu"
-        trackers = Trackers(self.config.log_with, self.output_path, logged, cpu, facts)
-        progress = ProgressLine(self.stage, self.total_steps, self.step_index, self.shown_metrics)
-
-        def log(metrics: dict[str, float]) -> None:
-            step, self._last = self.step_index, metrics
-            due = self._due(self.config.log_every) or bool(self._evaluation.keys() & metrics.keys())
-            if due:
-                metrics_log.write(step, [metrics])
-                trackers.log(step, metrics)
-            samples_log.write(step, self._samples)
-            progress.update(step, metrics, due)
-            for callback in self.callbacks:
-                callback(self, step, metrics, self._samples)
-
+    def _session(self) -> Iterator[tuple[SignalGuard, RunLog | None]]:
+        """Signals, and the log of the main process, closed again whatever happens."""
+        log = self._open_log() if self.is_main else None
         try:
             with SignalGuard() as signals:
                 yield signals, log
         finally:
-            progress.close()
-            trackers.close()
+            if log is not None:
+                log.close()
+
+    def _open_log(self) -> RunLog:
+        """Says what the run will do, and opens the log where an earlier attempt left it."""
+        for line in self.describe():
+            say(line)
+        if self.step_index:
+            say(f"{self.stage}: continues after step {self.step_index}")
+        # A step whose evaluation is still to come is logged after that.
+        logged = self.step_index - (self._unevaluated is not None)
+        cpu = next(iter(self.parameters.values())).device.type == "cpu"
+        facts = self.run.identity["fields"]
+        return RunLog(
+            self.output_path,
+            logged,
+            Trackers(self.config.log_with, self.output_path, logged, cpu, facts),
+            ProgressLine(self.stage, self.total_steps, self.step_index, self.shown_metrics),
+        )
+
+    def _log_step(self, log: RunLog | None, metrics: dict[str, float]) -> None:
+        """Logs a step and calls the callbacks, both in the main process only."""
+        step, self._last = self.step_index, metrics
+        if log is None:
+            return
+        due = self._due(self.config.log_every) or bool(self._evaluation.keys() & metrics.keys())
+        log.write(step, metrics, self._samples, due=due)
+        for callback in self.callbacks:
+            callback(self, step, metrics, self._samples)
 
     def _restore(self) -> None:
         """Goes back to the newest whole checkpoint, or to nothing if there is none."""
@@ -416,8 +343,9 @@ class Trainer(ABC):
             self.run.output.fetch("checkpoints/*", "best/*", "metrics.jsonl", "samples.jsonl")
             checkpoint = load_checkpoint(self.output_path)
         if checkpoint is None or not restore_best(self.output_path, checkpoint):
-            remove_checkpoints(self.output_path)
-            remove_best(self.output_path)  # of an attempt that failed before it saved
+            if self.is_main:
+                remove_checkpoints(self.output_path)
+                remove_best(self.output_path)  # of an attempt that failed before it saved
             return
         self.optimizer.load_parameters(checkpoint.model)
         self.optimizer.load_state_tensors(checkpoint.optimizer)
@@ -446,5 +374,7 @@ class Trainer(ABC):
                 self.optimizer.load_parameters(load_best(self.output_path))
                 metrics |= best.evaluation
         self.final_metrics = metrics
+        if not self.is_main:
+            return metrics
         metrics |= self.export() | {"seconds": self._seconds}
         return self.run.finish(metrics)

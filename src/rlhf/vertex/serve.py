@@ -26,7 +26,7 @@ from rlhf.console import say
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.schema import PromptText
 from rlhf.errors import InputError, StoppedBySignal
-from rlhf.models.generation import generate_in_chunks, rollout_uniforms
+from rlhf.models.generation import Generator, TorchGenerator, rollout_uniforms
 from rlhf.models.loading import check_limits, load_language_model, read_model_config
 
 # Vertex accepts requests of up to 1.5 MB.
@@ -42,13 +42,19 @@ class Predictor:
         prompt_limit: Maximum tokens of a prompt; a longer one loses its beginning.
         response_limit: Maximum tokens of a response.
         dtype: auto, float32 or bfloat16.
+        generator: What decodes; our own engine by default.
 
     Raises:
         InputError: If the checkpoint or the limits are wrong.
     """
 
     def __init__(
-        self, folder: str, prompt_limit: int, response_limit: int, dtype: str = "auto"
+        self,
+        folder: str,
+        prompt_limit: int,
+        response_limit: int,
+        dtype: str = "auto",
+        generator: Generator | None = None,
     ) -> None:
         problems = check_limits(read_model_config(folder), prompt_limit, response_limit)
         if problems:
@@ -58,6 +64,7 @@ class Predictor:
         )
         self.lm = load_language_model(config, trainable=False)
         self.limit = response_limit
+        self.generator = generator or TorchGenerator(ROWS_AT_ONCE)
         self.codec = PromptCodec(self.lm.tokenizer, self.lm.layout, prompt_limit, response_limit)
         self._one_at_a_time = threading.Lock()
 
@@ -77,10 +84,9 @@ class Predictor:
             return []
         prompts = [PromptText(text, ((0, len(text)),)) for text in texts]
         with self._one_at_a_time:
-            made = generate_in_chunks(
+            made = self.generator(
                 self.lm,
                 self.codec.prompts(prompts).to(self.lm.device),
-                chunk_size=ROWS_AT_ONCE,
                 max_new_tokens=limit,
                 temperature=temperature,
                 uniforms=rollout_uniforms(seed, 0, range(len(texts)), limit, "serving"),
