@@ -142,6 +142,8 @@ class Trainer(Updates):
         if self.run.status is Status.FINISHED:
             say(f"{self.stage}: already finished in {self.run.output.folder}")
             return self.run.conclude()
+        if not self.is_main:  # the main process holds the folder for all
+            return self._train()
         with self.run.held():
             return self._train()
 
