@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from support.cases import make_case, read
 from support.toy_trainer import LastTrainer, ToyTrainer, lines, stop_at, toy_config, without_timing
 
-from rlhf.cli import exit_code
 from rlhf.errors import InputError, StoppedBySignal, StorageError
 from rlhf.files import owners, run_folder
 from rlhf.files.output import RUN_FILE, Output
 from rlhf.files.owners import Process, remove_abandoned, temporary_folder, temporary_name
 from rlhf.files.run_folder import Status, prepare_output
 from rlhf.files.text import whole_file, write_text
+from rlhf.process import exit_code
 from rlhf.training import checkpoints, tracking
 from rlhf.training import trainer as training
 from rlhf.training.checkpoints import BEST, Best, load_best, restore_best, save_best
@@ -444,7 +444,7 @@ def test_a_full_disk_under_safetensors_is_one_line_too(tmp_path: Path) -> None:
 import resource, signal, sys, torch
 from pathlib import Path
 from rlhf.training.checkpoints import Checkpoint, save_checkpoint
-from rlhf.cli import exit_code
+from rlhf.process import exit_code
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path(sys.argv[1])
 tensors = {"w": torch.ones(5000)}

@@ -8,6 +8,10 @@ from rlhf import __version__
 
 # File name of the compiled pipeline, here and in the folder kfp/.
 TEMPLATE = "rlhf_pipeline.yaml"
+DEPLOY_NOTE = (
+    "deploy_model: nothing is deployed, because an endpoint costs money until it is deleted; "
+    "docs/vertex.md has the command"
+)
 
 
 def default_image(project: str, location: str) -> str:

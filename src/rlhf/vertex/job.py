@@ -16,7 +16,6 @@ from typing import Any
 import click
 import torch
 
-from rlhf.cli import exit_code, quiet_third_parties
 from rlhf.config import PipelineConfig
 from rlhf.config.pipeline import STAGE_CLASSES
 from rlhf.console import say
@@ -24,18 +23,14 @@ from rlhf.errors import InputError, StoppedBySignal, together
 from rlhf.files.output import path_in
 from rlhf.files.storage import as_url, open_store
 from rlhf.pipeline import STAGES, check_inputs
-from rlhf.vertex import failure
+from rlhf.process import exit_code, quiet_third_parties
+from rlhf.vertex import DEPLOY_NOTE, failure
 from rlhf.vertex.addresses import LONGEST_RUN_NAME
 from rlhf.vertex.cloud import export_huggingface_token, register_model
 from rlhf.vertex.conversion import problems_in_the_cloud, to_config
 from rlhf.vertex.executor import Task, write_file
 from rlhf.vertex.machines import Machine, fit
 from rlhf.vertex.summary import finite_numbers, markdown
-
-DEPLOY_NOTE = (
-    "deploy_model: nothing is deployed, because an endpoint costs money until it is deleted; "
-    "docs/vertex.md has the command"
-)
 
 
 def validate(task: Task) -> None:

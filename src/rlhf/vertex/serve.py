@@ -20,7 +20,6 @@ from typing import Any
 import click
 import torch
 
-from rlhf.cli import exit_code, quiet_third_parties
 from rlhf.config.common import StageConfig
 from rlhf.console import say
 from rlhf.data.prompt_codec import PromptCodec
@@ -28,6 +27,7 @@ from rlhf.data.schema import PromptText
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.models.generation import Generator, TorchGenerator, rollout_uniforms
 from rlhf.models.loading import check_limits, load_language_model, read_model_config
+from rlhf.process import exit_code, quiet_third_parties
 
 # Vertex accepts requests of up to 1.5 MB.
 LARGEST_REQUEST = 1_500_000

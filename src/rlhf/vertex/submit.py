@@ -21,13 +21,12 @@ from rlhf.console import say, show
 from rlhf.errors import InputError, together
 from rlhf.files.storage import as_url, find_files, open_store
 from rlhf.pipeline import check_inputs
-from rlhf.vertex import TEMPLATE, default_image
+from rlhf.vertex import DEPLOY_NOTE, TEMPLATE, default_image
 from rlhf.vertex.addresses import PIPELINE_ROOT, not_in_the_cloud
 from rlhf.vertex.compat import request_of, send, set_account_and_network
 from rlhf.vertex.conversion import to_config, to_parameters
 from rlhf.vertex.follow import follow
 from rlhf.vertex.image import pinned
-from rlhf.vertex.job import DEPLOY_NOTE
 from rlhf.vertex.living import refuse_second_writer
 from rlhf.vertex.machines import Machine, fit, named_machine, problems_of_run
 
