@@ -1,4 +1,4 @@
-# One image for all jobs: the commands of `rlhf`, and the steps that Vertex AI runs as custom jobs.
+# One image for all jobs: the `rlhf` commands, and the steps that Vertex AI runs as custom jobs.
 #
 #   make image VARIANT=cpu                            (docker build --build-arg VARIANT=cpu ...)
 #   docker run --rm rlhf:cpu quickstart --arch t5

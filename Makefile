@@ -21,7 +21,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-quickstart: $(STAMP) ## all stages on the embedded corpus: make quickstart ARCH=t5|llama [ARGS="--seed 1"]
+quickstart: $(STAMP) ## all stages on the built-in corpus: make quickstart ARCH=t5|llama [ARGS="--seed 1"]
 	$(BIN)/rlhf quickstart --arch $(ARCH) $(ARGS)
 
 # Two processes with one thread each: tiny models gain nothing from more.
@@ -45,19 +45,19 @@ lint: $(STAMP) ## ruff (rules and format) and mypy
 bench: $(STAMP) ## compare with the peers, an hour: make bench [DEVICE=cuda] [ARGS="--only 'ppo_*'"]
 	$(BIN)/python benchmarks/bench.py --device $(DEVICE) $(ARGS)
 
-image: ## the container image rlhf:VARIANT, with Docker: make image [VARIANT=cpu|cu126|cu130]
+image: ## build the container image rlhf:VARIANT with Docker: make image [VARIANT=cpu|cu126|cu130]
 	@command -v docker >/dev/null || { echo "make image needs Docker, and there is no docker command \
 	here; containers/cloudbuild.yaml builds the image without it" >&2; exit 1; }
 	docker build --build-arg VARIANT=$(VARIANT) --build-arg REVISION=$$(git rev-parse HEAD) \
 		--tag rlhf:$(VARIANT) .
 
 # Separate from `test`, because pip needs a network.
-imagetest: $(STAMP) ## the Dockerfile's steps as a script, without Docker; needs a package index
+imagetest: $(STAMP) ## run the Dockerfile's steps as a script, without Docker; needs a package index
 	$(BIN)/python -m pytest -m "" -rs tests/test_container.py $(ARGS)
 
 # An environment contains absolute paths, so moving the checkout makes it stale too.
 $(STAMP): pyproject.toml constraints.txt $(if $(filter $(CURDIR),$(shell cat $(STAMP) 2>/dev/null)),,moved)
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module is needed and was \
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module is needed, but was \
 	not found (Debian, Ubuntu: apt install python3 python3-venv)" >&2; exit 1; }
 	@echo "building $(VENV) with $(PYTHON)"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)

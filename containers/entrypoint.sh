@@ -1,5 +1,5 @@
 #!/bin/sh
-# docker run IMAGE quickstart --arch t5            an ordinary command of rlhf
+# docker run IMAGE quickstart --arch t5            any rlhf command
 # docker run IMAGE rlhf quickstart --arch t5       the same
 # docker run IMAGE job STAGE --executor_input=...  a step of the Vertex pipeline
 # docker run IMAGE serve --model FOLDER            a tuned model over HTTP, for Vertex's endpoints

@@ -106,7 +106,7 @@ _stage("score", ScoreConfig, "run_score", "Add reward scores to the rows of a fi
     "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Random seed."
 )
 def quickstart(arch: Literal["t5", "llama"], output_dir: str | None, seed: int) -> None:
-    """Run all stages on a generated corpus in minutes, with no network or GPU."""
+    """Run all stages on the built-in corpus in minutes, with no network or GPU."""
     from rlhf.quickstart.run import run_quickstart
 
     run_quickstart(arch=arch, output_dir=output_dir, seed=seed)

@@ -1,4 +1,4 @@
-"""The embedded corpus: what its files promise, and the gold reward by hand-worked examples."""
+"""The built-in corpus: what its files promise, and the gold reward by hand-worked examples."""
 
 import json
 import random

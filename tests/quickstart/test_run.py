@@ -1,4 +1,4 @@
-"""The embedded default: its figures by hand, the shipped checkpoints, and the whole run (slow)."""
+"""The built-in default: its figures by hand, the shipped checkpoints, and the whole run (slow)."""
 
 import json
 import random

@@ -1,1 +1,1 @@
-"""The embedded corpus, the small models, and the run that uses both."""
+"""The built-in corpus, the small models, and the run that uses both."""

@@ -1,4 +1,4 @@
-"""The embedded corpus: posts with facts, summaries, and preferences from a known gold reward.
+"""The built-in corpus: posts with facts, summaries, and preferences from a known gold reward.
 
 Everything is generated from the small grammar below and a seed, so the quickstart needs no download
 and we know what the annotator wants. That makes over-optimization visible: PPO sees only the reward
