@@ -131,9 +131,7 @@ class PPOConfig(TrainingConfig):
         ge=1e-3,
         le=1e3,
     )
-    advantage: NonEmpty = option(
-        "gae", "Advantage estimator: gae, or one that Python code has added to its registry."
-    )
+    advantage: NonEmpty = option("gae", "Advantage estimator: gae, or one registered in Python.")
     gamma: float = option(1.0, "Discount per token.", gt=0, le=1)
     gae_lambda: float = option(
         0.95, "Lambda of generalized advantage estimation (Schulman et al. 2015).", ge=0, le=1
