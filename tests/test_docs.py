@@ -345,7 +345,7 @@ def test_the_t5_recipe_is_what_the_image_does() -> None:
     flags = uploads()["rlhf-t5-1"]
     word, *arguments = flags["container-args"].split(",")
     assert f"\n{word})\n" in (ROOT / "containers" / "entrypoint.sh").read_text()
-    options = {option for parameter in serve.command.params for option in parameter.opts}
+    options = {option for parameter in serve.serve_command.params for option in parameter.opts}
     assert {argument.partition("=")[0] for argument in arguments} <= options
     source = Path(serve.__file__).read_text()
     for route in ("health", "predict"):

@@ -229,7 +229,7 @@ def check(files: tuple[str, ...], **options: Any) -> None:
     show("\n".join(check_files(list(files), **options).lines()))
 
 
-@data.command()
+@data.command("convert")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.argument("output", metavar="OUTPUT")
 @click.option(
@@ -238,11 +238,11 @@ def check(files: tuple[str, ...], **options: Any) -> None:
     show_default=True,
     help="auto, rows, chosen_rejected, alpaca, tldr_comparisons or hh_rlhf.",
 )
-def convert(sources: tuple[str, ...], output: str, layout: str) -> None:
+def data_convert(sources: tuple[str, ...], output: str, layout: str) -> None:
     """Convert preference files in another layout to the library's rows."""
-    from rlhf.data.convert import convert as convert_files
+    from rlhf.data.convert import convert
 
-    show("\n".join(convert_files(list(sources), output, layout).lines()))
+    show("\n".join(convert(list(sources), output, layout).lines()))
 
 
 def _imported(address: str) -> Callable[..., Any]:

@@ -259,7 +259,6 @@ def evaluate_preferences(
     chosen_lengths: ArrayLike,
     rejected_lengths: ArrayLike,
     *,
-    num_bins: int = 10,
     seed: int = 0,
 ) -> PreferenceEvaluation:
     """Evaluate a reward model on preference pairs.
@@ -269,7 +268,6 @@ def evaluate_preferences(
         rejected: (N,) rewards of the others.
         chosen_lengths: (N,) their lengths in any unit.
         rejected_lengths: (N,) lengths of the others.
-        num_bins: Bins of equal width over the confidences from 0.5 to 1.
         seed: Seed of the bootstrap.
 
     Raises:
@@ -277,7 +275,7 @@ def evaluate_preferences(
     """
     correct = _wins(chosen, rejected)
     margin = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
-    bins = calibration_bins(1 / (1 + np.exp(-np.abs(margin))), correct, num_bins)
+    bins = calibration_bins(1 / (1 + np.exp(-np.abs(margin))), correct)
     gap = sum(row.count * abs(row.accuracy - row.confidence) for row in bins)
     return PreferenceEvaluation(
         accuracy=bootstrap_interval(correct, seed=seed),

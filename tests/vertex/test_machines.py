@@ -8,7 +8,7 @@ import pytest
 from support.vertex_models import SHAPES
 
 from rlhf.config import PipelineConfig
-from rlhf.config.vertex import ACCELERATORS as KNOWN
+from rlhf.config.vertex import ACCELERATOR_NAMES
 from rlhf.errors import InputError
 from rlhf.vertex.image import DEFAULT_CUDA, cuda_of
 from rlhf.vertex.machine_types import ACCELERATORS, MACHINE_TYPES
@@ -316,7 +316,7 @@ def test_counts_are_those_of_googles_table():
         assert not any(machine.accelerators for machine in members)
     kinds = {kind for machine in MACHINE_TYPES.values() for kind in machine.accelerators}
     assert kinds == set(ACCELERATORS) - {"NVIDIA_TESLA_K80"}
-    assert set(ACCELERATORS) == set(KNOWN)
+    assert set(ACCELERATORS) == set(ACCELERATOR_NAMES)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from kfp import compiler, dsl
 from kfp.pipeline_spec import pipeline_spec_pb2
 from support.compiled_pipeline import Run
 
-from rlhf.config.vertex import ACCELERATORS
+from rlhf.config.vertex import ACCELERATOR_NAMES
 from rlhf.errors import InputError
 from rlhf.vertex import job
 from rlhf.vertex.addresses import RUN_NAME
@@ -428,7 +428,7 @@ def test_the_validation_looks_at_the_torch_that_is_there(monkeypatch, cuda, said
 
 def test_accelerators_are_those_that_vertex_knows():
     known = {kind.name for kind in AcceleratorType if kind.name.startswith("NVIDIA")}
-    assert set(ACCELERATORS) == known
+    assert set(ACCELERATOR_NAMES) == known
 
 
 def test_the_folder_kfp_does_not_hide_the_package():

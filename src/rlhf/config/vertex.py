@@ -16,7 +16,7 @@ from rlhf.config.loading import unreadable_character
 from rlhf.untrusted import parse_json
 
 # Vertex's names, those of its TPUs apart; a test compares them with its client library's.
-ACCELERATORS = (
+ACCELERATOR_NAMES = (
     "NVIDIA_L4",
     "NVIDIA_TESLA_A100",
     "NVIDIA_A100_80GB",
@@ -180,7 +180,7 @@ class VertexConfig(Schema):
         return problems + self._region_problems() + self._time_problems()
 
     def _accelerator_problems(self) -> list[str]:
-        known = ("GPU", "CPU", *ACCELERATORS)
+        known = ("GPU", "CPU", *ACCELERATOR_NAMES)
         if self.accelerator_type.upper().startswith("TPU"):
             return [
                 f"accelerator_type: {self.accelerator_type} cannot be used, the code runs on GPU "
@@ -190,7 +190,7 @@ class VertexConfig(Schema):
             return [
                 f"accelerator_type: unknown accelerator {self.accelerator_type!r}"
                 f"{nearest(self.accelerator_type.upper(), known)}; "
-                f"expected GPU, CPU or one of {', '.join(ACCELERATORS)}"
+                f"expected GPU, CPU or one of {', '.join(ACCELERATOR_NAMES)}"
             ]
         if self.accelerator_type == "CPU" and self.accelerator_count:
             return ["accelerator_count: a CPU job has none; leave it out"]

@@ -26,15 +26,13 @@ class TokenBatch:
     lengths: Tensor
 
     @staticmethod
-    def from_lists(
-        rows: Sequence[Sequence[int]], device: torch.device | str = "cpu"
-    ) -> "TokenBatch":
+    def from_lists(rows: Sequence[Sequence[int]]) -> "TokenBatch":
         """Right-pad lists of ids into one batch."""
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
         ids = torch.zeros(len(rows), max(map(len, rows), default=0), dtype=torch.long)
         for target, row in zip(ids, rows, strict=True):
             target[: len(row)] = torch.tensor(row, dtype=torch.long)
-        return TokenBatch(ids.to(device), lengths.to(device))
+        return TokenBatch(ids, lengths)
 
     def __len__(self) -> int:
         return self.ids.shape[0]

@@ -29,6 +29,7 @@ from rlhf.data.schema import RowChecker, add_names, holds_something, in_words, n
 from rlhf.data.turns import (
     NoPreferenceError,
     RowError,
+    Turn,
     author,
     checked_turns,
     history_turns,
@@ -241,7 +242,7 @@ def _is_dialogue(prompt: str, chosen: str, rejected: str) -> bool:
     )
 
 
-def _own_prompt(row: Row) -> tuple[str | list[Row] | None, set[str]]:
+def _own_prompt(row: Row) -> tuple[str | list[Turn] | None, set[str]]:
     """Return the prompt given next to the answers, and the fields it is made of."""
     name = next((name for name in ("messages", *_PROMPT_FIELDS) if row.get(name) is not None), None)
     if name == "messages" and row.get("prompt") is not None:
@@ -256,7 +257,7 @@ def _own_prompt(row: Row) -> tuple[str | list[Row] | None, set[str]]:
     return text, {name}
 
 
-def _complete(row: Row, prompt: str | list[Row] | None) -> tuple[Row, set[str]]:
+def _complete(row: Row, prompt: str | list[Turn] | None) -> tuple[Row, set[str]]:
     """Return a prompt with the row's system text and earlier turns, and the fields used."""
     kept: Row = {name: row[name] for name in ("margin", "context", "output_text") if name in row}
     used = set(kept)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.data.encoding import ANCHORS, TextEncoder
-from rlhf.data.rows import text_sizes
+from rlhf.data.row_table import text_sizes
 from rlhf.data.schema import PromptText
 
 if TYPE_CHECKING:

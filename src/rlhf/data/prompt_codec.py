@@ -17,7 +17,8 @@ from rlhf.data.counting import MARGIN, TokenCounter, surely_short
 from rlhf.data.encoding import ANCHORS, Piece, TextEncoder, overlap
 from rlhf.data.json_lines import MAX_PROBLEMS
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.rows import RowData, prompt_of, take, text_sizes
+from rlhf.data.row_table import take, text_sizes
+from rlhf.data.rows import RowData, prompt_of
 from rlhf.data.schema import Message, PromptFields, PromptText
 from rlhf.errors import InputError
 
@@ -132,9 +133,9 @@ class PromptCodec:
                 raise InputError(NO_TOKENS)
         return rows
 
-    def response_ids(self, text: str, finished: bool = True) -> list[int]:
-        """Return the ids of one response, at most `response_limit`; see `response_rows`."""
-        return self.response_rows([text], [finished])[0]
+    def response_ids(self, text: str) -> list[int]:
+        """Return the ids of a finished response, at most `response_limit`; see `response_rows`."""
+        return self.response_rows([text])[0]
 
     def response_rows(
         self, texts: Sequence[str], finished: Sequence[bool] | None = None

@@ -32,13 +32,14 @@ __all__ = [
     "split_holdout",
 ]
 
-Paths = str | Sequence[str]
+DataPaths = str | Sequence[str]
+_HELD_OUT = 0.05  # share of the pairs
 
 _MOST_SCANS = 8  # each of them is a file on disk
 
 
 def load_prompts(
-    paths: Paths,
+    paths: DataPaths,
     *,
     renderer: PromptRenderer,
     on_bad_rows: OnBadRows = "error",
@@ -63,7 +64,7 @@ def load_prompts(
 
 
 def load_preferences(
-    paths: Paths,
+    paths: DataPaths,
     *,
     renderer: PromptRenderer,
     on_bad_rows: OnBadRows = "error",
@@ -102,14 +103,13 @@ def _data(scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows) -> tup
 
 
 def split_holdout(
-    preferences: PreferenceData, fraction: float = 0.05, limit: int = 1000, *, seed: int = 0
+    preferences: PreferenceData, limit: int = 1000, *, seed: int = 0
 ) -> tuple[PreferenceData, PreferenceData]:
     """Hold out pairs for evaluation; all pairs of one prompt stay on the same side.
 
     Args:
         preferences: All pairs.
-        fraction: Share of the pairs to hold out.
-        limit: Maximum number of pairs to hold out.
+        limit: Maximum number of pairs to hold out; at most a twentieth is held out anyway.
         seed: Determines which prompts are chosen.
 
     Returns:
@@ -121,7 +121,7 @@ def split_holdout(
     batches = preferences.batches(("prompt_hash",))
     group_of = group_rows([column_values(batch, "prompt_hash") for batch in batches])
     sizes = np.bincount(group_of)
-    wanted = min(limit, max(1, round(fraction * len(preferences))))
+    wanted = min(limit, max(1, round(_HELD_OUT * len(preferences))))
     held: list[int] = []
     count = 0
     for group in permutation(len(sizes), "holdout", seed)[: len(sizes) - 1]:
@@ -179,7 +179,7 @@ def read_once(keep_lines: bool = False) -> Iterator[None]:
         _scans = None
 
 
-def scan_files(paths: Paths, renderer: PromptRenderer, name: str) -> Scan:
+def scan_files(paths: DataPaths, renderer: PromptRenderer, name: str) -> Scan:
     """Scan all rows of some files, good and bad.
 
     Args:

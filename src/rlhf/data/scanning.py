@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from rlhf.data.json_lines import MAX_PROBLEMS, JsonLine, read_json_lines
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.rows import Flag, RowTable, TableWriter
+from rlhf.data.row_table import Flag, RowTable, TableWriter
 from rlhf.data.schema import (
     Candidates,
     PromptText,

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from rlhf.data.duplicates import count_pairs
 from rlhf.data.json_lines import MAX_PROBLEMS
-from rlhf.data.rows import Flag, ReadReport, take
+from rlhf.data.row_table import Flag, take
+from rlhf.data.rows import ReadReport
 from rlhf.data.scanning import Scan
 from rlhf.errors import InputError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.data.schema import in_words
 
-Row = dict[str, Any]
+Turn = dict[str, Any]
 
 
 class RowError(ValueError):
@@ -20,8 +20,8 @@ class NoPreferenceError(Exception):
 
 
 def split_answers(
-    prompt: str | list[Row] | None, chosen: list[Any], rejected: list[Any]
-) -> tuple[list[Row], list[str]]:
+    prompt: str | list[Turn] | None, chosen: list[Any], rejected: list[Any]
+) -> tuple[list[Turn], list[str]]:
     """Return the turns before two answers, and the answers."""
     if not chosen or not rejected:
         raise NoPreferenceError
@@ -50,7 +50,7 @@ def split_answers(
     return turns, [answer["content"] for answer in answers]
 
 
-def joined(prompt: str | list[Row] | None, shared: list[Row]) -> list[Row]:
+def joined(prompt: str | list[Turn] | None, shared: list[Turn]) -> list[Turn]:
     """Merge the prompt's own turns with those that the conversations share, each once."""
     if isinstance(prompt, str):
         if any(turn["content"].strip() == prompt.strip() for turn in shared):
@@ -76,7 +76,7 @@ def _contains(turns: list[Any], part: list[Any]) -> bool:
     return any(turns[start : start + len(part)] == part for start in starts)
 
 
-def history_turns(history: list[Any]) -> list[Row]:
+def history_turns(history: list[Any]) -> list[Turn]:
     """Return the turns of a list of [question, answer] pairs, or of a list of turns."""
     if all(isinstance(turn, dict) for turn in history):
         return checked_turns(history, "history")
@@ -92,7 +92,7 @@ def history_turns(history: list[Any]) -> list[Row]:
     return turns
 
 
-def checked_turns(values: list[Any], name: str) -> list[Row]:
+def checked_turns(values: list[Any], name: str) -> list[Turn]:
     """Return turns whose content is text; join texts that are split into parts."""
     turns = []
     for number, turn in enumerate(values):
@@ -105,7 +105,7 @@ def checked_turns(values: list[Any], name: str) -> list[Row]:
     return turns
 
 
-def _content(turn: Row) -> Any:
+def _content(turn: Turn) -> Any:
     content = turn.get("content")
     if isinstance(content, list) and content:
         texts = [part["text"] for part in content if isinstance(part, dict) and "text" in part]
@@ -114,11 +114,11 @@ def _content(turn: Row) -> Any:
     return content
 
 
-def author(turn: Row) -> Any:
+def author(turn: Turn) -> Any:
     """Return the speaker, from `author` or `role`; None if neither is given."""
     return turn.get("role") if turn.get("author") is None else turn["author"]
 
 
-def _said(turn: Row) -> tuple[Any, str]:
+def _said(turn: Turn) -> tuple[Any, str]:
     """Return what makes two turns equal."""
     return author(turn), turn["content"].strip()

@@ -89,13 +89,13 @@ class Holder:
             return None
 
 
-def _refusal(field: str, folder: str, holder: Holder | None) -> InputError:
+def _refusal(folder: str, holder: Holder | None) -> InputError:
     who = "another process"
     if holder is not None:
         who = f"{holder.command!r} (process {holder.pid} on {holder.host}, since {holder.since})"
     return InputError(
-        f"{field}: {folder} is being written by {who}; wait until it has finished or stop it, or "
-        f"choose another {field}"
+        f"output_dir: {folder} is being written by {who}; wait until it has finished or "
+        "stop it, or choose another output_dir"
     )
 
 
@@ -105,19 +105,18 @@ class Lease:
     Args:
         folder: Local folder, `/gcs/…` or an fsspec URL.
         command: What the holder does, for those who are refused.
-        field: Configuration field that names the folder, for messages.
 
     Raises:
         InputError: Somebody else holds it, or the folder cannot be written.
         StorageError: The store failed.
     """
 
-    def __init__(self, folder: str, command: str, field: str = "output_dir") -> None:
+    def __init__(self, folder: str, command: str) -> None:
         self.folder = folder
         holder = Holder.this(command)
         remote = "://" in as_url(folder)
         self._held: _Local | _Remote = (
-            _Remote(folder, holder, field) if remote else _Local(Path(folder), holder, field)
+            _Remote(folder, holder) if remote else _Local(Path(folder), holder)
         )
 
     def check(self) -> None:
@@ -134,9 +133,9 @@ class Lease:
 
 
 @contextlib.contextmanager
-def lease(folder: str, command: str, field: str = "output_dir") -> Iterator[Lease]:
+def lease(folder: str, command: str) -> Iterator[Lease]:
     """Hold a lease for the time of a block; see `Lease`."""
-    held = Lease(folder, command, field)
+    held = Lease(folder, command)
     try:
         yield held
     finally:
@@ -144,7 +143,7 @@ def lease(folder: str, command: str, field: str = "output_dir") -> Iterator[Leas
 
 
 class _Local:
-    def __init__(self, folder: Path, holder: Holder, field: str) -> None:
+    def __init__(self, folder: Path, holder: Holder) -> None:
         self._folder, self._note = folder, folder / NOTE
         self._made = [path for path in [folder, *folder.parents] if not path.exists()]
         self._lock = FileLock(folder / LOCK, thread_local=False)
@@ -157,10 +156,10 @@ class _Local:
                 self.release()
                 raise
         except Timeout as error:
-            raise _refusal(field, str(folder), self._read()) from error
+            raise _refusal(str(folder), self._read()) from error
         except OSError as error:
             why = error.strerror or error
-            raise InputError(f"{field}: cannot write to {folder}: {why}") from error
+            raise InputError(f"output_dir: cannot write to {folder}: {why}") from error
 
     def check(self) -> None:
         """Nothing to do: the lock ends with the process."""
@@ -184,17 +183,17 @@ class _Local:
 
 
 class _Remote:
-    def __init__(self, folder: str, holder: Holder, field: str) -> None:
+    def __init__(self, folder: str, holder: Holder) -> None:
         self._folder, self._holder = folder, holder
-        self._what = f"{field}: cannot write {folder.rstrip('/')}/{NOTE}"
+        self._what = f"output_dir: cannot write {folder.rstrip('/')}/{NOTE}"
         try:
             filesystem, root = _reachable(folder)
         except (ImportError, ValueError) as error:
-            raise InputError(f"{field}: cannot write to {folder}: {error}") from error
+            raise InputError(f"output_dir: cannot write to {folder}: {error}") from error
         path = f"{root.rstrip('/')}/{NOTE}"
         conditional = "gs" in filesystem.protocol
         self._object = _Object(filesystem, path) if conditional else _PlainFile(filesystem, path)
-        self._version = self._take(field)
+        self._version = self._take()
         _OURS.add(holder.token)
         self._renewed = time.monotonic()
         self._lost: str | None = None
@@ -217,7 +216,7 @@ class _Remote:
             with contextlib.suppress(Exception):  # it expires by itself
                 self._object.remove(self._version)
 
-    def _take(self, field: str) -> str:
+    def _take(self) -> str:
         """Make the lease, or take over one that is not renewed; return its version."""
         seen, since = "", time.monotonic()
         while True:
@@ -235,7 +234,7 @@ class _Remote:
             if alive and holder is not None and holder.is_this_process():
                 alive = holder.token in _OURS  # or else it was left where the store went away
             if alive or (seen and version != seen):
-                raise _refusal(field, self._folder, holder)
+                raise _refusal(self._folder, holder)
             if not seen:
                 seen, since = version, time.monotonic()
                 if alive is None:
@@ -247,7 +246,7 @@ class _Remote:
                 with self._errors():
                     taken = self._object.write(self._holder.note(), version)
                 if taken is None:
-                    raise _refusal(field, self._folder, holder)
+                    raise _refusal(self._folder, holder)
                 return taken
             time.sleep(min(_SECONDS_BETWEEN_LOOKS, SECONDS_TO_EXPIRE / 10))
 

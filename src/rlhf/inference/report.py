@@ -75,9 +75,9 @@ def _figure(metrics: Mapping[str, Any], name: str) -> str:
     return text
 
 
-def samples_markdown(predictions: Sequence[Prediction], count: int = SAMPLES) -> str:
+def samples_markdown(predictions: Sequence[Prediction]) -> str:
     """Return rows spread evenly over the file, before and after side by side; no cherry-picking."""
-    count = min(count, len(predictions))
+    count = min(SAMPLES, len(predictions))
     rows = [index * len(predictions) // count for index in range(count)]
     parts = [
         "# Samples\n",

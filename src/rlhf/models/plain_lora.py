@@ -18,7 +18,7 @@ from rlhf.models.compat import rank_of
 from rlhf.models.targets import adapted_layers, target_problems
 from rlhf.untrusted import parse_json
 
-CONFIG_FILE = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 # Say nothing of what a loaded adapter computes.
 _WITHOUT_EFFECT = frozenset(
@@ -85,7 +85,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     Raises:
         InputError: It cannot be read, or asks for anything that is not reproduced exactly.
     """
-    path = folder / CONFIG_FILE
+    path = folder / ADAPTER_CONFIG
     try:
         values = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:

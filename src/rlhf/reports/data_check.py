@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.reading import OnBadRows, Paths, scan_files
-from rlhf.data.rows import Flag, PromptData, ReadReport, text_sizes
+from rlhf.data.reading import DataPaths, OnBadRows, scan_files
+from rlhf.data.row_table import Flag, text_sizes
+from rlhf.data.rows import PromptData, ReadReport
 from rlhf.data.selection import Wants, column_values, rows_wanted
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class CheckReport:
 
 
 def check_files(
-    paths: Paths,
+    paths: DataPaths,
     *,
     kind: Kind = "auto",
     on_bad_rows: OnBadRows = "error",

@@ -180,7 +180,7 @@ def make_server(predictor: Predictor, address: tuple[str, int], routes: tuple[st
 @click.option("--model", default="", help="merged/, local or gs://. Default: AIP_STORAGE_URI.")
 @click.option("--prompt_sequence_length", default=512, show_default=True, type=click.IntRange(1))
 @click.option("--target_sequence_length", default=64, show_default=True, type=click.IntRange(1))
-def command(model: str, prompt_sequence_length: int, target_sequence_length: int) -> None:
+def serve_command(model: str, prompt_sequence_length: int, target_sequence_length: int) -> None:
     """Serve a tuned model over HTTP."""
     folder = model or os.environ.get("AIP_STORAGE_URI", "")
     if not folder:
@@ -204,7 +204,7 @@ def main() -> int:
 
     def serve() -> None:
         with suppress(StoppedBySignal):  # the normal way for a server to end
-            command.main(standalone_mode=False)
+            serve_command.main(standalone_mode=False)
 
     return exit_code(serve)
 
