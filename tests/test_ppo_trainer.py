@@ -23,10 +23,12 @@ from rlhf import ppo_trainer
 from rlhf.data.batching import TokenBatch
 from rlhf.data.prompts import PromptRenderer
 from rlhf.errors import InputError
+from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.families import FAMILIES
 from rlhf.models.generation import TorchGenerator
 from rlhf.models.heads import ScalarHead
-from rlhf.models.reward_model import RewardModel, RewardRecord, tokenizer_fingerprint
+from rlhf.models.reward_model import RewardModel
+from rlhf.models.reward_record import RewardRecord
 from rlhf.models.saving import save_merged
 from rlhf.ppo.experience import Experience, Rollout
 from rlhf.ppo_trainer import PPOTrainer, train_ppo

@@ -18,7 +18,8 @@ from rlhf.config import ScoreConfig
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import Message, PromptFields, PromptText
 from rlhf.errors import InputError
-from rlhf.models.reward_model import RECORD_FILE, load_reward_model
+from rlhf.models.reward_model import load_reward_model
+from rlhf.models.reward_record import RECORD_FILE
 from rlhf.score import ScoreResult, run_score
 
 ROWS: list[dict[str, Any]] = [

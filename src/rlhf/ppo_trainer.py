@@ -26,8 +26,8 @@ from rlhf.models.reward_model import (
     RewardModel,
     check_reward_model,
     limit_lines,
-    read_record,
 )
+from rlhf.models.reward_record import read_record
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.models.scorers import RewardFunction
 from rlhf.ppo.deviations import deviation_warnings

@@ -28,7 +28,8 @@ from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
-from rlhf.models.reward_model import RewardModel, RewardRecord
+from rlhf.models.reward_model import RewardModel
+from rlhf.models.reward_record import RewardRecord
 from rlhf.models.sequence_classifier import save_sequence_classifier
 from rlhf.objectives import pairwise_loss
 from rlhf.reports.model_card import write_card

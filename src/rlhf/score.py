@@ -23,12 +23,11 @@ from rlhf.files.text import whole_file
 from rlhf.hardware import pick_device
 from rlhf.inference.predictions import json_line
 from rlhf.models.reward_model import (
-    RECORD_FILE,
     RewardModel,
-    RewardRecord,
     check_reward_model,
     load_reward_model,
 )
+from rlhf.models.reward_record import RECORD_FILE, RewardRecord
 from rlhf.models.scorers import Scorer
 from rlhf.training.tracking import ProgressLine
 

@@ -10,10 +10,12 @@ from support.tiny import make_tokenizer, randomise_lora, tiny_model
 from rlhf.config import InferenceConfig, LoRAConfig
 from rlhf.data.prompts import PromptRenderer
 from rlhf.inference import InferenceResult, run_inference
+from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.families import FAMILIES
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.reward_model import RewardModel, RewardRecord, tokenizer_fingerprint
+from rlhf.models.reward_model import RewardModel
+from rlhf.models.reward_record import RewardRecord
 from rlhf.models.saving import save_adapter, save_merged
 
 PROMPT_LIMIT, RESPONSE_LIMIT = 24, 8

@@ -14,8 +14,8 @@ from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
 from rlhf.models.reward_model import (
     RewardModel,
-    RewardRecord,
 )
+from rlhf.models.reward_record import RewardRecord
 
 RANK, ALPHA, LIMIT = 4, 8, 7
 

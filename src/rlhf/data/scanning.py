@@ -46,7 +46,7 @@ class Parts(NamedTuple):
     problems: dict[str, list[str]] | None
 
 
-class Shape(NamedTuple):
+class RowShape(NamedTuple):
     """Names of a row's fields by their use, for rows without anything unusual."""
 
     prompt: str
@@ -69,7 +69,7 @@ class RowReader:
     def __init__(self, renderer: PromptRenderer) -> None:
         self.renderer = renderer
         self.unused: list[str] = []
-        self._shapes: dict[tuple[str, ...], Shape | None] = {}
+        self._shapes: dict[tuple[str, ...], RowShape | None] = {}
 
     def read(self, row: Mapping[str, Any]) -> Parts:
         """Read any row, field by field."""
@@ -141,7 +141,7 @@ class RowReader:
         prompt = self.renderer.render_text(text)
         return Parts(prompt, text, pair, references, False, pair is not None, None)
 
-    def _learn(self, keys: tuple[str, ...]) -> Shape | None:
+    def _learn(self, keys: tuple[str, ...]) -> RowShape | None:
         if len(self._shapes) >= _MOST_SHAPES:  # every row has a different shape
             self._shapes.clear()
         if len(keys) > _MOST_KEYS or sum(map(len, keys)) > _MOST_KEYS * 64:
@@ -150,7 +150,7 @@ class RowReader:
         return self._shapes[keys]
 
 
-def _shape(keys: frozenset[str], order: tuple[str, ...]) -> Shape | None:
+def _shape(keys: frozenset[str], order: tuple[str, ...]) -> RowShape | None:
     prompts = keys & {"input_text", "prompt"}
     if len(prompts) != 1 or keys & {"messages", "context", "margin"}:
         return None
@@ -164,7 +164,7 @@ def _shape(keys: frozenset[str], order: tuple[str, ...]) -> Shape | None:
     elif candidates:
         return None
     known = candidates | prompts | {"output_text"}
-    return Shape(prompt, *pair, tuple(key for key in order if key not in known))
+    return RowShape(prompt, *pair, tuple(key for key in order if key not in known))
 
 
 class Faults:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rlhf.data.batching import TokenBatch
 from rlhf.errors import InputError
 from rlhf.models.attention import Attend, grouped_attention
+from rlhf.models.compat import compile_error, keep_address
 
 Layers = tuple[Tensor, ...]
 
@@ -131,7 +132,7 @@ class CompiledDecoding:
         shapes = tuple(tensor.shape for tensor in state.tensors)
         if shapes not in self._kept:
             for tensor in state.tensors:
-                torch._dynamo.mark_static_address(tensor, guard=False)
+                keep_address(tensor)
             self._kept[shapes] = replace(state, fixed=True)
         kept = self._kept[shapes]
         for target, source in zip(kept.tensors, state.tensors, strict=True):
@@ -150,6 +151,6 @@ class CompiledDecoding:
         filled = nn.functional.pad(tokens, (0, padding))
         try:
             return self._read(state, filled, state.columns)[: len(tokens)]
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except compile_error() as error:
             reason = " ".join(str(error).split("\n\n")[0].split())
             raise InputError(f"compile_decode: cannot be compiled here ({reason})") from error

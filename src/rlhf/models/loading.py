@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -22,6 +21,7 @@ from rlhf.files.storage import is_remote
 from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.attention import SDPA_FLOAT32
 from rlhf.models.checkpoint_files import check_checkpoint, check_config, count_stored
+from rlhf.models.compat import attention_kind, has_adapters, set_attention_kind
 from rlhf.models.content import check_written
 from rlhf.models.families import FAMILIES
 from rlhf.models.heap import keep_freed_memory
@@ -123,14 +123,14 @@ def load_language_model(
         raise InputError(f"model: {model.config.model_type!r} is not supported; {SUPPORTED}")
     _check_tokenizer(tokenizer, name)
     _check_vocabulary(model, tokenizer, name)
-    if any(isinstance(part, BaseTunerLayer) for part in model.modules()):
+    if has_adapters(model):
         raise InputError("model: has an adapter of peft already; give it after merge_and_unload()")
     cast_weights(model, storage)
-    sdpa = model.config._attn_implementation == "sdpa"
+    sdpa = attention_kind(model.config) == "sdpa"
     if sdpa and device.type == "cpu" and model.dtype == torch.bfloat16:
         for part in model.modules():  # T5's encoder and decoder have configurations of their own
             if isinstance(part, PreTrainedModel):
-                part.config._attn_implementation = SDPA_FLOAT32
+                set_attention_kind(part.config, SDPA_FLOAT32)
     lm = FAMILIES[model.config.model_type](
         model.to(device),
         tokenizer,

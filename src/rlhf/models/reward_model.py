@@ -1,10 +1,8 @@
 """The reward model: an adapter on a base, a head, and the normalization of its scores."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf.config import StageConfig
-from rlhf.config.common import MOST_TOKENS
 from rlhf.data.batching import TokenBatch, chunks
 from rlhf.data.pairs import Pairs
 from rlhf.data.prompt_codec import PromptCodec
@@ -23,104 +20,18 @@ from rlhf.errors import InputError
 from rlhf.files.disk import settle
 from rlhf.files.local_copy import local_folder, recorded_base
 from rlhf.files.storage import is_remote
-from rlhf.files.text import write_text
 from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
 from rlhf.models.plain_lora import read_adapter_config
+from rlhf.models.reward_record import RECORD_FILE, RewardRecord, read_record
 from rlhf.models.saving import load_adapter, save_adapter, save_merged
 from rlhf.models.scorers import Limits, Scorer, SequenceClassifier
 from rlhf.signals import stop_point
-from rlhf.untrusted import parse_json
 
-RECORD_FILE = "reward_model.json"
 HEAD_FILE = "head.safetensors"
-
-
-@dataclass(frozen=True)
-class RewardRecord:
-    """What `reward_model.json` says, so that the model is read as it was trained.
-
-    Attributes:
-        base_model: The base that was trained on, as it was named then.
-        revision: Hub revision of it.
-        fingerprint: Of that base's weights.
-        tokenizer: Fingerprint of the vocabulary.
-        dtype: Storage type of the base in training.
-        prompt_sequence_length: Tokens of a prompt at most.
-        target_sequence_length: Tokens of a response at most.
-        truncation_side: Where a prompt that is too long loses text.
-        instruction: Text that was put before every input.
-        prompting: Identity of instruction and chat template.
-        pooling: Which state the head reads.
-        shift: Subtracted from the raw score.
-        scale: What the difference is then divided by.
-        version: Of this library.
-    """
-
-    base_model: str
-    revision: str | None
-    fingerprint: str
-    tokenizer: str
-    dtype: str
-    prompt_sequence_length: int
-    target_sequence_length: int
-    truncation_side: str
-    instruction: str
-    prompting: str
-    pooling: str = "last_token"
-    shift: float = 0.0
-    scale: float = 1.0
-    version: str = ""
-
-    @classmethod
-    def read(cls, path: Path) -> "RewardRecord":
-        """Reads `reward_model.json`.
-
-        Raises:
-            InputError: It cannot be read or lacks fields.
-        """
-        try:
-            values: dict[str, Any] = parse_json(path.read_bytes())
-            known = {field.name for field in fields(cls)}
-            record = cls(**{name: value for name, value in values.items() if name in known})
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: not the record of a reward model: {error}") from error
-        _check_record(record, path)
-        if record.pooling != "last_token":
-            raise InputError(
-                f"{path}: pooling {record.pooling!r} is unknown here; expected 'last_token'"
-            )
-        return record
-
-    def write(self, folder: Path) -> None:
-        """Writes `reward_model.json`."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        write_text(folder / RECORD_FILE, text + "\n")
-
-
-def _check_record(record: RewardRecord, path: Path) -> None:
-    """Refuses values that no training writes: they would make scores of nothing, or a traceback."""
-    problems = []
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if field.name in ("shift", "scale"):
-            good = type(value) in (int, float) and abs(value) < 1e30  # a NaN is not
-            good = good and (field.name == "shift" or value > 1e-30)
-            expected = "a finite number" + (" above 0" if field.name == "scale" else "")
-        elif field.name.endswith("_length"):
-            good, expected = type(value) is int and 1 <= value <= MOST_TOKENS, "a number of tokens"
-        elif field.name == "truncation_side":
-            good, expected = value in ("left", "right"), "left or right"
-        else:
-            nothing = field.name == "revision" and value is None
-            good, expected = nothing or isinstance(value, str), "text"
-        if not good:
-            problems.append(f"{path}: {field.name}: expected {expected}, got {value!r:.80}")
-    if problems:
-        raise InputError(problems)
 
 
 class RewardModel:
@@ -343,22 +254,6 @@ def head_from_reward(reward: RewardModel) -> ScalarHead:
         head.weight.copy_(reward.head.weight / scale)
         head.offset.copy_((reward.head.offset - shift) / scale)
     return head
-
-
-def read_record(path: str) -> RewardRecord | None:
-    """What a reward model was trained with; reads no weights.
-
-    Returns:
-        None for a sequence classifier, which says nothing of its prompts.
-
-    Raises:
-        InputError: There is no such folder, or its record cannot be read.
-    """
-    folder = local_folder(path)
-    if path.startswith(("/", "./", "../")) and not folder.is_dir():
-        raise InputError(f"reward_model_path: there is no folder {path}")
-    file = folder / RECORD_FILE
-    return RewardRecord.read(file) if file.is_file() else None
 
 
 def check_reward_model(path: str, renderer: PromptRenderer, conversations: bool = True) -> None:
