@@ -134,11 +134,15 @@ class DecoderOnlyModel(LanguageModel):
 
     @override
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-        ids = join_rows(prompts, responses)
-        # The prompt's last token predicts response token 0.
-        offsets = torch.arange(responses.ids.shape[1] + 1, device=ids.device)
-        index = (prompts.lengths[:, None] - 1 + offsets).clamp(max=ids.shape[1] - 1)
-        return self._states_at(index, ids)
+        return self._states_at(*_joined(prompts, responses))
+
+    @override
+    def transformers_logits(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        index, ids = _joined(prompts, responses)
+        mask = TokenBatch(ids, prompts.lengths + responses.lengths).mask
+        with self.autocast():
+            logits = self.module(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+        return logits.float().take_along_dim(index[:, :, None], 1)
 
     @override
     def final_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
@@ -260,3 +264,11 @@ class DecoderOnlyModel(LanguageModel):
                 attend = cached_attention(keys, values, state.column, width, bias)
                 x = self._layer(layer, x, places, attend)
             return self.final_norm(x)[:, 0]
+
+
+def _joined(prompts: TokenBatch, responses: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Return (B, R+1) columns of the states that predict responses, and the (B, L) ids to read."""
+    ids = join_rows(prompts, responses)
+    # The prompt's last token predicts response token 0.
+    offsets = torch.arange(responses.ids.shape[1] + 1, device=ids.device)
+    return (prompts.lengths[:, None] - 1 + offsets).clamp(max=ids.shape[1] - 1), ids

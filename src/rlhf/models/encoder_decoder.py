@@ -158,6 +158,17 @@ class EncoderDecoderModel(LanguageModel):
         return self._read(self._encode(prompts), prompts.mask, responses)
 
     @override
+    def transformers_logits(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        with self.autocast():
+            output = self.module(
+                input_ids=prompts.ids,
+                attention_mask=prompts.mask.long(),
+                decoder_input_ids=self._shifted(responses),
+                use_cache=False,
+            )
+        return output.logits.float()
+
+    @override
     def paired_final_states(
         self, prompts: TokenBatch, first: TokenBatch, second: TokenBatch
     ) -> tuple[Tensor, Tensor]:
@@ -169,7 +180,6 @@ class EncoderDecoderModel(LanguageModel):
 
     def _read(self, encoded: Tensor, mask: Tensor, responses: TokenBatch) -> Tensor:
         """(B, R+1, D) states of the decoder."""
-        start = responses.ids.new_full((len(responses), 1), self.start_id)
         length = responses.ids.shape[1] + 1
 
         def attend_prompt(attention: Any, queries: Tensor) -> Tensor:
@@ -177,11 +187,16 @@ class EncoderDecoderModel(LanguageModel):
             return full_attention(attention, queries, keys, values, mask[:, None, None])
 
         with self.autocast():
-            x = self.embed(torch.cat([start, responses.ids], dim=1))
+            x = self.embed(self._shifted(responses))
             attend = partial(full_attention, position_bias=self.position_bias(length, length, 0))
             for layer in self.layers:
                 x = checkpointed(layer, self.layer, layer, x, attend, attend_prompt)
             return self.final_norm(x)
+
+    def _shifted(self, responses: TokenBatch) -> Tensor:
+        """(B, R+1) ids that the decoder reads."""
+        start = responses.ids.new_full((len(responses), 1), self.start_id)
+        return torch.cat([start, responses.ids], dim=1)
 
     @override
     def read_prompts(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:

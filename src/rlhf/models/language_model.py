@@ -127,6 +127,14 @@ class LanguageModel(Family):
             States past that index mean nothing.
         """
 
+    @abstractmethod
+    def transformers_logits(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+        """What transformers' own forward makes of B prompts and responses, to compare with ours.
+
+        Returns:
+            (B, R+1, V) fp32, at the places of `response_states`.
+        """
+
     def final_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
         """(B, D): the states of `response_states` at index `length`, for rewards."""
         states = self.response_states(prompts, responses)

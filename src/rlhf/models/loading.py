@@ -19,6 +19,7 @@ from rlhf.errors import InputError
 from rlhf.files.local_copy import local_folder
 from rlhf.files.storage import is_remote
 from rlhf.hardware import pick_device, pick_dtype
+from rlhf.models.agreement import check_agreement
 from rlhf.models.attention import SDPA_FLOAT32
 from rlhf.models.checkpoint_files import check_checkpoint, check_config, count_stored
 from rlhf.models.compat import attention_kind, has_adapters, set_attention_kind
@@ -105,7 +106,8 @@ def load_language_model(
         revision: Its revision.
 
     Raises:
-        InputError: Anything wrong with the checkpoint.
+        InputError: Anything wrong with the checkpoint, or a model that is computed otherwise than
+            transformers does.
     """
     name = str(base_model or config.base_model or getattr(model, "name_or_path", ""))
     revision = revision if base_model else config.revision
@@ -139,6 +141,7 @@ def load_language_model(
         base_name=name,
         revision=revision,
     )
+    check_agreement(lm)
     if getattr(config, "gradient_checkpointing", False):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return lm
