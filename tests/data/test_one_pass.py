@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from rlhf import pipeline
 from rlhf.config import PipelineConfig
-from rlhf.data import json_lines, reading, rows
+from rlhf.data import json_lines, reading, row_table
 from rlhf.data.counting import TokenCounter
 from rlhf.data.encoding import TextEncoder
 from rlhf.data.prompt_codec import PromptCodec
@@ -124,7 +124,7 @@ def test_neither_batches_nor_sharing_nor_the_short_way_change_a_result(
     ]
     expected = [outcome(load, str(path), on_bad_rows=on_bad_rows, **kw) for load, kw in loads]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "_BATCH_ROWS", batch)
+        patch.setattr(row_table, "_BATCH_ROWS", batch)
         patch.setattr(RowReader, "read_plain", lambda self, row: None)
         with read_once(keep_lines=True):
             for _ in range(2):
@@ -297,7 +297,8 @@ def test_counts_are_the_lengths_of_what_is_encoded(
     assert counter.prompts(prompts) == [len(piece.ids) for piece in encoder.prompts(prompts)]
     assert counter.literal(texts) == [len(piece.ids) for piece in encoder.literal(texts)]
     assert counter.continuations(texts) == list(map(len, encoder.continuations(texts)))
-    assert codec.count_responses(texts).tolist() == codec.response_lengths(texts)
+    whole = PromptCodec(tokenizer, layout, 20, 10**6).response_rows(texts)
+    assert codec.count_responses(texts).tolist() == list(map(len, whole))
 
 
 @pytest.mark.parametrize("arch", ["t5", "llama"])

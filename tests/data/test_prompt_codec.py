@@ -297,7 +297,7 @@ def test_eos_ends_responses_unless_the_limit_does(kind: str) -> None:
     assert make(kind, response=len(ids)).response_ids(" the cat sat") == ids
     assert make(kind, response=len(ids) - 1).response_ids(" the cat sat") == ids[:-1]
     assert make(kind, response=1).response_ids("") == [eos]
-    assert make(kind, response=2).response_lengths([" the cat sat", ""]) == [len(ids), 1]
+    assert make(kind, response=2).count_responses([" the cat sat", ""]).tolist() == [len(ids), 1]
 
 
 def test_decoding_stops_at_any_eos(kind: str) -> None:

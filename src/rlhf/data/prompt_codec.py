@@ -163,16 +163,12 @@ class PromptCodec:
             for prompt, piece in zip(prompts, self._encoder.prompts(prompts), strict=True)
         ]
 
-    def response_lengths(self, texts: Sequence[str]) -> list[int]:
-        """Count the tokens of responses before truncation, EOS included."""
-        return [len(row) + 1 for row in self._whole_responses(texts)]
-
     def count_prompts(self, rows: RowData[Any]) -> NDArray[np.int64]:
         """Return `prompt_lengths` for all rows."""
         return self._counts(rows, 0) + self.prompt_limit - self._room()
 
     def count_responses(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """Return `response_lengths` for any number of texts."""
+        """Count the tokens of any number of responses before truncation, EOS included."""
         counter = self._counter
         continues = self.layout.response_continues_text
         counts = counter.continuations(texts) if continues else counter.literal(texts)
