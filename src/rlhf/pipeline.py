@@ -22,6 +22,7 @@ from rlhf.files.output import RESULT_FILE, Output, path_in
 from rlhf.files.text import to_json, write_text
 from rlhf.inference import run_inference
 from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
+from rlhf.objectives import find_estimator
 from rlhf.ppo_trainer import train_ppo
 from rlhf.reward_model import train_reward_model
 from rlhf.sft import train_sft
@@ -130,6 +131,8 @@ def _check_inputs(config: PipelineConfig) -> list[str]:
     lines: dict[str, None] = {}
     for stage in config.stages():
         stage_config = on_the_given_base(config, stage)
+        if stage == "ppo":
+            find_estimator(stage_config.advantage)
         base, revision = stage_config.base_model or "", stage_config.revision
         tokenizer = load_tokenizer(base, revision)
         renderer = PromptRenderer.for_tokenizer(tokenizer, stage_config.instruction)

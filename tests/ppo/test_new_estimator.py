@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rlhf import objectives
-from rlhf.config import PPOConfig
+from rlhf.config import PipelineConfig, PPOConfig
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.models.memory import memory_per_role
 from rlhf.objectives import ADVANTAGES, Estimator
+from rlhf.pipeline import run_pipeline
 from rlhf.ppo_trainer import PPOTrainer, train_ppo
 
 NAME = "batch_mean"
@@ -165,6 +166,21 @@ def test_an_unknown_estimator_is_named_before_weights_are_loaded(tmp_path: Path)
     config = make_config(tmp_path, advantage="gea")
     with pytest.raises(InputError, match=r"advantage: unknown estimator 'gea'; did you mean `gae`"):
         train_ppo(config, reward_fn=count_letters)
+
+
+def test_a_pipeline_names_it_before_its_first_stage(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    row = {"input_text": "the cat", "candidate_0": " a dog", "candidate_1": " ran", "choice": 0}
+    pairs.write_text(json.dumps(row) + "\n")
+    config = PipelineConfig(
+        base_model=str(checkpoints["t5"]), preference_dataset=str(pairs),
+        output_dir=str(tmp_path / "out"), ppo={"advantage": "gea"},
+    )  # fmt: skip
+    with pytest.raises(InputError, match="advantage: unknown estimator 'gea'"):
+        run_pipeline(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_registries_hold_what_training_uses() -> None:
