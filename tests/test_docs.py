@@ -33,7 +33,7 @@ from rlhf.vertex.conversion import to_config
 from rlhf.vertex.failure import Failure
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {
     "run": ["--reward_model.train_steps", "1", "--ppo.train_steps", "1", "--batch_size", "2",
             "--target_sequence_length", "4", "--prompt_sequence_length", "64"],
@@ -430,3 +430,15 @@ def test_predictions_can_be_converted(tmp_path: Path, monkeypatch: pytest.Monkey
             "prediction": "a b",
         }
     ] * 2
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:[\w-]+/)*\w+\.(?:py|md|yaml))`", text))
+    assert len(named) > 10
+    named = {name for name in named if "NAME" not in name}
+    library = ROOT / "src" / "rlhf"
+    places = (ROOT, library, library / "vertex")
+    missing = [name for name in named if not any((place / name).exists() for place in places)]
+    assert missing == []
