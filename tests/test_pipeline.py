@@ -1,16 +1,18 @@
 """All stages by one call: what is written, what is checked first, what is not done again."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from rlhf import pipeline
 from rlhf.config import PipelineConfig
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.files.lease import lease
 from rlhf.pipeline import run_pipeline
+from rlhf.reward_model import train_reward_model
+from rlhf.stages import STAGES
 
 WORDS = "the cat sat and the dog ran to a post"
 
@@ -53,6 +55,10 @@ def values(checkpoints, tmp_path):
 
 def run(values, **changes):
     return run_pipeline(PipelineConfig.model_validate(values | changes))
+
+
+def replace_run(monkeypatch, stage, run):
+    monkeypatch.setitem(STAGES, stage, dataclasses.replace(STAGES[stage], run=run))
 
 
 def contents(folder):
@@ -103,14 +109,14 @@ def test_a_stopped_pipeline_goes_on_with_the_stage_it_was_in(values, monkeypatch
 
     def counted(config):
         calls.append("reward_model")
-        return pipeline.train_reward_model(config)
+        return train_reward_model(config)
 
-    monkeypatch.setitem(pipeline.STAGES, "ppo", stop)
+    replace_run(monkeypatch, "ppo", stop)
     with pytest.raises(StoppedBySignal):
         run(values)
     assert not (Path(values["output_dir"]) / "metrics.json").exists()
     monkeypatch.undo()
-    monkeypatch.setitem(pipeline.STAGES, "reward_model", counted)
+    replace_run(monkeypatch, "reward_model", counted)
     trained = (Path(values["output_dir"]) / "reward_model" / "head.safetensors").stat().st_mtime_ns
     assert "inference" in run(values).metrics
     assert calls == ["reward_model"]  # asked, and found finished
@@ -140,8 +146,8 @@ def test_without_eval_dataset_rows_are_held_out_by_prompt_for_all_stages(values,
 def test_all_that_is_wrong_with_any_stage_is_said_before_a_model_is_loaded(
     values, tmp_path, monkeypatch
 ):
-    for stage in pipeline.STAGES:
-        monkeypatch.setitem(pipeline.STAGES, stage, lambda _: pytest.fail("a stage ran"))
+    for stage in STAGES:
+        replace_run(monkeypatch, stage, lambda _: pytest.fail("a stage ran"))
     bad = {
         "sft_dataset": [{"input_text": "no output"}],
         "preference_dataset": [preferences(1)[0] | {"choice": 2}],

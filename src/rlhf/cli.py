@@ -14,15 +14,7 @@ from typing import Any, Literal
 import click
 
 import rlhf
-from rlhf.config import (
-    InferenceConfig,
-    PipelineConfig,
-    PPOConfig,
-    RewardModelConfig,
-    Schema,
-    ScoreConfig,
-    SFTConfig,
-)
+from rlhf.config import PipelineConfig, PPOConfig, Schema, ScoreConfig
 from rlhf.config.loading import unreadable_character
 from rlhf.console import show, steady_streams
 from rlhf.errors import InputError
@@ -36,59 +28,72 @@ from rlhf.flags import (
     unknown_flags,
 )
 from rlhf.process import exit_code, quiet_third_parties
+from rlhf.stages import STAGES, Function, Stage, call
 
 
-@click.group(context_settings=PLAIN_CONTEXT)
+class Commands(click.Group):
+    """Commands, with one for every stage that is registered when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, sorted."""
+        stages = {stage.command for stage in STAGES.values()}
+        return sorted(stages | _OF_CONFIGURATIONS.keys() | set(super().list_commands(ctx)))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command, made from its configuration's fields if it has one."""
+        if cmd_name in _OF_CONFIGURATIONS:
+            return _config_command(cmd_name, *_OF_CONFIGURATIONS[cmd_name])
+        for stage in STAGES.values():
+            if stage.command == cmd_name:
+                if stage is STAGES.get("ppo"):
+                    return _ppo_command(stage)
+                return _config_command(cmd_name, stage.config, stage.run, stage.help)
+        return super().get_command(ctx, cmd_name)
+
+
+def _config_command(name: str, cls: type[Schema], function: Function, text: str) -> click.Command:
+    """Make a command that hands its configuration to one function."""
+
+    @config_options(cls)
+    @click.command(name, cls=ConfigCommand, help=text, context_settings=CONTEXT)
+    @click.pass_context
+    def command(ctx: click.Context, /, **_: Any) -> None:
+        call(function, read_config(ctx, cls))
+
+    return command
+
+
+def _ppo_command(stage: Stage) -> click.Command:
+    """Make the command of PPO, which may take a function in the place of the reward model."""
+
+    @config_options(PPOConfig)
+    @click.command(stage.command, cls=ConfigCommand, help=stage.help, context_settings=CONTEXT)
+    @click.option(
+        "--reward_fn",
+        metavar="MODULE:FUNCTION",
+        help="Python function (prompts, responses) -> numbers, instead of reward_model_path.",
+    )
+    @click.pass_context
+    def command(ctx: click.Context, /, reward_fn: str | None, **_: Any) -> None:
+        config = read_config(ctx, PPOConfig, () if reward_fn else ("reward_model_path",))
+        if reward_fn and config.reward_model_path:
+            raise InputError("reward_fn, reward_model_path: give one of them, not both")
+        call(stage.run, config, reward_fn=_imported(reward_fn) if reward_fn else None)
+
+    return command
+
+
+# Commands of a configuration that are no stages.
+_OF_CONFIGURATIONS: dict[str, tuple[type[Schema], Function, str]] = {
+    "run": (PipelineConfig, "rlhf:run_pipeline", "Run all stages on your own files."),
+    "score": (ScoreConfig, "rlhf:run_score", "Add reward scores to the rows of a file."),
+}
+
+
+@click.group(cls=Commands, context_settings=PLAIN_CONTEXT)
 @click.version_option(rlhf.__version__, prog_name="rlhf")
 def cli() -> None:
     """Reinforcement learning from human feedback for T5 and LLaMA models."""
-
-
-def _stage(name: str, cls: type[Schema], function: str, text: str) -> None:
-    """Register a command that hands its configuration to one function of the library."""
-
-    @config_options(cls)
-    @cli.command(name, cls=ConfigCommand, help=text, context_settings=CONTEXT)
-    @click.pass_context
-    def command(ctx: click.Context, /, **_: Any) -> None:
-        config = read_config(ctx, cls)
-        getattr(rlhf, function)(config)
-
-
-_stage("sft", SFTConfig, "train_sft", "Fine-tune a model on demonstrations.")
-_stage(
-    "reward-model",
-    RewardModelConfig,
-    "train_reward_model",
-    "Train a reward model on preference pairs.",
-)
-
-
-@config_options(PPOConfig)
-@cli.command("ppo", cls=ConfigCommand, context_settings=CONTEXT)
-@click.option(
-    "--reward_fn",
-    metavar="MODULE:FUNCTION",
-    help="Python function (prompts, responses) -> numbers, instead of reward_model_path.",
-)
-@click.pass_context
-def ppo(ctx: click.Context, /, reward_fn: str | None, **_: Any) -> None:
-    """Tune a policy with PPO against a reward model."""
-    config = read_config(ctx, PPOConfig, () if reward_fn else ("reward_model_path",))
-    if reward_fn and config.reward_model_path:
-        raise InputError("reward_fn, reward_model_path: give one of them, not both")
-    rlhf.train_ppo(config, reward_fn=_imported(reward_fn) if reward_fn else None)
-
-
-_stage(
-    "infer",
-    InferenceConfig,
-    "run_inference",
-    "Generate with the tuned and the untuned model and compare them. Instruction, limits, "
-    "temperature and min_response_length default to those of the policy's training.",
-)
-_stage("run", PipelineConfig, "run_pipeline", "Run all stages on your own files.")
-_stage("score", ScoreConfig, "run_score", "Add reward scores to the rows of a file.")
 
 
 @cli.command()

@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from rlhf.config import PipelineConfig, Schema, StageConfig, TrainingConfig, load_config
 from rlhf.config.describe import leaf_fields, may_be_none, nearest, takes_list, type_name
-from rlhf.config.pipeline import STAGE_CLASSES
+from rlhf.config.stages import STAGE_CONFIGS
 from rlhf.errors import InputError
 
 ConfigT = TypeVar("ConfigT", bound=Schema)
@@ -21,10 +21,6 @@ PLAIN_CONTEXT: dict[str, Any] = {
 }
 # Unknown flags are collected by `read_config`, so that all are reported at once.
 CONTEXT = PLAIN_CONTEXT | {"ignore_unknown_options": True, "allow_extra_args": True}
-_SECTION_HELP = (
-    "Any field of one stage alone: --sft.FIELD, --reward_model.FIELD, --ppo.FIELD, "
-    "--inference.FIELD; `rlhf ppo --help` and so on list them."
-)
 
 
 class ConfigOption(click.Option):
@@ -84,6 +80,11 @@ class ConfigCommand(click.Command):
                 formatter.write_dl(records, col_max=34)
 
 
+def _section_help() -> str:
+    flags = ", ".join(f"--{stage}.FIELD" for stage in STAGE_CONFIGS)
+    return f"Any field of one stage alone: {flags}; `rlhf ppo --help` and so on list them."
+
+
 def _metavar(field: FieldInfo) -> str:
     words = type_name(field)
     if "|" in words:
@@ -117,14 +118,14 @@ def config_options(cls: type[Schema]) -> Callable[[click.Command], click.Command
     options = [
         ConfigOption(name, field, _group(cls, name), needed=name in cls.needed_on_load)
         for name, field in leaf_fields(cls)
-        if not (cls is PipelineConfig and name in STAGE_CLASSES)
+        if not (cls is PipelineConfig and name in STAGE_CONFIGS)
     ]
     headings = ["This stage", "Every stage", "Training", "LoRA adapters", "Vertex AI"]
     options.sort(key=lambda option: headings.index(option.group))
     if cls is PipelineConfig:
         options += [
             ConfigOption(f"{stage}.{name}", field, "", hidden=True)
-            for stage, stage_cls in STAGE_CLASSES.items()
+            for stage, stage_cls in STAGE_CONFIGS.items()
             for name, field in leaf_fields(stage_cls)
         ]
 
@@ -134,7 +135,7 @@ def config_options(cls: type[Schema]) -> Callable[[click.Command], click.Command
         )
         command.params = [config, *command.params, *options]
         if cls is PipelineConfig:
-            command.epilog = _SECTION_HELP
+            command.epilog = _section_help()
         return command
 
     return decorate

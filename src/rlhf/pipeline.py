@@ -6,8 +6,6 @@ was stopped goes on where it was, stage by stage.
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,42 +13,20 @@ import torch
 from rlhf.config import PipelineConfig, config_to_yaml
 from rlhf.console import say, show
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.reading import load_preferences, load_prompts, read_once, split_holdout
+from rlhf.data.reading import load_preferences, read_once, split_holdout
 from rlhf.errors import InputError
 from rlhf.files.lease import lease
 from rlhf.files.output import RESULT_FILE, Output, path_in
 from rlhf.files.text import to_json, write_text
-from rlhf.inference import run_inference
 from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
 from rlhf.objectives import find_estimator
-from rlhf.ppo_trainer import train_ppo
-from rlhf.reward_model import train_reward_model
-from rlhf.sft import train_sft
 from rlhf.signals import stop_point
+from rlhf.stages import STAGES, RunResult, call
+from rlhf.training.inputs import read_data
 from rlhf.untrusted import read_json
 
-STAGES: dict[str, Callable[[Any], Any]] = {
-    "sft": train_sft,
-    "reward_model": train_reward_model,
-    "ppo": train_ppo,
-    "inference": run_inference,
-}
 
-
-@dataclass(frozen=True)
-class PipelineResult:
-    """What a pipeline left behind.
-
-    Attributes:
-        output_dir: Its folder, with a folder per stage.
-        metrics: Final metrics by stage, and `seconds` of the whole; empty after a dry run.
-    """
-
-    output_dir: str
-    metrics: Mapping[str, Any]
-
-
-def run_pipeline(config: PipelineConfig) -> PipelineResult:
+def run_pipeline(config: PipelineConfig) -> RunResult:
     """Runs SFT (if there are demonstrations), reward model, PPO and inference.
 
     Writes a folder per stage, `config.yaml` and `metrics.json`. Every file of every stage is
@@ -67,17 +43,17 @@ def run_pipeline(config: PipelineConfig) -> PipelineResult:
         return _run(config)
 
 
-def _run(config: PipelineConfig) -> PipelineResult:
+def _run(config: PipelineConfig) -> RunResult:
     start = time.monotonic()
     lines = check_inputs(config)
     if config.dry_run:
         _dry_run(config, lines)
-        return PipelineResult(config.output_dir, {})
+        return RunResult(config.output_dir, {})
     with lease(config.output_dir, "rlhf run"):
         return run_stages(config, start)
 
 
-def run_stages(config: PipelineConfig, start: float) -> PipelineResult:
+def run_stages(config: PipelineConfig, start: float) -> RunResult:
     """Runs all stages on checked inputs, for a caller that holds the lease of the output folder.
 
     Args:
@@ -94,15 +70,15 @@ def run_stages(config: PipelineConfig, start: float) -> PipelineResult:
     for number, stage in enumerate(config.stages(), start=1):
         stop_point()
         say(f"pipeline: stage {number} of {len(config.stages())}: {stage}")
-        metrics[stage] = dict(STAGES[stage](config.stage_config(stage)).metrics)
+        metrics[stage] = dict(call(STAGES[stage].run, config.stage_config(stage)).metrics)
         free_memory()
     if finished and earlier is not None:  # nothing was done, so nothing is to be written
-        return PipelineResult(config.output_dir, earlier)
+        return RunResult(config.output_dir, earlier)
     metrics["seconds"] = time.monotonic() - start
     write_text(output.path / RESULT_FILE, to_json(metrics))
     output.publish()
     say(f"pipeline: finished in {metrics['seconds']:.0f} s; everything is in {config.output_dir}")
-    return PipelineResult(config.output_dir, metrics)
+    return RunResult(config.output_dir, metrics)
 
 
 def free_memory() -> None:
@@ -136,9 +112,10 @@ def _check_inputs(config: PipelineConfig) -> list[str]:
         base, revision = stage_config.base_model or "", stage_config.revision
         tokenizer = load_tokenizer(base, revision)
         renderer = PromptRenderer.for_tokenizer(tokenizer, stage_config.instruction)
-        for read in _readers(stage, stage_config, renderer):
+        for reads in STAGES[stage].reads:
             try:
-                lines |= dict.fromkeys(read().report.lines())
+                if (data := read_data(reads, stage_config, renderer)) is not None:
+                    lines |= dict.fromkeys(data.report.lines())
             except InputError as error:
                 rows |= dict.fromkeys(error.problems)
         limits |= dict.fromkeys(
@@ -160,33 +137,6 @@ def on_the_given_base(config: PipelineConfig, stage: str) -> Any:
     if stage_config.base_model in (None, made_later):
         stage_config.base_model, stage_config.revision = config.base_model, config.revision
     return stage_config
-
-
-def _readers(stage: str, config: Any, renderer: PromptRenderer) -> Iterator[Callable[[], Any]]:
-    """Calls that read the files of a stage as the stage itself will."""
-
-    def reader(load: Callable[..., Any], name: str, **options: Any) -> Callable[[], Any]:
-        paths = getattr(config, name)
-        return lambda: load(
-            paths, renderer=renderer, on_bad_rows=config.on_bad_rows, name=name, **options
-        )
-
-    if stage == "sft":
-        yield reader(load_prompts, "dataset", require_output=True)
-        if config.eval_dataset is not None:
-            yield reader(load_prompts, "eval_dataset", require_output=True)
-        return
-    if stage == "reward_model":
-        yield reader(load_preferences, "preference_dataset")
-        if config.normalization_dataset is not None:
-            yield reader(load_prompts, "normalization_dataset", require_output=True)
-    if stage == "ppo":
-        yield reader(load_prompts, "prompt_dataset")
-    if config.eval_dataset is not None:
-        if stage != "reward_model":
-            yield reader(load_prompts, "eval_dataset")
-        if stage != "ppo":
-            yield reader(load_preferences, "eval_dataset", candidates_optional=True)
 
 
 def hold_out_rows(config: PipelineConfig) -> PipelineConfig:
@@ -233,9 +183,15 @@ def _finished(folder: str) -> bool:
 
 
 def _dry_run(config: PipelineConfig, lines: list[str]) -> None:
-    """Every training stage's own dry run; inference needs a policy that is not there yet."""
+    """Do every stage's own dry run; say of the others what they read and where they write."""
+    rest: list[str] = []
     for stage in config.stages():
-        if stage != "inference":
-            STAGES[stage](on_the_given_base(config, stage))
-    rows = [line for line in lines if line.startswith("eval_dataset")]
-    show("\n".join([*rows, f"inference: into {config.stage_dir('inference')}"]))
+        record = STAGES[stage]
+        if record.dry_run is not None:
+            call(record.dry_run, on_the_given_base(config, stage))
+            continue
+        fields = tuple(reads.field for reads in record.reads)
+        rest += [line for line in lines if line.startswith(fields)]
+        rest.append(f"{stage}: into {config.stage_dir(stage)}")
+    if rest:
+        show("\n".join(rest))

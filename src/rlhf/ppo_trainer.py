@@ -14,11 +14,11 @@ from rlhf.console import say, show
 from rlhf.data.batching import chunks, micro_batches, permutation, rows_for_step
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.reading import PromptData, load_prompts
+from rlhf.data.reading import PromptData
 from rlhf.data.schema import PromptRow
 from rlhf.errors import InputError
 from rlhf.files.local_copy import recorded_base
-from rlhf.files.run_folder import Run, Status
+from rlhf.files.run_folder import Run
 from rlhf.files.storage import exists
 from rlhf.models.content import weights_fingerprint
 from rlhf.models.generation import Generator, TorchGenerator, rollout_uniforms
@@ -42,9 +42,12 @@ from rlhf.ppo.experience import (
 )
 from rlhf.ppo.roles import load_bases, make_critic, make_policy, make_reference, make_scorer
 from rlhf.ppo.update import Minibatch, UpdateLog, add_gradients
+from rlhf.reports.dry_run import dry_run_report
 from rlhf.reports.model_card import write_card
 from rlhf.signals import stop_point
+from rlhf.stages import RunResult
 from rlhf.training.inputs import StageInputs
+from rlhf.training.running import run_training
 from rlhf.training.trainer import Callback, ParameterGroup, Trainer
 
 # A minibatch whose mean probability ratio is beyond this has left the region PPO is about.
@@ -54,19 +57,6 @@ CHARGED_KL, LOGGED_KL = "k1", "k3"
 EVALUATION_ROWS = 256
 SAMPLES_PER_STEP = 4
 CARD_METRICS = ("ppo/score", "ppo/kl", "ppo/response_length", "eval/")
-
-
-@dataclass(frozen=True)
-class PPOResult:
-    """What `train_ppo` leaves behind.
-
-    Attributes:
-        output_dir: The stage's folder: adapter/, merged/, metrics, samples, checkpoints.
-        metrics: Final metrics, as in metrics.json.
-    """
-
-    output_dir: str
-    metrics: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,7 +78,7 @@ def train_ppo(
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[Callback] = (),
-) -> PPOResult:
+) -> RunResult:
     """Tunes a policy against a reward model, or against any function of texts.
 
     Args:
@@ -104,21 +94,29 @@ def train_ppo(
         StoppedBySignal: After saving, when SIGTERM or SIGINT came.
     """
     inputs = read_inputs(config, reward_fn, model, tokenizer)
-    if config.dry_run:
-        from rlhf.models.memory import dry_run_report
-
-        rows = len(inputs.prompts)
-        scorer = None if _is_made_later(config) else other_base(config)
-        show(dry_run_report("ppo", config, rows, inputs.lines, reward_base=scorer))
-        return PPOResult(config.output_dir, {})
-    if inputs.run.status is Status.FINISHED:
-        say(f"ppo: already finished in {config.output_dir}")
-        return PPOResult(config.output_dir, inputs.run.conclude())
-    with inputs.run.held():
-        trainer = PPOTrainer(
+    return run_training(
+        inputs.run,
+        config,
+        lambda: PPOTrainer(
             config, reward_fn=reward_fn, model=model, inputs=inputs, callbacks=callbacks
-        )
-        return PPOResult(config.output_dir, trainer.train())
+        ),
+        report=lambda: dry_run_report(
+            "ppo", config, len(inputs.prompts), inputs.lines, reward_base=other_base(config)
+        ),
+    )
+
+
+def dry_run_in_pipeline(config: PPOConfig) -> RunResult:
+    """Say what `train_ppo` would do, also where the reward model is not trained yet.
+
+    Raises:
+        InputError: Bad data, configuration or checkpoints.
+    """
+    if config.reward_model_path is None or exists(config.reward_model_path):
+        return train_ppo(config)
+    inputs = read_inputs(config, reward_model_exists=False)
+    show(dry_run_report("ppo", config, len(inputs.prompts), inputs.lines))
+    return RunResult(config.output_dir, {})
 
 
 def read_inputs(
@@ -127,6 +125,8 @@ def read_inputs(
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trainer: "type[PPOTrainer] | None" = None,
+    *,
+    reward_model_exists: bool = True,
 ) -> Inputs:
     """Reads and checks everything that can be checked without weights.
 
@@ -136,6 +136,7 @@ def read_inputs(
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
         trainer: What will train; `PPOTrainer` unless it is a class made from it.
+        reward_model_exists: Whether `config.reward_model_path` is to be checked.
 
     Raises:
         InputError: All that is wrong, rows first, then limits.
@@ -144,25 +145,19 @@ def read_inputs(
         raise InputError("reward_model_path: give it or a reward_fn, one of the two")
     objectives.find_estimator(config.advantage)
     inputs = StageInputs(config, model, tokenizer)
-    prompts = inputs.read(load_prompts, "prompt_dataset")
-    eval_prompts = inputs.read(load_prompts, "eval_dataset")
+    prompts = inputs.read("prompt_dataset")
+    eval_prompts = inputs.read("eval_dataset")
     scorer = weights_fingerprint(config.reward_model_path) if config.reward_model_path else ""
     run = inputs.finish(
-        "ppo", reward_model_path=scorer, optimizer=(trainer or PPOTrainer).optimizer_settings()
+        reward_model_path=scorer, optimizer=(trainer or PPOTrainer).optimizer_settings()
     )
     assert prompts is not None
-    if config.reward_model_path and not _is_made_later(config):
+    if config.reward_model_path and reward_model_exists:
         check_reward_model(
             config.reward_model_path, inputs.renderer, prompts.report.conversations > 0
         )
         inputs.lines += limit_lines(config.reward_model_path, config)
     return Inputs(inputs.tokenizer, inputs.renderer, prompts, eval_prompts, inputs.lines, run)
-
-
-def _is_made_later(config: PPOConfig) -> bool:
-    """In a pipeline's dry run the reward model does not exist yet."""
-    path = config.reward_model_path
-    return config.dry_run and path is not None and not exists(path)
 
 
 def other_base(config: PPOConfig) -> str | None:

@@ -1,6 +1,6 @@
 """A reward model from preference pairs (Stiennon et al. 2020; Ouyang et al. 2022, section 3.5)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Literal
@@ -10,20 +10,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import RewardModelConfig
-from rlhf.console import say, show
 from rlhf.data.batching import chunks, micro_batches, permutation, rows_for_step
 from rlhf.data.pairs import Pairs
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import (
     PreferenceData,
     PromptData,
-    load_preferences,
-    load_prompts,
     split_holdout,
 )
 from rlhf.data.schema import PreferenceRow
 from rlhf.evaluation import evaluate_preferences
-from rlhf.files.run_folder import Run, Status
+from rlhf.files.run_folder import Run
 from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
@@ -32,10 +29,13 @@ from rlhf.models.reward_model import RewardModel
 from rlhf.models.reward_record import RewardRecord
 from rlhf.models.sequence_classifier import save_sequence_classifier
 from rlhf.objectives import pairwise_loss
+from rlhf.reports.dry_run import dry_run_report
 from rlhf.reports.model_card import write_card
 from rlhf.signals import stop_point
+from rlhf.stages import RunResult
 from rlhf.training.inputs import StageInputs
 from rlhf.training.optimizer import ParameterGroup
+from rlhf.training.running import run_training
 from rlhf.training.trainer import Callback, Trainer
 from rlhf.untrusted import without_secrets
 
@@ -44,19 +44,6 @@ ADAPTER = "reward"
 NORMALIZATION_ROWS = 512
 EVALUATION_BLOCK = 512
 SAMPLES_PER_EVALUATION = 4
-
-
-@dataclass(frozen=True)
-class RewardModelResult:
-    """What `train_reward_model` leaves behind.
-
-    Attributes:
-        output_dir: The stage's folder, which is what `reward_model_path` of PPO takes.
-        metrics: Final metrics, as in metrics.json.
-    """
-
-    output_dir: str
-    metrics: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,7 +75,7 @@ def train_reward_model(
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[Callback] = (),
-) -> RewardModelResult:
+) -> RunResult:
     """Trains a reward model and writes it to `config.output_dir`.
 
     The folder gets adapter/ (merged/ where all weights are trained), head.safetensors, tokenizer
@@ -105,17 +92,12 @@ def train_reward_model(
         StoppedBySignal: After saving, when SIGTERM or SIGINT came.
     """
     inputs = read_inputs(config, model=model, tokenizer=tokenizer)
-    if config.dry_run:
-        from rlhf.models.memory import dry_run_report
-
-        show(dry_run_report("reward_model", config, len(inputs.train), inputs.lines))
-        return RewardModelResult(config.output_dir, {})
-    if inputs.run.status is Status.FINISHED:
-        say(f"reward_model: already finished in {config.output_dir}")
-        return RewardModelResult(config.output_dir, inputs.run.conclude())
-    with inputs.run.held():
-        trainer = RewardModelTrainer(config, model=model, inputs=inputs, callbacks=callbacks)
-        return RewardModelResult(config.output_dir, trainer.train())
+    return run_training(
+        inputs.run,
+        config,
+        lambda: RewardModelTrainer(config, model=model, inputs=inputs, callbacks=callbacks),
+        report=lambda: dry_run_report("reward_model", config, len(inputs.train), inputs.lines),
+    )
 
 
 def read_inputs(
@@ -137,12 +119,10 @@ def read_inputs(
         InputError: All that is wrong, rows first, then limits.
     """
     inputs = StageInputs(config, model, tokenizer)
-    pairs = inputs.read(load_preferences, "preference_dataset")
-    held_out = inputs.read(load_preferences, "eval_dataset", candidates_optional=True)
-    demonstrations = inputs.read(load_prompts, "normalization_dataset", require_output=True)
-    run = inputs.finish(
-        "reward_model", optimizer=(trainer or RewardModelTrainer).optimizer_settings()
-    )
+    pairs = inputs.read("preference_dataset")
+    held_out = inputs.read("eval_dataset")
+    demonstrations = inputs.read("normalization_dataset")
+    run = inputs.finish(optimizer=(trainer or RewardModelTrainer).optimizer_settings())
     assert pairs is not None
     train, lines = pairs, inputs.lines
     if not held_out:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on demonstrations: the base of all later stages, if there are any."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,18 +10,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import SFTConfig
-from rlhf.console import say, show
 from rlhf.data.batching import TokenBatch, chunks, micro_batches, rows_for_step
 from rlhf.data.prompt_codec import PromptCodec
-from rlhf.data.reading import PromptData, load_prompts
+from rlhf.data.reading import PromptData
 from rlhf.data.schema import PromptRow
-from rlhf.files.run_folder import Run, Status
+from rlhf.files.run_folder import Run
 from rlhf.models.generation import Generator, TorchGenerator
 from rlhf.models.loading import load_language_model
 from rlhf.models.saving import save_adapter, save_merged
+from rlhf.reports.dry_run import dry_run_report
 from rlhf.reports.model_card import write_card
 from rlhf.signals import stop_point
+from rlhf.stages import RunResult
 from rlhf.training.inputs import StageInputs
+from rlhf.training.running import run_training
 from rlhf.training.trainer import Callback, ParameterGroup, Trainer
 
 ADAPTER = "sft"
@@ -29,19 +31,6 @@ ADAPTER = "sft"
 EVALUATION_ROWS = 256
 SAMPLES_PER_EVALUATION = 4
 CARD_METRICS = ("steps", "sft/loss", "eval/loss", "eval/perplexity")
-
-
-@dataclass(frozen=True)
-class SFTResult:
-    """What `train_sft` leaves behind.
-
-    Attributes:
-        output_dir: The stage's folder: merged/, adapter/ (with LoRA), metrics, samples.
-        metrics: Final metrics, as in metrics.json; empty after a dry run.
-    """
-
-    output_dir: str
-    metrics: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -95,7 +84,7 @@ def train_sft(
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[Callback] = (),
-) -> SFTResult:
+) -> RunResult:
     """Fine-tunes a model on demonstrations and writes it to `config.output_dir`.
 
     The folder gets merged/, the whole model for plain transformers, and with LoRA adapter/.
@@ -111,17 +100,12 @@ def train_sft(
         StoppedBySignal: After saving, when SIGTERM or SIGINT came.
     """
     inputs = read_inputs(config, model=model, tokenizer=tokenizer)
-    if config.dry_run:
-        from rlhf.models.memory import dry_run_report
-
-        show(dry_run_report("sft", config, len(inputs.train), inputs.lines))
-        return SFTResult(config.output_dir, {})
-    if inputs.run.status is Status.FINISHED:
-        say(f"sft: already finished in {config.output_dir}")
-        return SFTResult(config.output_dir, inputs.run.conclude())
-    with inputs.run.held():
-        trainer = SFTTrainer(config, model=model, inputs=inputs, callbacks=callbacks)
-        return SFTResult(config.output_dir, trainer.train())
+    return run_training(
+        inputs.run,
+        config,
+        lambda: SFTTrainer(config, model=model, inputs=inputs, callbacks=callbacks),
+        report=lambda: dry_run_report("sft", config, len(inputs.train), inputs.lines),
+    )
 
 
 def read_inputs(
@@ -143,9 +127,9 @@ def read_inputs(
         InputError: All that is wrong, rows first, then limits.
     """
     inputs = StageInputs(config, model, tokenizer)
-    train = inputs.read(load_prompts, "dataset", require_output=True)
-    held_out = inputs.read(load_prompts, "eval_dataset", require_output=True)
-    run = inputs.finish("sft", optimizer=(trainer or SFTTrainer).optimizer_settings())
+    train = inputs.read("dataset")
+    held_out = inputs.read("eval_dataset")
+    run = inputs.finish(optimizer=(trainer or SFTTrainer).optimizer_settings())
     assert train is not None
     return Inputs(inputs.tokenizer, train, held_out, inputs.lines, run)
 

@@ -1,5 +1,6 @@
 """Files are read once for all stages, by a short way where rows are plain, with the same result."""
 
+import dataclasses
 import json
 import tracemalloc
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from rlhf.data.schema import PromptText
 from rlhf.errors import InputError
 from rlhf.models.loading import prompt_layout
 from rlhf.reports.data_check import check_files
+from rlhf.stages import STAGES
 
 RENDERER = PromptRenderer()
 PAIR = {"input_text": "a post", "candidate_0": " one", "candidate_1": " two", "choice": 1}
@@ -260,8 +262,9 @@ def test_a_run_opens_the_preferences_once_before_its_stages(
     class Done:
         metrics: dict[str, Any] = {}  # noqa: RUF012
 
-    for stage in pipeline.STAGES:
-        monkeypatch.setitem(pipeline.STAGES, stage, lambda _: Done())
+    for name, stage in STAGES.items():
+        done = dataclasses.replace(stage, run=lambda _: Done())
+        monkeypatch.setitem(STAGES, name, done)
     pipeline.run_pipeline(config)
     assert opened == [config.preference_dataset]
     folder = Path(config.output_dir) / "data"

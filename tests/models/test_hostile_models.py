@@ -20,9 +20,9 @@ from rlhf.errors import InputError
 from rlhf.files.local_copy import local_folder
 from rlhf.files.output import Output
 from rlhf.models.loading import load_language_model, load_tokenizer, read_model_config
-from rlhf.models.memory import dry_run_report
 from rlhf.models.reward_model import load_reward_model
 from rlhf.models.reward_record import RewardRecord
+from rlhf.reports.dry_run import dry_run_report
 from rlhf.untrusted import inner_names
 
 

@@ -138,7 +138,17 @@ class LoRAConfig(Schema):
 
 
 class StageConfig(Schema):
-    """What every stage takes."""
+    """What every stage takes, and its place in the pipeline.
+
+    Attributes:
+        stage: Its name, which is that of its section in the pipeline's configuration.
+        folder: Its folder inside the pipeline's.
+        set_by_pipeline: Fields that the pipeline sets, so that its section cannot.
+    """
+
+    stage: ClassVar[str] = ""
+    folder: ClassVar[str] = ""
+    set_by_pipeline: ClassVar[frozenset[str]] = frozenset({"output_dir"})
 
     base_model: NonEmpty | None = option(
         None, "Hugging Face id or folder (local, /gcs/..., gs://...) of a T5 or LLaMA checkpoint."
@@ -187,6 +197,16 @@ class StageConfig(Schema):
         "Check data, configuration and limits, and print steps and memory; load no weights.",
         affects_result=False,
     )
+
+    @classmethod
+    def runs_in(cls, pipeline: Any) -> bool:  # noqa: ARG003 (for those that override it)
+        """Whether a pipeline, given as its `PipelineConfig`, has this stage."""
+        return True
+
+    @classmethod
+    def handed_over(cls, pipeline: Any) -> dict[str, Any]:  # noqa: ARG003 (as above)
+        """Return the fields that a `PipelineConfig` gives this stage beside those on top."""
+        return {}
 
 
 class TrainingConfig(StageConfig):

@@ -4,39 +4,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
-from rlhf.config.common import Paths, Schema, TrainingConfig, option
+from rlhf.config.common import Paths, StageConfig, TrainingConfig, option
 from rlhf.config.loading import InnerFieldsError, merged, validation_problems
-from rlhf.config.stages import InferenceConfig, PPOConfig, RewardModelConfig, SFTConfig
+from rlhf.config.stages import STAGE_CONFIGS
 from rlhf.config.vertex import VertexConfig
 
-STAGE_CLASSES: dict[str, type[Schema]] = {
-    "sft": SFTConfig,
-    "reward_model": RewardModelConfig,
-    "ppo": PPOConfig,
-    "inference": InferenceConfig,
-}
-# What the pipeline itself decides, so that its folders are where the next stage looks.
-_FIXED: dict[str, frozenset[str]] = {
-    "sft": frozenset({"output_dir"}),
-    "reward_model": frozenset({"output_dir"}),
-    "ppo": frozenset({"output_dir", "reward_model_path"}),
-    "inference": frozenset({"output_dir", "policy_path"}),
-}
-_FOLDERS = {"sft": "sft", "reward_model": "reward_model", "ppo": "policy", "inference": "inference"}
 _ANYTHING = "given"  # stands for required fields while a section is looked at alone
 
 
-def _section(stage: str) -> Any:
-    return Field(
-        default_factory=dict,
-        description=f"Fields of {STAGE_CLASSES[stage].__name__} that this stage overrides.",
-        json_schema_extra={"affects_result": True},
-    )
-
-
 class PipelineConfig(TrainingConfig):
-    """All stages, one after the other."""
+    """All stages, one after the other, with a section for each of `STAGE_CONFIGS`."""
 
     needed_on_load: ClassVar[tuple[str, ...]] = ("base_model",)
 
@@ -52,21 +31,16 @@ class PipelineConfig(TrainingConfig):
         "Held-out rows: those with candidates evaluate the reward model, all go to inference. "
         "Default: the preference rows that the reward model holds out.",
     )
-    sft: dict[str, Any] = _section("sft")
-    reward_model: dict[str, Any] = _section("reward_model")
-    ppo: dict[str, Any] = _section("ppo")
-    inference: dict[str, Any] = _section("inference")
     vertex: VertexConfig = Field(
         default_factory=VertexConfig,
         description="Where `rlhf vertex submit` runs the stages; ignored by `rlhf run`.",
     )
 
-    @field_validator(*STAGE_CLASSES)
+    @field_validator("*")
     @classmethod
-    def _check_section(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    def _check_section(cls, value: Any, info: ValidationInfo) -> Any:
         stage = info.field_name or ""
-        problems = section_problems(stage, value)
-        if problems:
+        if stage in STAGE_CONFIGS and (problems := section_problems(stage, value)):
             raise InnerFieldsError("\n".join(problems))
         return value
 
@@ -79,17 +53,21 @@ class PipelineConfig(TrainingConfig):
             try:
                 self.stage_config(stage)
             except ValidationError as error:
-                problems += validation_problems(STAGE_CLASSES[stage], error, f"{stage}.")
+                problems += validation_problems(STAGE_CONFIGS[stage], error, f"{stage}.")
         return problems
 
     def stages(self) -> list[str]:
         """Return the names of the stages that run, in order."""
-        with_sft = self.sft_dataset is not None or "dataset" in self.sft
-        return [stage for stage in STAGE_CLASSES if stage != "sft" or with_sft]
+        return [stage for stage, cls in STAGE_CONFIGS.items() if cls.runs_in(self)]
+
+    def section(self, stage: str) -> dict[str, Any]:
+        """Return a stage's section: the fields that differ for it alone."""
+        fields: dict[str, Any] = getattr(self, stage)
+        return fields
 
     def stage_dir(self, stage: str) -> str:
         """Return the folder that a stage writes: OUT/sft, reward_model, policy or inference."""
-        return f"{self.output_dir.rstrip('/')}/{_FOLDERS[stage]}"
+        return f"{self.output_dir.rstrip('/')}/{STAGE_CONFIGS[stage].folder}"
 
     def stage_config(self, stage: str, **fields: Any) -> Any:
         """Build the full configuration of one stage.
@@ -104,46 +82,65 @@ class PipelineConfig(TrainingConfig):
         Raises:
             pydantic.ValidationError: The fields do not fit together in this stage.
         """
-        cls = STAGE_CLASSES[stage]
+        cls = STAGE_CONFIGS[stage]
         common = {
             name: value
             for name, value in self.model_dump(exclude_unset=True).items()
             if name in cls.model_fields
         }
         if common.get("tensorboard_dir"):  # runs that share a folder are drawn as one
-            common["tensorboard_dir"] = f"{self.tensorboard_dir}/{_FOLDERS[stage]}"
-        data = merged(merged(common, self._handed_over(stage)), fields)
-        data = merged(data, getattr(self, stage))
+            common["tensorboard_dir"] = f"{self.tensorboard_dir}/{cls.folder}"
+        data = merged(merged(common, cls.handed_over(self)), fields)
+        data = merged(data, self.section(stage))
         return cls.model_validate(data | {"output_dir": self.stage_dir(stage)})
-
-    def _handed_over(self, stage: str) -> dict[str, Any]:
-        """Return what a stage gets from the stages before it and from the pipeline's data."""
-        if stage == "sft":
-            # Its rows need output_text, which the pipeline's evaluation rows may lack.
-            data = {} if self.sft_dataset is None else {"dataset": self.sft_dataset}
-            return {"eval_dataset": None} | data
-        if stage == "inference":
-            held_out = self.preference_dataset if self.eval_dataset is None else self.eval_dataset
-            return {
-                "base_model": None,
-                "revision": None,
-                "policy_path": self.stage_dir("ppo"),
-                "reward_model_path": self.stage_dir("reward_model"),
-                "eval_dataset": held_out,
-            }
-        tuned = {"base_model": f"{self.stage_dir('sft')}/merged", "revision": None}
-        base = tuned if "sft" in self.stages() else {}
-        if stage == "reward_model":
-            return base
-        given = self.prompt_dataset is not None
-        return base | {
-            "prompt_dataset": self.prompt_dataset if given else self.preference_dataset,
-            "reward_model_path": self.stage_dir("reward_model"),
-        }
 
     def resolved(self) -> dict[str, Any]:
         """Return plain data; defaults that depend on a stage stand in the stage's own folder."""
         return self.model_dump(mode="json")
+
+
+def add_section(cls: type[StageConfig], before: str | None = None) -> None:
+    """Add a stage to the pipeline: a section of the configuration, and its turn to run.
+
+    Args:
+        cls: Its configuration.
+        before: Name of the stage that runs next; None adds it as the last one.
+
+    Raises:
+        ValueError: The pipeline has a field of its name, or no stage `before`.
+    """
+    if cls.stage in PipelineConfig.model_fields:
+        raise ValueError(f"the pipeline has a field {cls.stage!r} already")
+    order = list(STAGE_CONFIGS)
+    order.insert(len(order) if before is None else order.index(before), cls.stage)
+    STAGE_CONFIGS[cls.stage] = cls
+    for name in order:  # a dict keeps the order of insertion
+        STAGE_CONFIGS[name] = STAGE_CONFIGS.pop(name)
+    _declare_sections()
+
+
+def remove_section(stage: str) -> None:
+    """Take back what `add_section` did."""
+    del STAGE_CONFIGS[stage], PipelineConfig.model_fields[stage]
+    _declare_sections()
+
+
+def _declare_sections() -> None:
+    """Make the sections of `STAGE_CONFIGS` fields, in their order and before `vertex`."""
+    fields = PipelineConfig.model_fields
+    for stage, cls in STAGE_CONFIGS.items():
+        section: Any = Field(
+            default_factory=dict,
+            description=f"Fields of {cls.__name__} that this stage overrides.",
+            json_schema_extra={"affects_result": True},
+        )
+        fields.pop(stage, None)
+        fields[stage] = FieldInfo.from_annotated_attribute(dict[str, Any], section)
+    fields["vertex"] = fields.pop("vertex")
+    PipelineConfig.model_rebuild(force=True)
+
+
+_declare_sections()
 
 
 def section_problems(stage: str, section: Mapping[str, Any]) -> list[str]:
@@ -153,11 +150,11 @@ def section_problems(stage: str, section: Mapping[str, Any]) -> list[str]:
         stage: The section's name.
         section: Its fields, as in the YAML file.
     """
-    cls = STAGE_CLASSES[stage]
+    cls = STAGE_CONFIGS[stage]
     problems = [
         f"{name}: is set by the pipeline and cannot be given here"
         for name in section
-        if name in _FIXED[stage]
+        if name in cls.set_by_pipeline
     ]
     required = {name: _ANYTHING for name, field in cls.model_fields.items() if field.is_required()}
     try:

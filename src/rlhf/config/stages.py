@@ -33,6 +33,8 @@ def _compile_decode() -> Any:
 class SFTConfig(TrainingConfig):
     """Supervised fine-tuning on demonstrations."""
 
+    stage: ClassVar[str] = "sft"
+    folder: ClassVar[str] = "sft"
     base_rate: ClassVar[str | None] = "sft"
 
     dataset: Paths = option(..., f"Rows with a prompt and output_text. {_PATHS}.")
@@ -40,10 +42,23 @@ class SFTConfig(TrainingConfig):
         None, "Demonstrations on which the loss is evaluated during training. Default: none."
     )
 
+    @classmethod
+    def runs_in(cls, pipeline: Any) -> bool:
+        """Whether there are demonstrations."""
+        return pipeline.sft_dataset is not None or "dataset" in pipeline.section("sft")
+
+    @classmethod
+    def handed_over(cls, pipeline: Any) -> dict[str, Any]:
+        """Return the demonstrations; the pipeline's evaluation rows may lack output_text."""
+        data = {} if pipeline.sft_dataset is None else {"dataset": pipeline.sft_dataset}
+        return {"eval_dataset": None} | data
+
 
 class RewardModelConfig(TrainingConfig):
     """A reward model from preference pairs."""
 
+    stage: ClassVar[str] = "reward_model"
+    folder: ClassVar[str] = "reward_model"
     base_rate: ClassVar[str | None] = "reward_model"
 
     preference_dataset: Paths = option(..., f"Preference rows. {_PATHS}.")
@@ -70,10 +85,18 @@ class RewardModelConfig(TrainingConfig):
         f"Default: the candidates of the training rows. {_PATHS}.",
     )
 
+    @classmethod
+    def handed_over(cls, pipeline: Any) -> dict[str, Any]:
+        """Return the base that the SFT stage tunes, if it runs."""
+        return _tuned_base(pipeline)
+
 
 class PPOConfig(TrainingConfig):
     """Proximal policy optimization against a reward model (Schulman et al. 2017)."""
 
+    stage: ClassVar[str] = "ppo"
+    folder: ClassVar[str] = "policy"
+    set_by_pipeline: ClassVar[frozenset[str]] = frozenset({"output_dir", "reward_model_path"})
     base_rate: ClassVar[str | None] = "ppo"
     default_train_steps: ClassVar[int | None] = 200
 
@@ -217,9 +240,22 @@ class PPOConfig(TrainingConfig):
         """Return plain data in which rates and alpha are numbers, not defaults."""
         return super().resolved() | {"critic_learning_rate": self.effective_critic_learning_rate}
 
+    @classmethod
+    def handed_over(cls, pipeline: Any) -> dict[str, Any]:
+        """Return the tuned base, the prompts and the folder of the reward model."""
+        given = pipeline.prompt_dataset is not None
+        return _tuned_base(pipeline) | {
+            "prompt_dataset": pipeline.prompt_dataset if given else pipeline.preference_dataset,
+            "reward_model_path": pipeline.stage_dir("reward_model"),
+        }
+
 
 class InferenceConfig(StageConfig):
     """Generation with the tuned and the untuned model, and its evaluation."""
+
+    stage: ClassVar[str] = "inference"
+    folder: ClassVar[str] = "inference"
+    set_by_pipeline: ClassVar[frozenset[str]] = frozenset({"output_dir", "policy_path"})
 
     base_model: NonEmpty | None = option(
         None, "The untuned model. Default: the one recorded in the policy's adapter."
@@ -247,6 +283,31 @@ class InferenceConfig(StageConfig):
     extra_metrics: list[NonEmpty] = option(
         [], "Folders of local `evaluate` modules to compute as well."
     )
+
+    @classmethod
+    def handed_over(cls, pipeline: Any) -> dict[str, Any]:
+        """Return the folders of policy and reward model, and the held-out rows."""
+        given = pipeline.eval_dataset is not None
+        return {
+            "base_model": None,
+            "revision": None,
+            "policy_path": pipeline.stage_dir("ppo"),
+            "reward_model_path": pipeline.stage_dir("reward_model"),
+            "eval_dataset": pipeline.eval_dataset if given else pipeline.preference_dataset,
+        }
+
+
+# The stages of the pipeline by name, in the order in which they run.
+STAGE_CONFIGS: dict[str, type[StageConfig]] = {
+    cls.stage: cls for cls in (SFTConfig, RewardModelConfig, PPOConfig, InferenceConfig)
+}
+
+
+def _tuned_base(pipeline: Any) -> dict[str, Any]:
+    """Return the base of the stages after SFT: its result, or what the user gave."""
+    if "sft" not in pipeline.stages():
+        return {}
+    return {"base_model": f"{pipeline.stage_dir('sft')}/merged", "revision": None}
 
 
 class ScoreConfig(Schema):

@@ -25,10 +25,11 @@ from rlhf.inference.report import report_markdown, samples_markdown, summary_lin
 from rlhf.models.content import weights_fingerprint
 from rlhf.models.generation import Generator
 from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
-from rlhf.models.memory import dry_run_report
 from rlhf.models.policy_folder import PolicySource, find_policy
 from rlhf.models.reward_model import check_reward_model, limit_lines
+from rlhf.reports.dry_run import dry_run_report
 from rlhf.signals import SignalGuard, StopRequested, stop_point
+from rlhf.stages import RunResult
 from rlhf.training.tracking import ProgressLine, Trackers
 
 STAGE = "inference"
@@ -48,19 +49,17 @@ _PAIRS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class InferenceResult:
-    """Result of an inference run.
+class InferenceResult(RunResult):
+    """What a run of inference leaves behind.
+
+    Its metrics are those of `metrics.prediction_metrics`; the reward model's own, on rows with
+    candidates, begin with `reward_model_`.
 
     Attributes:
-        output_dir: Its folder.
-        metrics: Final metrics, see `metrics.prediction_metrics`; the reward model's own, on rows
-            with candidates, begin with `reward_model_`. Empty after a dry run.
         predictions: Path of predictions.jsonl.
         samples: Path of samples.md, before and after side by side.
     """
 
-    output_dir: str
-    metrics: Mapping[str, Any]
     predictions: str
     samples: str
 

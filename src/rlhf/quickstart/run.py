@@ -8,7 +8,6 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO, cast
 
@@ -25,6 +24,7 @@ from rlhf.files.text import to_json, write_text
 from rlhf.inference.predictions import Prediction, read_predictions
 from rlhf.pipeline import check_inputs, run_stages
 from rlhf.quickstart import corpus
+from rlhf.stages import RunResult
 from rlhf.untrusted import printable
 
 Arch = Literal["t5", "llama"]
@@ -32,22 +32,7 @@ ASSETS = Path(__file__).parent / "assets"
 SAMPLES = 3
 
 
-@dataclass(frozen=True)
-class QuickstartResult:
-    """Result of a quickstart.
-
-    Attributes:
-        output_dir: Its folder.
-        metrics: As in its metrics.json: see `summarize`, and each stage's own.
-    """
-
-    output_dir: str
-    metrics: Mapping[str, Any]
-
-
-def run_quickstart(
-    arch: Arch = "t5", output_dir: str | None = None, seed: int = 0
-) -> QuickstartResult:
+def run_quickstart(arch: Arch = "t5", output_dir: str | None = None, seed: int = 0) -> RunResult:
     """Generate the corpus, tune a shipped checkpoint on it and print what happened.
 
     Args:
@@ -66,7 +51,7 @@ def run_quickstart(
         return _run(config, output, seed, start)
 
 
-def _run(config: PipelineConfig, output: Path, seed: int, start: float) -> QuickstartResult:
+def _run(config: PipelineConfig, output: Path, seed: int, start: float) -> RunResult:
     corpus.write_corpus(output / "data", seed)
     check_inputs(config)
     result = run_stages(config, start)
@@ -80,7 +65,7 @@ def _run(config: PipelineConfig, output: Path, seed: int, start: float) -> Quick
         metrics["seconds"] = time.monotonic() - start
         write_text(output / RESULT_FILE, to_json(metrics))
     report(metrics, predictions, output, Console(file=cast(TextIO, SteadyStream(sys.stdout))))
-    return QuickstartResult(str(output), metrics)
+    return RunResult(str(output), metrics)
 
 
 def quickstart_config(arch: Arch, output_dir: str | Path, seed: int = 0) -> PipelineConfig:

@@ -12,25 +12,8 @@ import yaml
 from rlhf.config import TrainingConfig
 from rlhf.files.text import write_text
 from rlhf.models.families import FAMILIES
+from rlhf.stages import STAGES, Card, Stage
 from rlhf.untrusted import as_code, as_markdown, without_secrets
-
-TITLES = {
-    "sft": "Supervised fine-tuning",
-    "reward_model": "Reward model",
-    "ppo": "Policy trained by PPO against a reward model",
-}
-LIMITS = {
-    "sft": "It imitates its demonstrations, mistakes and tone included.",
-    "reward_model": (
-        "Its scores compare responses to one prompt as the annotators of its training pairs did. "
-        "They mean little across prompts, on other kinds of text, or for responses far from those "
-        "it was trained on, such as those of a policy optimized against it for long."
-    ),
-    "ppo": (
-        "It was rewarded by a model, not by people. A rising reward with a growing KL can mean "
-        "that the reward model is exploited: read samples before trusting the figures."
-    ),
-}
 
 
 def write_card(
@@ -44,19 +27,21 @@ def write_card(
 
     Args:
         folder: The stage's folder, with its artifacts in place.
-        stage: sft, reward_model or ppo.
+        stage: Name of a stage whose record has a card.
         config: The stage's configuration.
         metrics: Final metrics; only numbers are listed.
         data: Lines about the data that was read, such as those of a data report.
     """
+    record = STAGES[stage]
+    assert record.card is not None
     base = as_code(config.base_model) if config.base_model else "a model given as an object"
     sections = [
-        _front_matter(folder, stage, config),
-        f"# {TITLES[stage]}",
+        _front_matter(folder, record, config),
+        f"# {record.card.title}",
         f"Trained with [rlhf](https://pypi.org/project/rlhf-ppo/) from {base}"
         + (f" at revision {as_code(config.revision)}" if config.revision else "")
         + ". All settings are in `config.yaml`, the course of training in `metrics.jsonl`.",
-        "## Use\n\n" + _usage(folder, stage),
+        "## Use\n\n" + _usage(folder, record.card),
         "## Training\n\n" + _table(_settings(config), ("setting", "value")),
     ]
     if data:
@@ -66,18 +51,17 @@ def write_card(
         rows = {name: f"{value:.4g}" for name, value in numbers.items()}
         sections.append("## Results\n\n" + _table(rows, ("metric", "value")))
     sections.append(
-        f"## Limits\n\n{LIMITS[stage]} Made for research; it was not checked for harmful, false "
-        "or biased output. The licenses of the base model and of the data apply to it."
+        f"## Limits\n\n{record.card.limits} Made for research; it was not checked for harmful, "
+        "false or biased output. The licenses of the base model and of the data apply to it."
     )
     write_text(folder / "README.md", "\n\n".join(sections) + "\n")
 
 
-def _front_matter(folder: Path, stage: str, config: TrainingConfig) -> str:
+def _front_matter(folder: Path, stage: Stage, config: TrainingConfig) -> str:
     lora = (folder / "adapter").is_dir()
-    kind = {"sft": "sft", "reward_model": "reward-model", "ppo": "ppo"}[stage]
     facts: dict[str, Any] = {
         "library_name": "peft" if lora else "transformers",
-        "tags": ["rlhf", kind, *(["lora"] if lora else [])],
+        "tags": ["rlhf", stage.command, *(["lora"] if lora else [])],
     }
     base = without_secrets(config.base_model or "")
     # The Hub accepts only its own ids here, and a folder's name would be useless to a reader.
@@ -91,8 +75,8 @@ def _front_matter(folder: Path, stage: str, config: TrainingConfig) -> str:
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
 
 
-def _usage(folder: Path, stage: str) -> str:
-    if stage == "reward_model":
+def _usage(folder: Path, card: Card) -> str:
+    if card.holds == "reward model":
         return _reward_model_usage(folder)
     model_class = _auto_class(folder / "merged")
     code = f"""```python

@@ -1,14 +1,15 @@
 """What a stage reads and checks before any weights are loaded, all problems at once."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import StageConfig
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.reading import PreferenceData, PromptData
+from rlhf.data.reading import PreferenceData, PromptData, load_preferences, load_prompts
 from rlhf.errors import InputError
 from rlhf.files.run_folder import Run, prepare_output
 from rlhf.hardware import pick_device
@@ -20,8 +21,38 @@ from rlhf.models.loading import (
     prompt_layout,
     read_model_config,
 )
+from rlhf.stages import STAGES, Reads, RowKind
 
-Data = TypeVar("Data", PromptData, PreferenceData)
+_LOADERS: dict[RowKind, Callable[..., PromptData | PreferenceData]] = {
+    "preference": load_preferences,
+    "candidates": partial(load_preferences, candidates_optional=True),
+    "prompt": load_prompts,
+    "demonstration": partial(load_prompts, require_output=True),
+}
+
+
+def read_data(
+    reads: Reads, config: StageConfig, renderer: PromptRenderer
+) -> PromptData | PreferenceData | None:
+    """Read a file of a stage, as its record says.
+
+    Args:
+        reads: The record's entry.
+        config: The stage's configuration.
+        renderer: Makes prompts' texts.
+
+    Returns:
+        The data; None if the field is not set.
+
+    Raises:
+        InputError: Bad files or rows.
+    """
+    paths = getattr(config, reads.field)
+    if paths is None:
+        return None
+    return _LOADERS[reads.kind](
+        paths, renderer=renderer, on_bad_rows=config.on_bad_rows, name=reads.field
+    )
 
 
 class StageInputs:
@@ -66,30 +97,24 @@ class StageInputs:
         self._limits += check_adapter(config, self.model_config, model)
         self._fingerprints: dict[str, str] = {}
 
-    def read(self, load: Callable[..., Data], name: str, **options: Any) -> Data | None:
-        """Reads one data set of the configuration and checks that its prompts fit.
+    def read(self, name: str) -> Any:
+        """Read one data set of the configuration and check that its prompts fit.
 
         Args:
-            load: `load_prompts` or `load_preferences`.
-            name: Field of the configuration.
-            **options: Further arguments of `load`.
+            name: Field of the configuration, which the stage's record says how to read.
 
         Returns:
-            The data; None if the field is not set, or if something is wrong, which `finish` tells.
+            `PromptData` or `PreferenceData`; None if the field is not set, or if something is
+            wrong, which `finish` tells.
         """
-        paths = getattr(self.config, name)
-        if paths is None:
-            return None
+        stage = STAGES[self.config.stage]
+        [reads] = [reads for reads in stage.reads if reads.field == name]
         try:
-            data = load(
-                paths,
-                renderer=self.renderer,
-                on_bad_rows=self.config.on_bad_rows,
-                name=name,
-                **options,
-            )
+            data = read_data(reads, self.config, self.renderer)
         except InputError as error:
             self._rows += error.problems
+            return None
+        if data is None:
             return None
         self._fingerprints[name] = data.fingerprint
         self.lines += data.report.lines()
@@ -104,11 +129,10 @@ class StageInputs:
             self.lines.append(f"{name}: {lengths.line()}")
         return data
 
-    def finish(self, stage: str, **fingerprints: str) -> Run:
-        """Looks at the output folder, once all data are good.
+    def finish(self, **fingerprints: str) -> Run:
+        """Look at the output folder, once all data are good.
 
         Args:
-            stage: Name of the stage.
             **fingerprints: Of anything else that determines the result.
 
         Raises:
@@ -117,7 +141,7 @@ class StageInputs:
         if self._rows or self._limits:
             raise InputError([*self._rows, *self._limits])
         found = {**self._fingerprints, "base_model": self._base_fingerprint()}
-        return prepare_output(self.config, found | fingerprints, stage=stage)
+        return prepare_output(self.config, found | fingerprints, stage=self.config.stage)
 
     def _base_fingerprint(self) -> str:
         """What the base is made of, whether it was named or given as an object."""

@@ -138,7 +138,7 @@ def to_parameters(config: PipelineConfig) -> dict[str, Any]:
             elif field in own or field not in _HANDED_OVER:
                 rest[field] = value
         values[name] = rest
-    if {"base_model", "revision"} & set(config.reward_model):
+    if {"base_model", "revision"} & set(config.section("reward_model")):
         scorer = config.stage_config("reward_model")
         values["reward_model_reference"] = scorer.base_model or config.base_model
         if scorer.revision:
@@ -168,13 +168,13 @@ def _not_in_the_pipeline(config: PipelineConfig) -> list[str]:
             "sft_dataset: the Vertex pipeline has no SFT stage; run `rlhf sft` first and give its "
             "merged/ folder as base_model"
         )
-    if config.eval_dataset is None and "eval_dataset" in config.inference:
+    if config.eval_dataset is None and "eval_dataset" in config.section("inference"):
         problems.append(
             "inference.eval_dataset: the Vertex pipeline ends after PPO without an eval_dataset "
             "on top; give it there"
         )
     bases = {"base_model": config.base_model}
-    bases["reward_model.base_model"] = config.reward_model.get("base_model")
+    bases["reward_model.base_model"] = config.section("reward_model").get("base_model")
     for name, base in bases.items():
         if base in AMBIGUOUS:
             problems.append(

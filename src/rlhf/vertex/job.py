@@ -17,13 +17,13 @@ import click
 import torch
 
 from rlhf.config import PipelineConfig
-from rlhf.config.pipeline import STAGE_CLASSES
 from rlhf.console import say
 from rlhf.errors import InputError, StoppedBySignal, together
 from rlhf.files.output import path_in
 from rlhf.files.storage import as_url, open_store
-from rlhf.pipeline import STAGES, check_inputs
+from rlhf.pipeline import check_inputs
 from rlhf.process import exit_code, quiet_third_parties
+from rlhf.stages import STAGES, call
 from rlhf.vertex import DEPLOY_NOTE, failure
 from rlhf.vertex.addresses import LONGEST_RUN_NAME
 from rlhf.vertex.cloud import export_huggingface_token, register_model
@@ -130,11 +130,11 @@ def run_stage(stage: str, task: Task) -> None:
         InputError: As the stage does.
         StoppedBySignal: As the stage does.
     """
-    config: Any = STAGE_CLASSES[stage].model_validate_json(task.inputs["config"])
+    config: Any = STAGES[stage].config.model_validate_json(task.inputs["config"])
     logs = os.environ.get("AIP_TENSORBOARD_LOG_DIR", "")
     if logs and "tensorboard_dir" in type(config).model_fields:
         config = config.model_copy(update={"tensorboard_dir": as_url(logs)})
-    metrics = dict(STAGES[stage](config).metrics)
+    metrics = dict(call(STAGES[stage].run, config).metrics)
     folder = config.output_dir
     notes = [f"everything is in {folder}"]
     if stage == "reward_model":

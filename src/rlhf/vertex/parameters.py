@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf.config import PipelineConfig, VertexConfig
 from rlhf.config.describe import leaf_fields
-from rlhf.config.pipeline import STAGE_CLASSES
+from rlhf.config.stages import STAGE_CONFIGS
 
 REQUIRED = object()
 # Decided when a run is submitted, before there is a pipeline.
@@ -157,4 +157,4 @@ def description(parameter: Parameter) -> str:
     if own:
         return own
     section, _, name = parameter.field.partition(".")
-    return STAGE_CLASSES[section].model_fields[name].description or ""
+    return STAGE_CONFIGS[section].model_fields[name].description or ""
