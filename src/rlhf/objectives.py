@@ -165,7 +165,7 @@ def whiten(
     shift_mean: bool = True,
     reduce: Callable[[Tensor], Tensor] = lambda local: local,
 ) -> Tensor:
-    """Scales masked values to variance 1 and, if asked, shifts them to mean 0.
+    """Scale masked values to variance 1 and, if asked, shift them to mean 0.
 
     Advantages are shifted; rewards are only scaled, for their mean is what is to be learned. The
     variance is the unbiased one; fewer than two values are only shifted.
@@ -271,7 +271,7 @@ class AdaptiveKL:
         self._horizon = horizon
 
     def update(self, kl: float, episodes: int) -> None:
-        """Moves the coefficient after a rollout.
+        """Move the coefficient after a rollout.
 
         Args:
             kl: Mean per-sequence KL of the rollout, in nats.

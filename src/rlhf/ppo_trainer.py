@@ -237,7 +237,7 @@ class PPOTrainer(Trainer):
         return [*super().describe(), *self.lines]
 
     def make_step(self) -> dict[str, float]:
-        """One PPO iteration: rollout, scores, experience, epochs of minibatches."""
+        """Make one PPO iteration: rollout, scores, experience, epochs of minibatches."""
         with self.phase("rollout"):
             rollout = self.rollout(self.next_prompts())
         with self.phase("score"):
@@ -256,7 +256,7 @@ class PPOTrainer(Trainer):
         return metrics
 
     def next_prompts(self) -> list[PromptRow]:
-        """The rows of this step."""
+        """Return the rows of this step."""
         size, seed = self.config.batch_size, self.config.seed
         return [self.prompts[i] for i in rows_for_step(self.num_rows, size, self.step_index, seed)]
 
@@ -314,7 +314,7 @@ class PPOTrainer(Trainer):
 
     @torch.no_grad()
     def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, RolloutStats]:
-        """Token rewards, values, advantages and returns of a rollout.
+        """Compute token rewards, values, advantages and returns of a rollout.
 
         The old log-probabilities come from the update's own forward path, so that the first
         ratios are 1, and not from decoding.
@@ -346,11 +346,11 @@ class PPOTrainer(Trainer):
 
     @property
     def updates_per_step(self) -> int:
-        """One a minibatch."""
+        """One per minibatch."""
         return self.config.ppo_epochs * self.config.num_minibatches
 
     def optimize(self, experience: Experience) -> dict[str, float]:
-        """All epochs over the rollout; ends early when the policy has moved too far."""
+        """Make all epochs over the rollout; end early when the policy has moved too far."""
         config, log = self.config, UpdateLog(critic=self.critic is not None)
         size = len(experience) // config.num_minibatches
         for epoch in range(config.ppo_epochs):
@@ -368,7 +368,7 @@ class PPOTrainer(Trainer):
         return log.metrics(stopped_early=False)
 
     def accumulate_gradients(self, minibatch: Experience) -> Minibatch:
-        """Gradients of the mean loss over the minibatch's tokens, micro-batch by micro-batch."""
+        """Add the gradients of the mean loss over the minibatch's tokens, by micro-batches."""
         local = minibatch.responses.lengths.sum()
         count = int(self.reduce(local))
         total = Minibatch(tokens=count)
@@ -380,7 +380,7 @@ class PPOTrainer(Trainer):
         return total.reduced(self.reduce)
 
     def evaluate(self) -> dict[str, float]:
-        """Score and KL on held-out prompts, sampled as in training, always with the same draws."""
+        """Return score and KL on held-out prompts, always sampled with the same draws."""
         if self.eval_prompts is None:
             return {}
         count = min(len(self.eval_prompts), EVALUATION_ROWS)
@@ -397,7 +397,7 @@ class PPOTrainer(Trainer):
             self._warned.add(name)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Policy and critic (if there is one), each with its own learning rate and clip norm."""
+        """Return policy and critic (if any), each with its own learning rate and clip norm."""
         config = self.config
         rates = {"policy": config.effective_learning_rate}
         named = {"policy": self.policy.named_trainable("policy")}
@@ -410,15 +410,15 @@ class PPOTrainer(Trainer):
         ]
 
     def extra_state(self) -> dict[str, Any]:
-        """The adaptive KL coefficient."""
+        """Return the adaptive KL coefficient."""
         return {"kl_coeff": self.kl_controller.value}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Takes the coefficient back."""
+        """Take the coefficient back."""
         self.kl_controller.value = state["kl_coeff"]
 
     def export(self) -> dict[str, float]:
-        """Writes adapter/ and merged/, and says what merging cost."""
+        """Write adapter/ and merged/, and return what merging cost."""
         policy, folder = self.policy, self.output_path
         if policy.adapter is not None:
             save_adapter(policy.lm, policy.adapter, folder / "adapter")

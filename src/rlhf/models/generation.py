@@ -128,7 +128,7 @@ def generate(
     uniforms: Tensor | None = None,
     min_response_length: int = 0,
 ) -> Generation:
-    """Decodes one response per prompt with whatever adapter is active.
+    """Decode one response per prompt with whatever adapter is active.
 
     The checkpoint's own sampling settings (top-k, top-p, repetition penalty) do not apply, and no
     id is banned.
@@ -205,7 +205,7 @@ def generate_in_chunks(
     uniforms: Tensor | None = None,
     min_response_length: int = 0,
 ) -> Generation:
-    """`generate`, at most `chunk_size` prompts at a time so that the KV cache fits.
+    """Like `generate`, at most `chunk_size` prompts at a time, so that the KV cache fits.
 
     Prompts of like length go together; the result is in the order of `prompts`.
     """

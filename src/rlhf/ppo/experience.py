@@ -224,7 +224,7 @@ def rollout_metrics(
 
 
 def rollout_samples(rollout: Rollout, stats: RolloutStats, count: int) -> list[dict[str, Any]]:
-    """The first `count` responses with score, KL (nats) and token counts, for samples.jsonl."""
+    """Return rows of samples.jsonl for the first `count` responses; KL in nats."""
     kl = stats.kl.sum(1)
     return [
         {

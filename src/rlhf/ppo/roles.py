@@ -41,12 +41,12 @@ class Role:
 
     @contextmanager
     def active(self) -> Iterator[LanguageModel]:
-        """The model with this role's adapter; forward *and* backward belong inside."""
+        """Yield the model with this role's adapter; forward *and* backward belong inside."""
         with self.lm.using(self.adapter):
             yield self.lm
 
     def named_trainable(self, role: str) -> list[tuple[str, nn.Parameter]]:
-        """What training this role changes, with names that no other role has."""
+        """Return what training this role changes, with names that no other role has."""
         return [(f"{role}.{n}", p) for n, p in self.lm.named_trainable(self.adapter)]
 
 
@@ -70,7 +70,7 @@ class Critic:
         return self.head(states[:, :-1])
 
     def named_trainable(self) -> list[tuple[str, nn.Parameter]]:
-        """The critic's own weights; a head on the policy's trunk has nothing else."""
+        """Return the critic's own weights; a head on the policy's trunk has nothing else."""
         own = [] if self.on_policy_trunk else self.role.named_trainable("critic")
         return [*own, *((f"critic.head.{n}", p) for n, p in self.head.named_parameters())]
 
@@ -96,7 +96,7 @@ def load_bases(
     *,
     reward_model: bool = True,
 ) -> Bases:
-    """Loads the policy's base, twice only where it must be.
+    """Load the policy's base, twice only where it must be.
 
     Args:
         config: The stage's configuration.
@@ -116,7 +116,7 @@ def load_bases(
 
 
 def make_policy(config: PPOConfig, bases: Bases) -> Role:
-    """The policy: a fresh adapter, or the whole model."""
+    """Make the policy: a fresh adapter, or the whole model."""
     if config.lora.rank == 0:
         return Role(bases.policy, None)
     # PPO compares probabilities of one and the same network: no dropout anywhere.
@@ -126,7 +126,7 @@ def make_policy(config: PPOConfig, bases: Bases) -> Role:
 
 
 def make_reference(config: PPOConfig, bases: Bases) -> Role | None:
-    """The untuned policy; None if no KL is charged, because then nobody asks it."""
+    """Make the reference, the untuned policy; None if no KL is charged."""
     if config.kl_coeff == 0:
         return None
     assert bases.frozen is not None
@@ -150,7 +150,7 @@ def make_critic(
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Critic:
-    """The critic that `config.critic` names.
+    """Make the critic that `config.critic` names.
 
     Where the reward model reads the policy's ids, the critic starts as the reward model itself, its
     normalization folded in, so that the value of a finished response is its score from the start:
@@ -179,7 +179,7 @@ def make_critic(
 def _copy_of_reward_model(
     config: PPOConfig, reward: RewardModel, model: Any
 ) -> tuple[LanguageModel, ScalarHead]:
-    """A model of its own with the reward model's weights, all trainable, and its head.
+    """Return a separate, trainable model with the reward model's weights, and its head.
 
     The weights are read again rather than copied: training wants them in float32, and the reward
     model may hold them in bfloat16.

@@ -117,7 +117,7 @@ def _value_loss(
 
 
 class UpdateLog:
-    """Collects the minibatches of a step's update.
+    """Collect the minibatches of a step's update.
 
     Args:
         critic: Whether there is a critic, whose metrics are to be reported.
@@ -132,11 +132,11 @@ class UpdateLog:
         self.norms: list[dict[str, float]] = []
 
     def add(self, minibatch: Minibatch) -> None:
-        """Adds a minibatch in the order of the update."""
+        """Add a minibatch in the order of the update."""
         self._minibatches.append(minibatch)
 
     def metrics(self, *, stopped_early: bool) -> dict[str, float]:
-        """Means over the step, the last KL, and how far the first ratios were from 1."""
+        """Return means over the step, the last KL, and how far the first ratios were from 1."""
         count = len(self._minibatches)
         metrics = {
             f"ppo/{shown}": sum(getattr(m, name) for m in self._minibatches) / count

@@ -35,7 +35,7 @@ class ParameterGroup:
 def learning_rate_factor(
     step: int, total: int, warmup: int, schedule: Literal["linear", "cosine", "constant"]
 ) -> float:
-    """What the peak learning rate is multiplied by.
+    """Return what the peak learning rate is multiplied by.
 
     Args:
         step: Training step, from 0.
@@ -93,7 +93,7 @@ class GroupedAdamW:
         self._adam = torch.optim.AdamW(options, betas=betas, eps=eps)
 
     def set_rates(self, factor: float) -> None:
-        """Multiplies every group's peak learning rate by `factor`."""
+        """Multiply every group's peak learning rate by `factor`."""
         for options in self._adam.param_groups:
             options["lr"] = options["peak"] * factor
 
@@ -107,7 +107,7 @@ class GroupedAdamW:
         }
 
     def update(self, norms: Mapping[str, Tensor]) -> None:
-        """Clips each group by its norm, steps, and clears the gradients."""
+        """Clip each group by its norm, step, and clear the gradients."""
         for group in self.groups:
             torch.nn.utils.clip_grads_with_norm_(
                 [p for _, p in group.named_params], group.max_grad_norm, norms[group.name]
@@ -116,7 +116,7 @@ class GroupedAdamW:
         self.zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops the gradients."""
+        """Drop the gradients."""
         self._adam.zero_grad(set_to_none=set_to_none)
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -129,7 +129,7 @@ class GroupedAdamW:
         }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes back what `state_tensors` gave."""
+        """Take back what `state_tensors` gave."""
         self._adam.state.clear()
         for name, parameter in self.parameters.items():
             if f"{name}.step" in tensors:
@@ -140,7 +140,7 @@ class GroupedAdamW:
                 }
 
     def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies saved tensors into the parameters of the same names.
+        """Copy saved tensors into the parameters of the same names.
 
         Raises:
             InputError: If names or shapes differ.
@@ -179,7 +179,7 @@ class StepStart:
         self.moments: dict[str, Tensor] | None = None
 
     def keep(self, optimizer: GroupedAdamW, *, copy: bool) -> None:
-        """Copies weights and moments before the first update, if that is wanted and they fit."""
+        """Copy weights and moments before the first update, if that is wanted and they fit."""
         first, self.updated = not self.updated, True
         numbers = sum(p.numel() for p in optimizer.parameters.values())
         if first and copy and 3 * 4 * numbers <= LARGEST_COPY:  # fp32, with two moments

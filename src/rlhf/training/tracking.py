@@ -43,7 +43,7 @@ class JsonLog:
         self.path = path
 
     def truncate(self, step: int) -> None:
-        """Drops rows after `step` and torn ones: a resumed run writes them again."""
+        """Drop rows after `step` and torn ones: a resumed run writes them again."""
         kept = []
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -55,7 +55,7 @@ class JsonLog:
         write_text(self.path, "".join(kept))
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Appends rows; numbers that JSON does not know (NaN, infinity) become null."""
+        """Append rows; numbers that JSON does not know (NaN, infinity) become null."""
         with self.path.open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(json_safe({"step": step, **row}), ensure_ascii=False) + "\n")
@@ -96,12 +96,12 @@ class Trackers:
                 tracker.store_init_configuration(flat)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Sends finite metrics."""
+        """Send finite metrics."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._accelerator.log(finite, step=step)
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Flush and close."""
         self._accelerator.end_training()
 
 
@@ -150,7 +150,7 @@ class ProgressLine:
             self._bar.start()
 
     def update(self, step: int, metrics: Mapping[str, float], log: bool) -> None:
-        """Shows a step; without a terminal only steps with `log`, and not too often."""
+        """Show a step; without a terminal only steps with `log`, and not too often."""
         text = "  ".join(
             f"{name.removeprefix(f'{self._name}/')} {metrics[name]:.4g}"
             for name in self._shown
@@ -168,7 +168,7 @@ class ProgressLine:
         say(f"{self._name} {step}/{self._total}  {text}  eta {left}")
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Leave the terminal as it was."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -220,7 +220,7 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to a phase."""
+        """Add the time spent inside to a phase."""
         start = time.perf_counter()
         try:
             yield
@@ -230,7 +230,7 @@ class PhaseTimer:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        """`time/<phase>` metrics, and a fresh start."""
+        """Return `time/<phase>` metrics, and start afresh."""
         metrics = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         return metrics

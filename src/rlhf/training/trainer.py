@@ -103,25 +103,25 @@ class Trainer(Updates):
 
     @abstractmethod
     def make_step(self) -> dict[str, float]:
-        """Makes training step `step_index`, using `apply_gradients`; returns its metrics."""
+        """Make training step `step_index`, using `apply_gradients`; return its metrics."""
 
     @abstractmethod
     def export(self) -> dict[str, float]:
-        """Writes the final artifacts to `output_path`; returns further final metrics."""
+        """Write the final artifacts to `output_path`; return further final metrics."""
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics on held-out data; {} if there are none."""
+        """Return metrics on held-out data; {} if there are none."""
         return {}
 
     def extra_state(self) -> dict[str, Any]:
-        """JSON-able state beyond weights and optimizer."""
+        """Return JSON-able state beyond weights and optimizer."""
         return {}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `extra_state` gave."""
+        """Take back what `extra_state` gave."""
 
     def describe(self) -> list[str]:
-        """Lines that say at the start what will happen."""
+        """Return lines that say at the start what will happen."""
         rows = self.total_steps * self.config.batch_size
         return [
             f"{self.stage}: {self.total_steps} steps of {self.config.batch_size} {self.rows_name}"
@@ -130,7 +130,7 @@ class Trainer(Updates):
         ]
 
     def train(self) -> dict[str, Any]:
-        """Runs the stage: resume, steps, evaluations, checkpoints, export.
+        """Run the stage: resume, steps, evaluations, checkpoints, export.
 
         Returns:
             The final metrics, as written to metrics.json.
@@ -167,7 +167,7 @@ class Trainer(Updates):
             return self._finish()
 
     def _make_steps(self, signals: SignalGuard, log: RunLog | None) -> None:
-        """Makes what is left of the run, with evaluations, log and checkpoints."""
+        """Make what is left of the run, with evaluations, log and checkpoints."""
         while self.step_index < self.total_steps or self._unevaluated is not None:
             if self._unevaluated is None:
                 metrics = self._remembered_step()
@@ -186,14 +186,14 @@ class Trainer(Updates):
                 raise StoppedBySignal(self.step_index)
 
     def _remembered_step(self) -> dict[str, float]:
-        """`step`, which a signal may leave anywhere."""
+        """Make a step, which a signal may leave anywhere."""
         self._before_step = StepStart(self.skipped_updates, self._skipped_in_row)
         metrics = self.step()
         self._before_step = None
         return metrics
 
     def _save_unfinished(self) -> None:
-        """Takes back what an unfinished step has changed and saves the last finished one.
+        """Take back what an unfinished step has changed and save the last finished one.
 
         Where its weights were too large to be copied and are changed already, the newest
         checkpoint stays what the run continues from.
@@ -217,7 +217,7 @@ class Trainer(Updates):
             self.save()
 
     def step(self) -> dict[str, float]:
-        """Makes one training step and counts it.
+        """Make one training step and count it.
 
         Returns:
             The step's metrics with learning rate, seconds per phase and memory.
@@ -246,19 +246,19 @@ class Trainer(Updates):
         return metrics
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Measures what happens inside as `time/<name>`."""
+        """Measure what happens inside as `time/<name>`."""
         return self._timer.phase(name)
 
     def count_tokens(self, count: int) -> None:
-        """Adds tokens of this step, for `perf/tokens_per_second`."""
+        """Add tokens of this step, for `perf/tokens_per_second`."""
         self._tokens += count
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds rows of this step to samples.jsonl and to what callbacks get."""
+        """Add rows of this step to samples.jsonl and to what callbacks get."""
         self._samples.extend(dict(row) for row in rows)
 
     def save(self) -> None:
-        """Writes a checkpoint of the steps that are done, and publishes it."""
+        """Write a checkpoint of the steps that are done, and publish it."""
         if self.is_main:
             self._write_checkpoint()
         self._saved_step = self.step_index
@@ -286,7 +286,7 @@ class Trainer(Updates):
         return self.step_index % every == 0 or self.step_index == self.total_steps
 
     def _evaluate(self) -> dict[str, float]:
-        """Evaluates, and keeps the weights if they are the best so far."""
+        """Evaluate, and keep the weights if they are the best so far."""
         with self.phase("evaluate"):
             self._evaluation = self.mean_metrics(self.evaluate())
         if self.best_metric is not None and self.best_metric[0] in self._evaluation:
@@ -312,7 +312,7 @@ class Trainer(Updates):
                 log.close()
 
     def _open_log(self) -> RunLog:
-        """Says what the run will do, and opens the log where an earlier attempt left it."""
+        """Say what the run will do, and open the log where an earlier attempt left it."""
         for line in self.describe():
             say(line)
         if self.step_index:
@@ -329,7 +329,7 @@ class Trainer(Updates):
         )
 
     def _log_step(self, log: RunLog | None, metrics: dict[str, float]) -> None:
-        """Logs a step and calls the callbacks, both in the main process only."""
+        """Log a step and call the callbacks, both in the main process only."""
         step, self._last = self.step_index, metrics
         if log is None:
             return
@@ -339,7 +339,7 @@ class Trainer(Updates):
             callback(self, step, metrics, self._samples)
 
     def _restore(self) -> None:
-        """Goes back to the newest whole checkpoint, or to nothing if there is none."""
+        """Go back to the newest whole checkpoint, or to nothing if there is none."""
         checkpoint = None
         if self.run.status is Status.CONTINUE:
             self.run.output.fetch("checkpoints/*", "best/*", "metrics.jsonl", "samples.jsonl")
@@ -365,7 +365,7 @@ class Trainer(Updates):
         self.load_extra_state(state["extra"])
 
     def _finish(self) -> dict[str, Any]:
-        """Exports, writes the final metrics, and drops what only resuming needed."""
+        """Export, write the final metrics, and drop what only resuming needed."""
         best = read_best(self.output_path)
         metrics: dict[str, Any] = {"stage": self.stage, "steps": self.step_index}
         metrics |= {name: value for name, value in self._last.items() if "time/" not in name}

@@ -44,7 +44,7 @@ class Updates(Processes, ABC):
 
     @abstractmethod
     def parameter_groups(self) -> list[ParameterGroup]:
-        """What is trained; asked once."""
+        """Return what is trained; called once."""
 
     @cached_property
     def optimizer(self) -> GroupedAdamW:
@@ -58,7 +58,7 @@ class Updates(Processes, ABC):
 
     @classmethod
     def optimizer_settings(cls) -> str:
-        """What the optimizer has that no field of the configuration names, for the identity."""
+        """Return the optimizer's settings that no field of the configuration names."""
         return f"Adam, betas {cls.betas}, eps {cls.eps}"
 
     @property
@@ -72,7 +72,7 @@ class Updates(Processes, ABC):
         return self.optimizer.parameters
 
     def apply_gradients(self) -> dict[str, float]:
-        """Clips each group's gradients to its own norm, updates its weights, clears gradients.
+        """Clip each group's gradients to its own norm, update its weights, clear gradients.
 
         Gradients are those of the loss itself: sums that the caller has divided by global counts.
 
@@ -97,7 +97,7 @@ class Updates(Processes, ABC):
         return {f"train/grad_norm_{name}": float(norm) for name, norm in norms.items()}
 
     def skip_update(self, reason: str) -> None:
-        """Leaves an update out: clears gradients and counts.
+        """Leave an update out: clear gradients and count.
 
         Raises:
             TrainingDiverged: If it was the fifth in a row.
