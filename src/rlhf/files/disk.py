@@ -82,15 +82,17 @@ def remove_unfinished(folder: Path) -> None:
 
 def _is_unfinished(path: Path) -> bool:
     """Return whether this is a file that nobody is still writing and nobody will rename."""
-    if not path.is_file():
-        return False
-    owner = owner_of(path.name)
-    if owner is None:
-        return bool(_UNDER_WAY.fullmatch(path.name))
-    lives = owner.lives()
-    if lives is None:
-        return time.time() - path.stat().st_mtime > _SECONDS_UNTOUCHED
-    return not lives
+    with suppress(FileNotFoundError):  # it has just got its name
+        touched = path.stat().st_mtime
+        owner = owner_of(path.name)
+        if not path.is_file():
+            return False
+        if owner is None:
+            return bool(_UNDER_WAY.fullmatch(path.name))
+        if (lives := owner.lives()) is not None:
+            return not lives
+        return time.time() - touched > _SECONDS_UNTOUCHED
+    return False
 
 
 def disk_problem(error: BaseException | None) -> str | None:
