@@ -82,7 +82,7 @@ class ConfigCommand(click.Command):
 
 def _section_help() -> str:
     flags = ", ".join(f"--{stage}.FIELD" for stage in STAGE_CONFIGS)
-    return f"Any field of one stage alone: {flags}; `rlhf ppo --help` and so on list them."
+    return f"Any field for one stage only: {flags}; `rlhf ppo --help` and so on list them."
 
 
 def _metavar(field: FieldInfo) -> str:
@@ -131,7 +131,7 @@ def config_options(cls: type[Schema]) -> Callable[[click.Command], click.Command
 
     def decorate(command: click.Command) -> click.Command:
         config = click.Option(
-            ["--config"], metavar="FILE.yaml", help="YAML file with fields; flags win over it."
+            ["--config"], metavar="FILE.yaml", help="YAML file with fields; flags override it."
         )
         command.params = [config, *command.params, *options]
         if cls is PipelineConfig:
