@@ -60,7 +60,7 @@ class RowByRow:
                 logprobs[row, len(response)] = weights[token].log()
                 response.append(token)
             responses.append(response)
-        batch = TokenBatch.from_lists(responses, prompts.ids.device)
+        batch = TokenBatch.from_lists(responses).to(prompts.ids.device)
         finished = torch.tensor([row[-1] in eos for row in responses])
         return Generation(batch, finished, logprobs[:, : batch.ids.shape[1]])
 
