@@ -31,7 +31,7 @@ from rlhf.models.decoding import DecodeState, cached_attention, hide_later
 from rlhf.models.family import Shape, eos_ids
 from rlhf.models.language_model import LanguageModel
 
-# What layers are told of the tokens' positions: tensors of (B or 1, L, any).
+# What layers need to know of the tokens' positions: tensors of (B or 1, L, any).
 Places = tuple[Tensor, ...]
 
 
@@ -49,11 +49,11 @@ class DecoderOnlyModel(LanguageModel):
     @property
     @abstractmethod
     def layers(self) -> Sequence[Any]:
-        """Transformers' modules of the layers, from the first to the last."""
+        """Return transformers' modules of the layers, from the first to the last."""
 
     @abstractmethod
     def embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Places]:
-        """What the first layer reads, and what all layers are told of positions.
+        """Return what the first layer reads, and what all layers need to know of positions.
 
         Args:
             ids: (B, L).
@@ -65,27 +65,36 @@ class DecoderOnlyModel(LanguageModel):
 
     @abstractmethod
     def attention(self, layer: Any) -> Any:
-        """The attention module, which transformers' kernels ask for its settings."""
+        """Return the attention module, whose settings transformers' kernels read."""
 
     @abstractmethod
     def attention_input(self, layer: Any, x: Tensor) -> Tensor:
-        """(B, L, D) that queries, keys and values are made of: mostly a norm."""
+        """Compute (B, L, D), from which queries, keys and values are made: usually a norm of x."""
 
     @abstractmethod
     def queries(self, layer: Any, h: Tensor, places: Places) -> Tensor:
-        """(B, L, D) to (B, H, L, d)."""
+        """Compute queries from (B, L, D): (B, H, L, d)."""
 
     @abstractmethod
     def keys_values(self, layer: Any, h: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """(B, L, D) to (B, H / G, L, d) each."""
+        """Compute keys and values from (B, L, D): (B, H / G, L, d) each."""
 
     @abstractmethod
     def after_attention(self, layer: Any, x: Tensor, heads: Tensor) -> Tensor:
-        """The rest of the layer. (B, L, D), what it read, and (B, L, H·d) to (B, L, D)."""
+        """Compute the rest of the layer.
+
+        Args:
+            layer: The layer.
+            x: (B, L, D) that it read.
+            heads: (B, L, H·d), what attention made of it.
+
+        Returns:
+            (B, L, D).
+        """
 
     @abstractmethod
     def final_norm(self, x: Tensor) -> Tensor:
-        """What comes between the last layer and the LM head. (B, L, D) to (B, L, D)."""
+        """Compute what the LM head reads from the last layer's (B, L, D): (B, L, D)."""
 
     @classmethod
     @override
@@ -169,7 +178,7 @@ class DecoderOnlyModel(LanguageModel):
         return states[:, 0], states[:, 1]
 
     def _layer(self, layer: Any, x: Tensor, places: Places, attend: Attend) -> Tensor:
-        """One layer, for all tokens that it reads. (B, L, D) to (B, L, D)."""
+        """Compute one layer for all tokens that it reads: (B, L, D)."""
         h = self.attention_input(layer, x)
         queries = self.queries(layer, h, places)
         heads = attend(self.attention(layer), queries, *self.keys_values(layer, h, places))
@@ -178,7 +187,7 @@ class DecoderOnlyModel(LanguageModel):
     def _layer_at(
         self, layer: Any, x: Tensor, places: Places, wanted: Tensor, seen: Tensor
     ) -> Tensor:
-        """One layer, for some of the tokens that it reads.
+        """Compute one layer for some of the tokens that it reads.
 
         Args:
             layer: The layer.
@@ -204,7 +213,7 @@ class DecoderOnlyModel(LanguageModel):
         positions: Tensor | None = None,
         visible: Tensor | None = None,
     ) -> Tensor:
-        """States of some columns; the last layer works for these only.
+        """Compute the states of some columns; the last layer works for these only.
 
         Args:
             index: (B, N) columns wanted.

@@ -77,19 +77,19 @@ class EncoderDecoderModel(LanguageModel):
     @property
     @abstractmethod
     def layers(self) -> Sequence[Any]:
-        """Transformers' modules of the decoder's layers, from the first to the last."""
+        """Return transformers' modules of the decoder's layers, from the first to the last."""
 
     @abstractmethod
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Run the encoder. (B, P) ids and bool to (B, P, D)."""
+        """Run the encoder on (B, P) ids and their mask: (B, P, D)."""
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
-        """What the decoder's first layer reads. (B, L) to (B, L, D)."""
+        """Return what the decoder's first layer reads of (B, L) ids: (B, L, D)."""
 
     @abstractmethod
     def position_bias(self, length: int, columns: int, first: int | Tensor) -> Tensor:
-        """What positions add to the scores of the decoder's self-attention.
+        """Return what positions add to the scores of the decoder's self-attention.
 
         Args:
             length: L, queries.
@@ -102,7 +102,7 @@ class EncoderDecoderModel(LanguageModel):
 
     @abstractmethod
     def layer(self, layer: Any, x: Tensor, attend: Attend, attend_prompt: AttendPrompt) -> Tensor:
-        """One layer of the decoder.
+        """Compute one layer of the decoder.
 
         Args:
             layer: Transformers' module.
@@ -116,15 +116,15 @@ class EncoderDecoderModel(LanguageModel):
 
     @abstractmethod
     def prompt_attention(self, layer: Any) -> Any:
-        """The layer's module of attention to the encoder's states."""
+        """Return the layer's module of attention to the encoder's states."""
 
     @abstractmethod
     def prompt_keys_values(self, attention: Any, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        """What that module makes of the encoder's states. (B, P, D) to (B, H, P, d) each."""
+        """Compute keys and values of (B, P, D) encoder states: (B, H, P, d) each."""
 
     @abstractmethod
     def final_norm(self, x: Tensor) -> Tensor:
-        """What comes between the decoder's last layer and the LM head. (B, L, D)."""
+        """Compute what the LM head reads from the last layer's (B, L, D): (B, L, D)."""
 
     @classmethod
     @override
@@ -149,7 +149,7 @@ class EncoderDecoderModel(LanguageModel):
 
     @property
     def start_id(self) -> int:
-        """What the decoder reads first."""
+        """Return the id that the decoder reads first."""
         start = getattr(self.config, "decoder_start_token_id", None)
         return int(self.config.pad_token_id if start is None else start)
 
@@ -179,7 +179,7 @@ class EncoderDecoderModel(LanguageModel):
         return ends[: len(prompts)], ends[len(prompts) :]
 
     def _read(self, encoded: Tensor, mask: Tensor, responses: TokenBatch) -> Tensor:
-        """(B, R+1, D) states of the decoder."""
+        """Compute the decoder's states: (B, R+1, D)."""
         length = responses.ids.shape[1] + 1
 
         def attend_prompt(attention: Any, queries: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class EncoderDecoderModel(LanguageModel):
             return self.final_norm(x)
 
     def _shifted(self, responses: TokenBatch) -> Tensor:
-        """(B, R+1) ids that the decoder reads."""
+        """Return the (B, R+1) ids that the decoder reads."""
         start = responses.ids.new_full((len(responses), 1), self.start_id)
         return torch.cat([start, responses.ids], dim=1)
 
@@ -231,7 +231,7 @@ class EncoderDecoderModel(LanguageModel):
 
     @override
     def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:
-        """The same prompts, with the encoder's states if the active adapter leaves it alone.
+        """Return the prompts, with the encoder's states if the active adapter leaves it alone.
 
         All roles that leave the encoder alone then read these instead of running it again.
 
@@ -251,11 +251,11 @@ class EncoderDecoderModel(LanguageModel):
         return EncodedPrompts(prompts.ids, prompts.lengths, torch.cat(parts))
 
     def _encoder_changes(self) -> bool:
-        """Whether training changes what the encoder makes of a prompt in the active role."""
+        """Return whether training changes the encoder's states of a prompt in the active role."""
         return self.trainable or self.adapters.active_reaches("encoder.")
 
     def _encode(self, prompts: TokenBatch) -> Tensor:
-        """(B, P, D) states of the encoder."""
+        """Return the encoder's states: (B, P, D)."""
         if isinstance(prompts, EncodedPrompts) and not self._encoder_changes():
             return prompts.states
         with self.autocast():

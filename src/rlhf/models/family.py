@@ -51,7 +51,7 @@ class Family(ABC):
     def prompt_layout(
         cls, tokenizer: PreTrainedTokenizerBase, extra_eos: int | list[int] | None = None
     ) -> PromptLayout:
-        """What surrounds prompts and responses of this family.
+        """Return what surrounds prompts and responses of this family.
 
         Args:
             tokenizer: The model's tokenizer, with an EOS token.
@@ -61,7 +61,7 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def targets(cls, suffixes: list[str], where: str) -> list[str] | str:
-        """What peft calls target_modules: layers of these names in the part that `where` names.
+        """Return peft's target_modules: layers of these names in the part that `where` names.
 
         Raises:
             InputError: The family has no such part.
@@ -69,7 +69,7 @@ class Family(ABC):
 
     @classmethod
     def peft_config(cls, lora: LoRAConfig) -> LoraConfig:
-        """What peft makes an adapter of.
+        """Return what peft makes an adapter from.
 
         Raises:
             InputError: The family has no such part as `lora.where`.
@@ -86,26 +86,26 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def shape(cls, config: PretrainedConfig) -> Shape:
-        """Sizes of the model that a config.json describes."""
+        """Return the sizes of the model that a config.json describes."""
 
     @classmethod
     @abstractmethod
     def position_limit(cls, config: PretrainedConfig) -> int | None:
-        """Most tokens of prompt and response together, None where there is no such limit."""
+        """Return the most tokens of prompt and response together; None if there is no limit."""
 
     @classmethod
     def config_problems(cls, config: PretrainedConfig) -> list[str]:  # noqa: ARG003
-        """What in a config.json, each of whose sizes is possible, does not fit together."""
+        """Return which fields of a config.json, each possible by itself, contradict each other."""
         return []
 
     @classmethod
     def head_is_tied(cls, config: PretrainedConfig) -> bool:
-        """Whether the LM head is the embedding, as far as config.json tells."""
+        """Return whether the LM head is the embedding, as far as config.json tells."""
         return bool(config.tie_word_embeddings)
 
     @classmethod
     def saved_fields(cls, config: PretrainedConfig) -> dict[str, Any]:  # noqa: ARG003
-        """Fields of config.json that transformers itself would write wrongly."""
+        """Return fields of config.json that transformers itself would write wrongly."""
         return {}
 
 

@@ -105,7 +105,7 @@ class LanguageModel(Family):
         return int(head.weight.shape[0])
 
     def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:  # noqa: ARG002
-        """The same prompts, with what all roles would make of them alike, if there is anything.
+        """Return the prompts, with what all roles would compute of them alike, if there is any.
 
         Args:
             prompts: B prompts.
@@ -129,7 +129,7 @@ class LanguageModel(Family):
 
     @abstractmethod
     def transformers_logits(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-        """What transformers' own forward makes of B prompts and responses, to compare with ours.
+        """Compute logits of B prompts and responses with transformers' own forward.
 
         Returns:
             (B, R+1, V) fp32, at the places of `response_states`.
