@@ -60,7 +60,7 @@ CARD_METRICS = ("ppo/score", "ppo/kl", "ppo/response_length", "eval/")
 
 
 @dataclass(frozen=True)
-class Inputs:
+class PPOInputs:
     """Validated data of a run, read before any model is loaded."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -93,7 +93,7 @@ def train_ppo(
         InputError: Bad data, configuration or checkpoints.
         StoppedBySignal: After saving, when SIGTERM or SIGINT came.
     """
-    inputs = read_inputs(config, reward_fn, model, tokenizer)
+    inputs = read_ppo_inputs(config, reward_fn, model, tokenizer)
     return run_training(
         inputs.run,
         config,
@@ -114,12 +114,12 @@ def dry_run_in_pipeline(config: PPOConfig) -> RunResult:
     """
     if config.reward_model_path is None or exists(config.reward_model_path):
         return train_ppo(config)
-    inputs = read_inputs(config, reward_model_exists=False)
+    inputs = read_ppo_inputs(config, reward_model_exists=False)
     show(dry_run_report("ppo", config, len(inputs.prompts), inputs.lines))
     return RunResult(config.output_dir, {})
 
 
-def read_inputs(
+def read_ppo_inputs(
     config: PPOConfig,
     reward_fn: RewardFunction | None = None,
     model: Any = None,
@@ -127,7 +127,7 @@ def read_inputs(
     trainer: "type[PPOTrainer] | None" = None,
     *,
     reward_model_exists: bool = True,
-) -> Inputs:
+) -> PPOInputs:
     """Reads and checks everything that can be checked without weights.
 
     Args:
@@ -157,7 +157,7 @@ def read_inputs(
             config.reward_model_path, inputs.renderer, prompts.report.conversations > 0
         )
         inputs.lines += limit_lines(config.reward_model_path, config)
-    return Inputs(inputs.tokenizer, inputs.renderer, prompts, eval_prompts, inputs.lines, run)
+    return PPOInputs(inputs.tokenizer, inputs.renderer, prompts, eval_prompts, inputs.lines, run)
 
 
 def other_base(config: PPOConfig) -> str | None:
@@ -176,7 +176,7 @@ class PPOTrainer(Trainer):
         reward_fn: A function of texts instead of `config.reward_model_path`.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        inputs: What `read_inputs` returned; read anew if not given.
+        inputs: What `read_ppo_inputs` returned; read anew if not given.
         callbacks: Called after every step.
         generator: What decodes the rollouts; our own engine by default.
     """
@@ -197,11 +197,11 @@ class PPOTrainer(Trainer):
         reward_fn: RewardFunction | None = None,
         model: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        inputs: Inputs | None = None,
+        inputs: PPOInputs | None = None,
         callbacks: Sequence[Callback] = (),
         generator: Generator | None = None,
     ) -> None:
-        inputs = inputs or read_inputs(config, reward_fn, model, tokenizer, type(self))
+        inputs = inputs or read_ppo_inputs(config, reward_fn, model, tokenizer, type(self))
         super().__init__(config, num_rows=len(inputs.prompts), run=inputs.run, callbacks=callbacks)
         self.generator = generator or TorchGenerator(config.effective_rollout_batch_size)
         self.lines = inputs.lines

@@ -47,7 +47,7 @@ SAMPLES_PER_EVALUATION = 4
 
 
 @dataclass(frozen=True)
-class Inputs:
+class RewardModelInputs:
     """Validated data of a run, read before any weights.
 
     Attributes:
@@ -91,7 +91,7 @@ def train_reward_model(
         InputError: Bad data, configuration or checkpoint.
         StoppedBySignal: After saving, when SIGTERM or SIGINT came.
     """
-    inputs = read_inputs(config, model=model, tokenizer=tokenizer)
+    inputs = read_reward_model_inputs(config, model=model, tokenizer=tokenizer)
     return run_training(
         inputs.run,
         config,
@@ -100,13 +100,13 @@ def train_reward_model(
     )
 
 
-def read_inputs(
+def read_reward_model_inputs(
     config: RewardModelConfig,
     *,
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trainer: "type[RewardModelTrainer] | None" = None,
-) -> Inputs:
+) -> RewardModelInputs:
     """Reads and checks everything that can be checked without weights.
 
     Args:
@@ -128,7 +128,9 @@ def read_inputs(
     if not held_out:
         train, held_out = split_holdout(pairs, seed=config.seed)
         lines.append(f"preference_dataset: {len(held_out)} rows held out by prompt for evaluation")
-    return Inputs(inputs.tokenizer, inputs.renderer, train, held_out, demonstrations, lines, run)
+    return RewardModelInputs(
+        inputs.tokenizer, inputs.renderer, train, held_out, demonstrations, lines, run
+    )
 
 
 class RewardModelTrainer(Trainer):
@@ -138,7 +140,7 @@ class RewardModelTrainer(Trainer):
         config: The stage's configuration.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        inputs: What `read_inputs` returned; read anew if not given.
+        inputs: What `read_reward_model_inputs` returned; read anew if not given.
         callbacks: Called after every step.
 
     Attributes:
@@ -162,10 +164,10 @@ class RewardModelTrainer(Trainer):
         *,
         model: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        inputs: Inputs | None = None,
+        inputs: RewardModelInputs | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.inputs = inputs or read_inputs(
+        self.inputs = inputs or read_reward_model_inputs(
             config, model=model, tokenizer=tokenizer, trainer=type(self)
         )
         super().__init__(

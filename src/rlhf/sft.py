@@ -34,7 +34,7 @@ CARD_METRICS = ("steps", "sft/loss", "eval/loss", "eval/perplexity")
 
 
 @dataclass(frozen=True)
-class Inputs:
+class SFTInputs:
     """Validated data of a run, read before any weights.
 
     Attributes:
@@ -99,7 +99,7 @@ def train_sft(
         InputError: Bad data, configuration or checkpoint.
         StoppedBySignal: After saving, when SIGTERM or SIGINT came.
     """
-    inputs = read_inputs(config, model=model, tokenizer=tokenizer)
+    inputs = read_sft_inputs(config, model=model, tokenizer=tokenizer)
     return run_training(
         inputs.run,
         config,
@@ -108,13 +108,13 @@ def train_sft(
     )
 
 
-def read_inputs(
+def read_sft_inputs(
     config: SFTConfig,
     *,
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     trainer: "type[SFTTrainer] | None" = None,
-) -> Inputs:
+) -> SFTInputs:
     """Reads and checks everything that can be checked without weights.
 
     Args:
@@ -131,7 +131,7 @@ def read_inputs(
     held_out = inputs.read("eval_dataset")
     run = inputs.finish(optimizer=(trainer or SFTTrainer).optimizer_settings())
     assert train is not None
-    return Inputs(inputs.tokenizer, train, held_out, inputs.lines, run)
+    return SFTInputs(inputs.tokenizer, train, held_out, inputs.lines, run)
 
 
 class SFTTrainer(Trainer):
@@ -141,7 +141,7 @@ class SFTTrainer(Trainer):
         config: The stage's configuration.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        inputs: What `read_inputs` returned; read anew if not given.
+        inputs: What `read_sft_inputs` returned; read anew if not given.
         callbacks: Called after every step.
         generator: What decodes the samples; our own engine by default.
 
@@ -163,12 +163,12 @@ class SFTTrainer(Trainer):
         *,
         model: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        inputs: Inputs | None = None,
+        inputs: SFTInputs | None = None,
         callbacks: Sequence[Callback] = (),
         generator: Generator | None = None,
     ) -> None:
         self.generator = generator or TorchGenerator()
-        self.inputs = inputs or read_inputs(
+        self.inputs = inputs or read_sft_inputs(
             config, model=model, tokenizer=tokenizer, trainer=type(self)
         )
         super().__init__(

@@ -26,7 +26,7 @@ from rlhf.models.content import (
 )
 from rlhf.models.saving import load_adapter
 from rlhf.models.weights import loaded_fingerprint
-from rlhf.sft import read_inputs
+from rlhf.sft import read_sft_inputs
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_models_given_as_objects_are_told_apart(arch: str, tmp_path: Path) -> No
     assert model_fingerprint(model) == before
     assert train_sft(config, model=model, tokenizer=tokenizer).metrics["finished"]
     with pytest.raises(InputError, match=r"base_model \(content\)"):
-        read_inputs(config, model=tiny_model(arch, seed=1), tokenizer=tokenizer)
+        read_sft_inputs(config, model=tiny_model(arch, seed=1), tokenizer=tokenizer)
 
 
 def test_the_fingerprint_of_loaded_weights_reads_all_of_them_in_any_type(arch: str) -> None:
