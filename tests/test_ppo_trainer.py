@@ -14,8 +14,8 @@ import torch
 from pydantic import ValidationError
 from support.language_models import LORA
 from support.numerics import assert_same_gradients
-from support.ppo import count_letters, make_config, make_trainer, randomise_roles
-from support.tiny import make_tokenizer, randomise_lora, tiny_model
+from support.ppo import count_letters, make_config, make_trainer, randomize_roles
+from support.tiny import make_tokenizer, randomize_lora, tiny_model
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel, T5ForConditionalGeneration
 
@@ -64,7 +64,7 @@ def save_reward_model(arch: str, folder: Path, scorer: str | None = None) -> Pat
     tokenizer.save_pretrained(base)
     lm = FAMILIES[scorer](tiny_model(scorer), tokenizer, base_name=str(base))
     lm.add_adapter("reward", LORA)
-    randomise_lora(lm, "reward", 7)
+    randomize_lora(lm, "reward", 7)
     record = RewardRecord(
         base_model=str(base), revision=None, fingerprint=lm.fingerprint, dtype="float32",
         tokenizer=tokenizer_fingerprint(tokenizer), prompt_sequence_length=24,
@@ -282,7 +282,7 @@ def moved(trainer: PPOTrainer) -> tuple[Rollout, Experience]:
     rollout = ragged_rollout(trainer)
     experience, _ = trainer.make_experience(rollout, trainer.score(rollout))
     for seed, name in enumerate(trainer.policy.lm.adapters.names):
-        randomise_lora(trainer.policy.lm, name, seed + 20, std=0.12)
+        randomize_lora(trainer.policy.lm, name, seed + 20, std=0.12)
     return rollout, experience
 
 
@@ -410,7 +410,7 @@ def test_only_policy_and_critic_change(arch: str, critic: str, tmp_path: Path) -
     trainer = PPOTrainer(config)
     assert trainer.scorer.shares_base
     lm = trainer.policy.lm
-    randomise_roles(trainer)
+    randomize_roles(trainer)
     before = snapshot(lm.module, trainer.critic.head, trainer.scorer.head)
     trainer.step()
     changed = {

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.numerics import assert_same_gradients
-from support.tiny import make_tokenizer, randomise_lora, tiny_model
+from support.tiny import make_tokenizer, randomize_lora, tiny_model
 
 from rlhf.config import LoRAConfig, RewardModelConfig
 from rlhf.data.batching import TokenBatch
@@ -74,7 +74,7 @@ def config(tiny_checkpoint: Path, tmp_path: Path) -> RewardModelConfig:
 def with_random_adapter(config: RewardModelConfig) -> RewardModelTrainer:
     trainer = RewardModelTrainer(config)
     if trainer.reward.adapter is not None:
-        randomise_lora(trainer.reward.lm, trainer.reward.adapter)
+        randomize_lora(trainer.reward.lm, trainer.reward.adapter)
     return trainer
 
 

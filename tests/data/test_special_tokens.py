@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import make_tokenizer, randomise_lora, tiny_model
+from support.tiny import make_tokenizer, randomize_lora, tiny_model
 from tokenizers import pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -115,7 +115,7 @@ def save_policy(base: Path, folder: Path) -> None:
     config = StageConfig(base_model=str(base), output_dir="unused", device="cpu", dtype="float32")
     lm = load_language_model(config, trainable=False)
     lm.add_adapter("policy", LoRAConfig(rank=4))
-    randomise_lora(lm, "policy", std=0.3)
+    randomize_lora(lm, "policy", std=0.3)
     save_adapter(lm, "policy", folder / "adapter")
     save_merged(lm, "policy", folder / "merged")
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from support.language_models import EOS, make_lm, plain_logits, ragged
-from support.tiny import randomise_lora, tiny_model
+from support.tiny import randomize_lora, tiny_model
 from torch import Tensor
 
 from rlhf.config import LoRAConfig
@@ -123,7 +123,7 @@ def test_folding_the_adapter_changes_no_sample_and_leaves_no_trace(arch: str) ->
     lm = make_lm(arch)
     prompts, _ = ragged(arch)
     lm.add_adapter("policy", LoRAConfig(rank=4))
-    randomise_lora(lm, "policy", std=0.3)
+    randomize_lora(lm, "policy", std=0.3)
     before = {name: tensor.clone() for name, tensor in lm.module.state_dict().items()}
     places = {name: tensor.data_ptr() for name, tensor in lm.module.state_dict().items()}
     uniforms = rollout_uniforms(0, 0, range(4), 10)
@@ -235,7 +235,7 @@ def test_a_compiled_step_decodes_what_the_plain_one_does(
     plain, compiled = make_lm(arch), make_lm(arch)
     for lm in (plain, compiled):
         lm.add_adapter("policy", LoRAConfig(rank=4))
-        randomise_lora(lm, "policy", std=0.3)
+        randomize_lora(lm, "policy", std=0.3)
     compiled.compile_decoding(6, 9, **options)
     torch.compiler.reset()
     steps = {"max_new_tokens": 10, "temperature": 1.5}

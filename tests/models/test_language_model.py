@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.language_models import EOS, LORA, PAD, make_lm, plain_logits, ragged
 from support.numerics import assert_same_gradients
-from support.tiny import make_tokenizer, randomise_lora, tiny_model
+from support.tiny import make_tokenizer, randomize_lora, tiny_model
 from torch import Tensor
 
 from rlhf.config import LoRAConfig
@@ -76,7 +76,7 @@ def test_final_states_and_pairs_are_those_of_single_reads(arch: str, attention: 
     prompts, first = ragged(arch)
     second = TokenBatch.from_lists([[24, 25, EOS[arch]], [], [26], [27, 28, 29, 30, 31, 32]])
     lm.add_adapter("reward", LORA)
-    randomise_lora(lm, "reward")
+    randomize_lora(lm, "reward")
     parameters = dict(lm.named_trainable("reward"))
     with lm.using("reward"):
         singles = []
@@ -146,7 +146,7 @@ def two_roles(arch: str) -> LanguageModel:
     lm.add_adapter("value", LORA, seed=2)
     lm.add_adapter("reward", LORA, trainable=False, seed=3)
     for seed, name in enumerate(("policy", "value", "reward")):
-        randomise_lora(lm, name, seed)
+        randomize_lora(lm, name, seed)
     return lm
 
 
@@ -234,7 +234,7 @@ def kept_and_gradients(
     lm = FAMILIES[arch](module, make_tokenizer(arch), base_name="tiny")
     for seed, role in enumerate(("policy", "value")):
         lm.add_adapter(role, LORA)
-        randomise_lora(lm, role, seed)
+        randomize_lora(lm, role, seed)
     if checkpointing:
         module.gradient_checkpointing_enable({"use_reentrant": False})
     weights = {t.untyped_storage().data_ptr() for t in module.state_dict().values()}
@@ -396,7 +396,7 @@ def test_a_frozen_encoder_reads_each_prompt_once(monkeypatch: pytest.MonkeyPatch
     prompts, responses = ragged("t5")
     for name, where in (("policy", "decoder"), ("value", "decoder"), ("reward", "all")):
         lm.add_adapter(name, LoRAConfig(rank=4, where=where))
-        randomise_lora(lm, name)
+        randomize_lora(lm, name)
     expected = {}
     for role in ("policy", "value", "reward", None):
         with lm.using(role):
@@ -485,7 +485,7 @@ def test_bf16_base_with_fp32_adapters(arch: str) -> None:
         tiny_model(arch).bfloat16(), make_tokenizer(arch), dtype=torch.bfloat16, base_name="tiny"
     )
     lm.add_adapter("policy", LORA)
-    randomise_lora(lm, "policy")
+    randomize_lora(lm, "policy")
     assert {p.dtype for _, p in lm.named_trainable("policy")} == {torch.float32}
     prompts, responses = ragged(arch)
     exact = two_roles(arch)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from support.language_models import LORA, plain_logits, ragged
-from support.tiny import make_tokenizer, randomise_lora, tiny_model
+from support.tiny import make_tokenizer, randomize_lora, tiny_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
@@ -39,7 +39,7 @@ def adapted(
     model = tiny_model(arch, untied=untied, **sizes).to(dtype)
     lm = FAMILIES[arch](model, make_tokenizer(arch), dtype=dtype, base_name="tiny")
     lm.add_adapter("policy", LORA)
-    randomise_lora(lm, "policy", std=0.3)
+    randomize_lora(lm, "policy", std=0.3)
     return lm
 
 
@@ -219,7 +219,7 @@ def test_a_classifier_from_bfloat16_tells_300_responses_apart(tmp_path: Path) ->
     tokenizer = make_tokenizer("llama")
     lm = FAMILIES["llama"](model, tokenizer, dtype=torch.bfloat16, base_name="tiny")
     lm.add_adapter("reward", LORA)
-    randomise_lora(lm, "reward")
+    randomize_lora(lm, "reward")
     head = ScalarHead(lm.hidden_size, seed=1)
     save_sequence_classifier(lm, "reward", head, tmp_path)
     generator = torch.Generator().manual_seed(0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.numerics import assert_same_gradients
-from support.tiny import make_tokenizer, randomise_lora
+from support.tiny import make_tokenizer, randomize_lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -142,7 +142,7 @@ def test_its_greedy_responses_are_those_of_plain_transformers(checkpoint: Path) 
 def test_a_pair_in_one_row_is_two_responses(checkpoint: Path) -> None:
     lm = load(checkpoint)
     lm.add_adapter("reward", LoRAConfig(rank=2))
-    randomise_lora(lm, "reward")
+    randomize_lora(lm, "reward")
     prompts, first = map(TokenBatch.from_lists, (PROMPTS, RESPONSES))
     second = first.select_rows([2, 0, 1])
     with lm.using("reward"), torch.no_grad():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.reward_models import RANK, load, make_reward, slow_raw_scores
-from support.tiny import make_tokenizer, randomise_lora, tiny_model
+from support.tiny import make_tokenizer, randomize_lora, tiny_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -98,7 +98,7 @@ def test_scoring_leaves_other_roles_alone(
     reward: RewardModel, tokens: tuple[TokenBatch, TokenBatch]
 ) -> None:
     reward.lm.add_adapter("policy", LoRAConfig(rank=2), seed=1)
-    randomise_lora(reward.lm, "policy", seed=8, std=1.0)
+    randomize_lora(reward.lm, "policy", seed=8, std=1.0)
     expected = reward.score_tokens(*tokens)
     with reward.lm.using("policy"):
         torch.testing.assert_close(reward.score_tokens(*tokens), expected)
@@ -110,7 +110,7 @@ def test_dropout_acts_in_training_only(
     lm: LanguageModel, tokens: tuple[TokenBatch, TokenBatch], tmp_path: Path
 ) -> None:
     lm.add_adapter("noisy", LoRAConfig(rank=RANK, dropout=0.5))
-    randomise_lora(lm, "noisy", std=1.0)
+    randomize_lora(lm, "noisy", std=1.0)
     noisy = make_reward(lm, None)
     noisy.adapter = "noisy"
     first, second = (noisy.raw_scores(*tokens) for _ in range(2))
@@ -284,7 +284,7 @@ def test_policy_and_scorer_share_a_base(
     expected = reward.score(prompts, RESPONSES)
     policy = load(Path(lm.base_name))
     policy.add_adapter("policy", LoRAConfig(rank=2))
-    randomise_lora(policy, "policy")
+    randomize_lora(policy, "policy")
     shared = load_reward_model(str(tmp_path), policy_lm=policy)
     assert isinstance(shared, RewardModel)
     assert shared.shares_base

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.language_models import EOS, LORA, make_lm, ragged
-from support.tiny import make_tokenizer, randomise_lora, tiny_model
+from support.tiny import make_tokenizer, randomize_lora, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForSequenceClassification, BertConfig
 
@@ -58,7 +58,7 @@ def test_exports_load_in_plain_transformers_and_peft(
     config = StageConfig(base_model=str(base), output_dir="unused", dtype="float32")
     lm = load_language_model(config, trainable=False)
     lm.add_adapter("policy", LORA)
-    randomise_lora(lm, "policy", std=0.3)
+    randomize_lora(lm, "policy", std=0.3)
     prompts, responses = ragged(arch)
     before = {n: t.clone() for n, t in lm.module.state_dict().items()}
     save_adapter(lm, "policy", tmp_path / "adapter")
@@ -86,7 +86,7 @@ def test_exports_load_in_plain_transformers_and_peft(
 def test_adapter_comes_back_and_belongs_to_its_base(arch: str, tmp_path: Path) -> None:
     lm = make_lm(arch)
     lm.add_adapter("policy", LORA)
-    randomise_lora(lm, "policy")
+    randomize_lora(lm, "policy")
     save_adapter(lm, "policy", tmp_path / "adapter")
     again = make_lm(arch)
     load_adapter(again, tmp_path / "adapter", "reward")
@@ -113,7 +113,7 @@ def test_merging_into_bf16_reports_what_the_cast_cost(arch: str, tmp_path: Path)
         tiny_model(arch).bfloat16(), make_tokenizer(arch), dtype=torch.bfloat16, base_name="x"
     )
     lm.add_adapter("policy", LORA)
-    randomise_lora(lm, "policy")
+    randomize_lora(lm, "policy")
     kl = save_merged(lm, "policy", tmp_path / "merged", ragged(arch))
     assert kl is not None
     assert 0 < kl < 0.05

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.language_models import make_lm, plain_logits, ragged
-from support.tiny import make_tokenizer, randomise_lora, tiny_model
+from support.tiny import make_tokenizer, randomize_lora, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -200,7 +200,7 @@ def test_an_untied_head_is_right_in_update_decoding_merged_and_peft(
     config = PPOConfig(base_model=str(base), prompt_dataset="x", output_dir="x", dtype="float32")
     lm = load_language_model(config, trainable=False)
     lm.add_adapter("policy", LoRAConfig(rank=3, target_modules=["lm_head", QUERY[arch]]))
-    randomise_lora(lm, "policy", std=0.5)
+    randomize_lora(lm, "policy", std=0.5)
     save_adapter(lm, "policy", tmp_path / "adapter")
     save_merged(lm, "policy", tmp_path / "merged")
     adapted = PeftModel.from_pretrained(AUTO[arch].from_pretrained(base), tmp_path / "adapter")
@@ -242,7 +242,7 @@ def test_ppo_trains_an_untied_head(arch: str, tmp_path: Path) -> None:
     lm = trainer.policy.lm
     head = lm.module.get_output_embeddings()
     for name in lm.adapters.names:
-        randomise_lora(lm, name)
+        randomize_lora(lm, name)
     before = head.lora_B["policy"].weight.detach().clone(), head.base_layer.weight.clone()
     metrics = trainer.step()
     assert metrics["ppo/ratio_first"] < 1e-4

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.tiny import make_tokenizer, randomise_lora, tiny_model
+from support.tiny import make_tokenizer, randomize_lora, tiny_model
 
 from rlhf.config import InferenceConfig, LoRAConfig
 from rlhf.data.prompts import PromptRenderer
@@ -69,7 +69,7 @@ def load_base(arch: str, folder: Path) -> LanguageModel:
 def save_policy(arch: str, base: Path, folder: Path) -> None:
     lm = load_base(arch, base)
     lm.add_adapter("policy", LoRAConfig(rank=4))
-    randomise_lora(lm, "policy", std=0.3)
+    randomize_lora(lm, "policy", std=0.3)
     save_adapter(lm, "policy", folder / "adapter")
     save_merged(lm, "policy", folder / "merged")
     settings = {"prompt_sequence_length": PROMPT_LIMIT, "target_sequence_length": RESPONSE_LIMIT}
@@ -79,7 +79,7 @@ def save_policy(arch: str, base: Path, folder: Path) -> None:
 def save_reward_model(arch: str, base: Path, folder: Path) -> None:
     lm = load_base(arch, base)
     lm.add_adapter("reward", LoRAConfig(rank=4))
-    randomise_lora(lm, "reward", seed=5, std=0.5)
+    randomize_lora(lm, "reward", seed=5, std=0.5)
     record = RewardRecord(
         base_model=lm.base_name,
         revision=None,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.tiny import make_tokenizer, randomise_lora, tiny_model
+from support.tiny import make_tokenizer, randomize_lora, tiny_model
 
 from rlhf.config import PPOConfig
 from rlhf.ppo_trainer import PPOTrainer
@@ -41,14 +41,14 @@ def make_trainer(arch: str, folder: Path, **options: Any) -> PPOTrainer:
         make_config(folder, **options), reward_fn=reward_fn, model=model,
         tokenizer=make_tokenizer(arch), generator=generator,
     )  # fmt: skip
-    randomise_roles(trainer)
+    randomize_roles(trainer)
     return trainer
 
 
-def randomise_roles(trainer: PPOTrainer) -> None:
+def randomize_roles(trainer: PPOTrainer) -> None:
     """Randomize the roles: the zeros of a fresh LoRA B or head would hide mix-ups of roles."""
     for seed, name in enumerate(trainer.policy.lm.adapters.names):
-        randomise_lora(trainer.policy.lm, name, seed)
+        randomize_lora(trainer.policy.lm, name, seed)
     if trainer.critic is None:
         return
     generator = torch.Generator().manual_seed(9)

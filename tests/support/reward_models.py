@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.tiny import randomise_lora, tiny_model
+from support.tiny import randomize_lora, tiny_model
 
 from rlhf.config import LoRAConfig, StageConfig
 from rlhf.data.prompts import PromptRenderer
@@ -23,7 +23,7 @@ RANK, ALPHA, LIMIT = 4, 8, 7
 def make_reward(lm: LanguageModel, adapter: str | None = "reward", **record: Any) -> RewardModel:
     if adapter is not None:
         lm.add_adapter(adapter, LoRAConfig(rank=RANK, alpha=ALPHA), seed=3)
-        randomise_lora(lm, adapter, seed=5)
+        randomize_lora(lm, adapter, seed=5)
     facts = {
         "base_model": lm.base_name,
         "revision": None,

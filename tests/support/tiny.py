@@ -77,7 +77,7 @@ def tiny_model(
     return model
 
 
-def randomise_lora(lm: LanguageModel, adapter: str, seed: int = 1, std: float = 0.1) -> None:
+def randomize_lora(lm: LanguageModel, adapter: str, seed: int = 1, std: float = 0.1) -> None:
     """Give the adapter a random B: zeros would hide a mix-up of roles."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.numerics import assert_same_gradients
 from support.ppo import make_trainer
-from support.tiny import make_tokenizer, randomise_lora, tiny_model
+from support.tiny import make_tokenizer, randomize_lora, tiny_model
 from support.toy_trainer import ToyTrainer, lines, toy_config
 from torch import Tensor
 
@@ -154,7 +154,7 @@ def test_epochs_end_by_the_kl_of_all(
 ) -> None:
     trainer = make_trainer(arch, tmp_path, ppo_epochs=1)
     experience = experience_of(trainer)
-    randomise_lora(trainer.policy.lm, "policy", 20, std=0.12)
+    randomize_lora(trainer.policy.lm, "policy", 20, std=0.12)
     trainer.config.target_kl = trainer.accumulate_gradients(experience).kl  # stops at 1.5 times it
     assert trainer.config.target_kl > 0
 
