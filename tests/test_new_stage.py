@@ -167,6 +167,19 @@ def test_its_files_are_checked_before_any_stage_runs(
     assert order == []
 
 
+def test_its_own_check_comes_before_its_files(order: list[str], values: dict[str, Any]) -> None:
+    def refuse(config: CountConfig) -> None:
+        raise InputError(f"weight: {config.weight:g} is refused")
+
+    register(dataclasses.replace(STAGE, check=refuse))
+    try:
+        with pytest.raises(InputError, match="weight: 1 is refused"):
+            run_pipeline(PipelineConfig.model_validate(values))
+    finally:
+        unregister("count")
+    assert order == []
+
+
 def test_a_dry_run_says_where_it_would_write(
     registered: None, values: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,8 @@ import yaml
 from rlhf.config import PipelineConfig
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.files.lease import lease
-from rlhf.pipeline import run_pipeline
+from rlhf.pipeline import on_the_given_base, run_pipeline
+from rlhf.ppo_trainer import train_ppo
 from rlhf.reward_model import train_reward_model
 from rlhf.stages import STAGES
 
@@ -181,6 +182,15 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(values, capsys):
         assert stage in said
     assert "eval_dataset: 18 rows" in said
     assert result.metrics == {}
+    assert not Path(values["output_dir"]).exists()
+
+
+def test_only_the_pipelines_dry_run_does_without_the_reward_model(values):
+    config = PipelineConfig.model_validate(values | {"dry_run": True})
+    run_pipeline(config)
+    ppo = on_the_given_base(config, "ppo")
+    with pytest.raises(InputError, match="reward_model_path: there is no folder"):
+        train_ppo(ppo)
     assert not Path(values["output_dir"]).exists()
 
 

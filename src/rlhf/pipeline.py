@@ -19,7 +19,6 @@ from rlhf.files.lease import lease
 from rlhf.files.output import RESULT_FILE, Output, path_in
 from rlhf.files.text import to_json, write_text
 from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
-from rlhf.objectives import find_estimator
 from rlhf.signals import stop_point
 from rlhf.stages import STAGES, RunResult, call
 from rlhf.training.inputs import read_data
@@ -107,12 +106,13 @@ def _check_inputs(config: PipelineConfig) -> list[str]:
     lines: dict[str, None] = {}
     for stage in config.stages():
         stage_config = on_the_given_base(config, stage)
-        if stage == "ppo":
-            find_estimator(stage_config.advantage)
+        record = STAGES[stage]
+        if record.check is not None:
+            call(record.check, stage_config)
         base, revision = stage_config.base_model or "", stage_config.revision
         tokenizer = load_tokenizer(base, revision)
         renderer = PromptRenderer.for_tokenizer(tokenizer, stage_config.instruction)
-        for reads in STAGES[stage].reads:
+        for reads in record.reads:
             try:
                 if (data := read_data(reads, stage_config, renderer)) is not None:
                     lines |= dict.fromkeys(data.report.lines())

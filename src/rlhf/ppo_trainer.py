@@ -143,7 +143,7 @@ def read_ppo_inputs(
     """
     if (reward_fn is None) == (config.reward_model_path is None):
         raise InputError("reward_model_path: give it or a reward_fn, one of the two")
-    objectives.find_estimator(config.advantage)
+    check_estimator(config)
     inputs = StageInputs(config, model, tokenizer)
     prompts = inputs.read("prompt_dataset")
     eval_prompts = inputs.read("eval_dataset")
@@ -158,6 +158,15 @@ def read_ppo_inputs(
         )
         inputs.lines += limit_lines(config.reward_model_path, config)
     return PPOInputs(inputs.tokenizer, inputs.renderer, prompts, eval_prompts, inputs.lines, run)
+
+
+def check_estimator(config: PPOConfig) -> None:
+    """Look for what the configuration names.
+
+    Raises:
+        InputError: There is no such advantage estimator.
+    """
+    objectives.find_estimator(config.advantage)
 
 
 def other_base(config: PPOConfig) -> str | None:

@@ -76,6 +76,8 @@ class Stage:
             "module:function", which is imported at the first call.
         dry_run: Runs it dry in a pipeline, where what earlier stages make may be missing. None:
             the pipeline only says where the stage would write.
+        check: Finds what is wrong with a configuration before any file is read; takes it, and
+            raises `InputError`.
         reads: The files that the pipeline checks before any stage runs, in order.
         card: Its model card, if it has one.
     """
@@ -85,6 +87,7 @@ class Stage:
     help: str
     run: Function
     dry_run: Function | None = None
+    check: Function | None = None
     reads: tuple[Reads, ...] = ()
     card: Card | None = None
 
@@ -143,6 +146,7 @@ STAGES: dict[str, Stage] = {
             help="Tune a policy with PPO against a reward model.",
             run="rlhf:train_ppo",
             dry_run="rlhf.ppo_trainer:dry_run_in_pipeline",
+            check="rlhf.ppo_trainer:check_estimator",
             reads=(Reads("prompt_dataset", "prompt"), Reads("eval_dataset", "prompt")),
             card=Card(
                 "Policy trained by PPO against a reward model",
