@@ -1,8 +1,8 @@
-"""The formulas of RLHF as pure tensor functions; nothing here knows a model.
+"""The formulas of RLHF as pure tensor functions; nothing here knows about models.
 
-Shape letters: B batch, R response tokens. A mask is (B, R) bool, true on response tokens that
-count. Losses are *sums* with the count left to the caller, who divides by the count of the whole
-minibatch: then neither micro-batching, padding nor the number of processes changes a result.
+Shape letters: B batch, R response tokens. A mask is (B, R) bool, true on the response tokens that
+count. Losses are *sums*: the caller divides by the count of the whole minibatch, so that neither
+micro-batching, padding nor the number of processes changes a result.
 """
 
 import math
@@ -23,13 +23,13 @@ def pairwise_loss(
 ) -> Tensor:
     """Bradley–Terry loss of each pair, −log σ(r_c − r_r − margin) + c·(r_c + r_r)².
 
-    Ouyang et al. 2022, eq. 1; margin after Touvron et al. 2023, eq. 2; the centering term after
-    Eisenstein et al. 2023, since the first term leaves the scores' common level free.
+    Ouyang et al. 2022, eq. 1; margin after Touvron et al. 2023, eq. 2; centering term after
+    Eisenstein et al. 2023, because the first term does not determine the overall level of scores.
 
     Args:
         chosen: (B,) scores of the preferred responses.
         rejected: (B,) scores of the others.
-        margin: (B,) by how much the chosen one should win at least.
+        margin: (B,) minimum by which the chosen response should win.
         centering: Weight c of the centering term.
 
     Returns:
@@ -40,17 +40,17 @@ def pairwise_loss(
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Per-token estimate of KL(π‖π_ref) on π's own samples: log π − log π_ref.
+    """Return the per-token estimate of KL(π‖π_ref) on π's own samples: log π − log π_ref.
 
-    Unbiased, may be negative on a token (Schulman 2020, "Approximating KL divergence", k1).
+    Unbiased; may be negative on a token (Schulman 2020, "Approximating KL divergence", k1).
     """
     return logprobs - ref_logprobs
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Per-token estimate of KL(π‖π_ref), never negative: π_ref/π − 1 − log(π_ref/π).
+    """Return the never-negative per-token estimate of KL(π‖π_ref): π_ref/π − 1 − log(π_ref/π).
 
-    Unbiased with less variance than k1 (Schulman 2020, k3).
+    Unbiased, with less variance than k1 (Schulman 2020, k3).
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
@@ -61,7 +61,7 @@ KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k3": kl_k3}
 
 
 def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coeff: float) -> Tensor:
-    """Reward of each token: −kl_coeff·KL everywhere, plus the score on the last token.
+    """Return the reward of each token: −kl_coeff·KL everywhere, plus the score on the last token.
 
     Ziegler et al. 2019, eq. 2, spread over tokens.
 
@@ -81,7 +81,7 @@ def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coeff: float) 
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation (Schulman et al. 2016, eq. 16), every response terminal.
+    """Estimate advantages by GAE (Schulman et al. 2016, eq. 16); every response is terminal.
 
     δ_t = r_t + γ V_{t+1} − V_t and A_t = δ_t + γλ A_{t+1}, with V = A = 0 past the end.
 
@@ -90,7 +90,7 @@ def gae(
         values: (B, R), V_t of the state before token t.
         mask: (B, R) bool; true tokens are a prefix of each row.
         gamma: Discount γ.
-        gae_lambda: λ, 0 one-step, 1 Monte Carlo.
+        gae_lambda: λ; 0 is one-step, 1 is Monte Carlo.
 
     Returns:
         Advantages and returns (advantage + value), each (B, R), 0 past the end.
@@ -116,12 +116,12 @@ class Estimator:
     """An advantage estimator: an entry of `ADVANTAGES`.
 
     Attributes:
-        function: Called with the token rewards (B, R), the critic's values (B, R) or None, the mask
-            (B, R), the group ids (B,), which are equal for responses to one prompt, and the stage's
-            configuration. Returns the advantages (B, R) and the targets of the values (B, R), None
-            without a critic; both 0 past the end.
-        needs_critic: Whether there is a critic; without one no weights, memory or loss are spent on
-            values.
+        function: Takes the token rewards (B, R), the critic's values (B, R) or None, the mask
+            (B, R), the group ids (B,), equal for responses to the same prompt, and the stage's
+            configuration. Returns the advantages (B, R) and the targets for the values (B, R), or
+            None without a critic; both 0 past the end.
+        needs_critic: Whether to train a critic; without one, values cost no weights, memory or
+            loss.
         whitened: Whether the advantages are then shifted to mean 0 and scaled to variance 1 over
             the whole batch.
     """
@@ -134,12 +134,12 @@ class Estimator:
 def _gae_of_config(
     rewards: Tensor, values: Tensor | None, mask: Tensor, _groups: Tensor, config: PPOConfig
 ) -> tuple[Tensor, Tensor | None]:
-    """`gae` as an entry of `ADVANTAGES`; responses to one prompt need not know of each other."""
+    """Wrap `gae` as an entry of `ADVANTAGES`; it ignores which responses share a prompt."""
     assert values is not None
     return gae(rewards, values, mask, config.gamma, config.gae_lambda)
 
 
-# What `PPOConfig.advantage` may name.
+# The estimators that `PPOConfig.advantage` may name.
 ADVANTAGES: dict[str, Estimator] = {
     "gae": Estimator(_gae_of_config, needs_critic=True, whitened=True),
 }
@@ -167,14 +167,14 @@ def whiten(
 ) -> Tensor:
     """Scale masked values to variance 1 and, if asked, shift them to mean 0.
 
-    Advantages are shifted; rewards are only scaled, for their mean is what is to be learned. The
-    variance is the unbiased one; fewer than two values are only shifted.
+    Advantages are shifted; rewards are only scaled, because their mean is what is to be learned.
+    The variance is the unbiased one; with fewer than two values there is only the shift.
 
     Args:
         values: (B, R).
         mask: (B, R) bool.
         shift_mean: Whether the result has mean 0 (else it keeps its mean, scaled).
-        reduce: Sums a number over all processes; by default there is only this one.
+        reduce: Sums a number over all processes; by default there is only one.
 
     Returns:
         (B, R), 0 where masked.
@@ -192,7 +192,7 @@ class ClippedLoss:
 
     Attributes:
         total: Scalar, summed over tokens.
-        clipped: Scalar, number of tokens where the clip took the gradient away.
+        clipped: Scalar, number of tokens where the clip removed the gradient.
     """
 
     total: Tensor
@@ -202,7 +202,7 @@ class ClippedLoss:
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
 ) -> ClippedLoss:
-    """PPO's clipped surrogate, negated: −min(ρA, clip(ρ, 1−ε, 1+ε)A).
+    """Return PPO's clipped surrogate, negated: −min(ρA, clip(ρ, 1−ε, 1+ε)A).
 
     Schulman et al. 2017, eq. 7, with ρ = π/π_old.
 
@@ -225,7 +225,7 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float
 ) -> ClippedLoss:
-    """Clipped squared error, ½·max((V−R)², (clip(V, V_old−ε, V_old+ε)−R)²).
+    """Return the clipped squared error, ½·max((V−R)², (clip(V, V_old−ε, V_old+ε)−R)²).
 
     As in Ziegler et al. 2019 and Stiennon et al. 2020.
 
@@ -245,7 +245,7 @@ def value_loss(
 
 
 def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> float:
-    """1 − Var(target − prediction)/Var(target) over masked tokens; 0 for constant targets."""
+    """Return 1 − Var(target − prediction)/Var(target) over masked tokens; 0 if targets agree."""
     targets, errors = targets[mask], (targets - predictions)[mask]
     if len(targets) < 2 or targets.var() == 0:
         return 0.0
@@ -255,14 +255,14 @@ def explained_variance(predictions: Tensor, targets: Tensor, mask: Tensor) -> fl
 class AdaptiveKL:
     """Proportional controller of the KL coefficient (Ziegler et al. 2019, §2.2).
 
-    e = clip(KL/target − 1, ±0.2), then β ← β·(1 + e·n/horizon) after n episodes. An error acts in
-    full at most once a rollout: beyond `horizon` episodes n counts as `horizon`, where the formula
-    as published would turn β negative and pay for KL.
+    e = clip(KL/target − 1, ±0.2), then β ← β·(1 + e·n/horizon) after n episodes. An error takes
+    full effect at most once per rollout: beyond `horizon` episodes n counts as `horizon`, where the
+    published formula would turn β negative and reward KL.
 
     Args:
-        value: First coefficient β.
+        value: Initial coefficient β.
         target: Per-sequence KL in nats to hold, or None to keep the coefficient fixed.
-        horizon: Episodes over which an error acts in full.
+        horizon: Episodes over which an error takes full effect.
     """
 
     def __init__(self, value: float, target: float | None, horizon: int) -> None:
@@ -275,7 +275,7 @@ class AdaptiveKL:
 
         Args:
             kl: Mean per-sequence KL of the rollout, in nats.
-            episodes: Responses in it.
+            episodes: Number of responses in it.
         """
         if self._target is not None and math.isfinite(kl):
             error = min(max(kl / self._target - 1, -0.2), 0.2)

@@ -1,1 +1,1 @@
-"""What a PPO step consists of."""
+"""The parts of a PPO step."""

@@ -1,18 +1,18 @@
-"""What a PPO step's metrics give away: an update that does not see the policy that sampled."""
+"""Metrics of a PPO step that reveal an update that does not see the policy that sampled."""
 
 from collections.abc import Mapping
 
-# The first ratios of a step are 1 but for rounding; float32 stays below this.
+# The first ratios of a step are 1 up to rounding; float32 stays below this.
 RATIO_TOLERANCE = 1e-4
-# Decoding sums in another order than the update; float32 stays below this.
+# Decoding sums in a different order than the update; float32 stays below this.
 DECODE_TOLERANCE = 1e-3
 
 
 def deviation_warnings(metrics: Mapping[str, float], *, exact: bool) -> dict[str, str]:
-    """Return what to warn of, by the name of the deviation.
+    """Return the warnings to give, by name of the deviation.
 
     Args:
-        metrics: Of a step.
+        metrics: Metrics of a step.
         exact: Whether the policy computes in float32.
     """
     warnings = {}

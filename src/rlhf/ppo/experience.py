@@ -23,14 +23,14 @@ class Rollout:
     """Responses of the policy to a batch of prompts.
 
     Attributes:
-        prompt_texts: B prompts as text, which is what scorers read.
+        prompt_texts: B prompts as text, which the scorers read.
         prompts: (B, P) tokens.
         responses: (B, R) tokens as sampled, EOS included.
         finished: (B,) bool, true where EOS was sampled before the limit.
         texts: B responses as text.
-        groups: (B,) id of the prompt that each response belongs to.
-        logprobs: (B, R) that decoding gave the sampled tokens, 0 past the end; None where the
-            responses were not sampled here.
+        groups: (B,) id of the prompt behind each response.
+        logprobs: (B, R) log-probabilities of the sampled tokens from decoding, 0 past the end;
+            None if the responses were not sampled here.
     """
 
     prompt_texts: Sequence[PromptText]
@@ -44,17 +44,17 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """All that the update needs; everything is 0 past a response's end.
+    """Everything the update needs, 0 past a response's end.
 
     Attributes:
         prompts: (B, P) tokens.
         responses: (B, R) tokens.
-        groups: (B,) id of the prompt that each response belongs to.
+        groups: (B,) id of the prompt behind each response.
         logprobs: (B, R) log-probabilities under the policy that sampled.
         ref_logprobs: (B, R) under the reference; None without one.
-        values: (B, R) of the critic at that time; None without one.
+        values: (B, R) values from the critic at rollout time; None without one.
         advantages: (B, R), whitened over the whole batch if the estimator asks for it.
-        returns: (B, R) targets of the values; None without a critic.
+        returns: (B, R) targets for the values; None without a critic.
     """
 
     prompts: TokenBatch
@@ -97,11 +97,11 @@ class Experience:
 
 @dataclass(frozen=True)
 class RolloutStats:
-    """What is known of a rollout beyond the experience, for rewards and for the log.
+    """What is known about a rollout beyond the experience, for rewards and for the log.
 
     Attributes:
-        scores: (B,) of the scorer, end-of-sequence rules applied.
-        kl: (B, R) k1 estimate of the KL to the reference, 0 past the end (or without reference).
+        scores: (B,) from the scorer, with the end-of-sequence rules applied.
+        kl: (B, R) k1 estimate of the KL to the reference, 0 past the end (or without a reference).
         kl_k3: (B, R) k3 estimate.
         entropy: (B, R) of the policy, nats.
     """
@@ -114,13 +114,13 @@ class RolloutStats:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What all roles say of a rollout, each (B, R) fp32 and 0 past the end.
+    """What the roles compute for a rollout, each (B, R) fp32 and 0 past the end.
 
     Attributes:
         logprobs: Log-probabilities under the policy.
-        entropy: Of the policy, nats.
+        entropy: Entropy of the policy, nats.
         ref_logprobs: Log-probabilities under the reference; None without one.
-        values: Of the critic; None without one.
+        values: Values from the critic; None without one.
     """
 
     logprobs: Tensor
@@ -129,7 +129,7 @@ class Evaluation:
     values: Tensor | None
 
     def kl(self, estimator: str) -> Tensor:
-        """Return the KL to the reference per token by an entry of `objectives.KL`; 0 without."""
+        """Return the per-token KL by an entry of `objectives.KL`; 0 without a reference."""
         if self.ref_logprobs is None:
             return torch.zeros_like(self.logprobs)
         return objectives.KL[estimator](self.logprobs, self.ref_logprobs)
@@ -143,13 +143,13 @@ def evaluate_rollout(
     critic: Critic | None,
     config: PPOConfig,
 ) -> Evaluation:
-    """Ask all roles about a rollout, micro-batch by micro-batch.
+    """Run all roles over a rollout, micro-batch by micro-batch.
 
     Args:
         rollout: The responses.
         policy: Role that sampled them.
-        reference: Role that KL is charged against; None charges none.
-        critic: Role that values states; None values none.
+        reference: Role that the KL is measured against; None for no KL.
+        critic: Role that values states; None for no values.
         config: Temperature, constraint and micro-batch size.
     """
     responses = rollout.responses
@@ -191,7 +191,7 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Return a rollout's metrics.
 
-    Those of KL are there only where it is charged (`kl_coeff` not None), those of values only with
+    KL metrics are included only if KL is charged (`kl_coeff` is not None), value metrics only with
     a critic.
     """
     mask, lengths = rollout.responses.mask, rollout.responses.lengths
@@ -224,7 +224,7 @@ def rollout_metrics(
 
 
 def rollout_samples(rollout: Rollout, stats: RolloutStats, count: int) -> list[dict[str, Any]]:
-    """Return rows of samples.jsonl for the first `count` responses; KL in nats."""
+    """Return rows for samples.jsonl for the first `count` responses; KL in nats."""
     kl = stats.kl.sum(1)
     return [
         {
@@ -241,7 +241,7 @@ def rollout_samples(rollout: Rollout, stats: RolloutStats, count: int) -> list[d
 
 
 def evaluation_metrics(rollout: Rollout, stats: RolloutStats, kl_coeff: float) -> dict[str, float]:
-    """Return the metrics of a rollout on held-out prompts, charged `kl_coeff` per nat."""
+    """Return the metrics of a rollout on held-out prompts; `kl_coeff` is the charge per nat."""
     score, kl = float(stats.scores.mean()), float(stats.kl.sum(1).mean())
     return {
         "eval/score": score,

@@ -1,7 +1,7 @@
-"""The trained and the frozen side of PPO: policy, critic and reference on as few models as fit.
+"""The roles of PPO: policy, critic and reference, on as few models as possible.
 
-With LoRA all of them are adapters (or none) on one frozen base. Under full fine-tuning each is a
-model of its own. Trainers see no difference.
+With LoRA they are all adapters (or none) on one frozen base. Under full fine-tuning each is its own
+model. Trainers see no difference.
 """
 
 import copy
@@ -33,7 +33,7 @@ class Role:
 
     Attributes:
         lm: The model, which other roles may share.
-        adapter: The role's adapter; None for the base itself or a model of its own.
+        adapter: The role's adapter; None for the base itself or a separate model.
     """
 
     lm: LanguageModel
@@ -41,24 +41,24 @@ class Role:
 
     @contextmanager
     def active(self) -> Iterator[LanguageModel]:
-        """Yield the model with this role's adapter; forward *and* backward belong inside."""
+        """Yield the model with this role's adapter active; run forward *and* backward inside."""
         with self.lm.using(self.adapter):
             yield self.lm
 
     def named_trainable(self, role: str) -> list[tuple[str, nn.Parameter]]:
-        """Return what training this role changes, with names that no other role has."""
+        """Return what training this role changes, under names unique to the role."""
         return [(f"{role}.{n}", p) for n, p in self.lm.named_trainable(self.adapter)]
 
 
 @dataclass(frozen=True)
 class Critic:
-    """Values of states.
+    """The role that values states.
 
     Attributes:
         role: Model whose states the head reads.
-        head: State to value.
-        on_policy_trunk: True if `role` is the policy itself, so that one forward serves both and
-            the value loss trains the policy's adapter too (weighted by vf_coef).
+        head: Maps a state to its value.
+        on_policy_trunk: True if `role` is the policy itself, so that one forward pass serves both
+            and the value loss trains the policy's adapter too (weighted by vf_coef).
     """
 
     role: Role
@@ -77,12 +77,12 @@ class Critic:
 
 @dataclass(frozen=True)
 class Bases:
-    """What is loaded before any role is made.
+    """The models loaded before any role is made.
 
     Attributes:
         policy: Model that becomes the policy.
-        frozen: Model whose weights never change: the same one with LoRA, a second under full
-            fine-tuning where somebody needs it, else None.
+        frozen: Model whose weights never change: the same one with LoRA, a second one under full
+            fine-tuning if any role needs it, else None.
     """
 
     policy: LanguageModel
@@ -96,13 +96,13 @@ def load_bases(
     *,
     reward_model: bool = True,
 ) -> Bases:
-    """Load the policy's base, twice only where it must be.
+    """Load the policy's base, twice only if necessary.
 
     Args:
         config: The stage's configuration.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        reward_model: Whether a reward model may want to share the frozen base.
+        reward_model: Whether a reward model may share the frozen base.
     """
     if config.lora.rank > 0:
         lm = load_language_model(config, trainable=False, model=model, tokenizer=tokenizer)
@@ -119,14 +119,14 @@ def make_policy(config: PPOConfig, bases: Bases) -> Role:
     """Make the policy: a fresh adapter, or the whole model."""
     if config.lora.rank == 0:
         return Role(bases.policy, None)
-    # PPO compares probabilities of one and the same network: no dropout anywhere.
+    # PPO compares probabilities under the same network: no dropout anywhere.
     lora = config.lora.model_copy(update={"dropout": 0.0})
     bases.policy.add_adapter("policy", lora, seed=config.seed)
     return Role(bases.policy, "policy")
 
 
 def make_reference(config: PPOConfig, bases: Bases) -> Role | None:
-    """Make the reference, the untuned policy; None if no KL is charged."""
+    """Make the reference, the untuned policy; return None if no KL is charged."""
     if config.kl_coeff == 0:
         return None
     assert bases.frozen is not None
@@ -134,7 +134,7 @@ def make_reference(config: PPOConfig, bases: Bases) -> Role | None:
 
 
 def make_scorer(config: PPOConfig, bases: Bases, reward_fn: RewardFunction | None) -> Scorer:
-    """Return what gives the scores: the given function, or else the configured reward model."""
+    """Return the scorer: the given function, or else the configured reward model."""
     if reward_fn is not None:
         return RewardFn(reward_fn)
     assert config.reward_model_path is not None
@@ -152,10 +152,10 @@ def make_critic(
 ) -> Critic:
     """Make the critic that `config.critic` names.
 
-    Where the reward model reads the policy's ids, the critic starts as the reward model itself, its
-    normalization folded in, so that the value of a finished response is its score from the start:
-    with LoRA as an adapter on the base that both share, under full fine-tuning as a model of its
-    own. Everything else starts at 0.
+    If the reward model reads the policy's token ids, the critic starts as a copy of it with the
+    normalization folded in, so that from the start the value of a finished response is its score.
+    With LoRA the copy is an adapter on the shared base, under full fine-tuning a separate model.
+    Otherwise values start at 0.
     """
     lm = policy.lm
     blank = ScalarHead(lm.hidden_size, init_std=0.0).to(lm.device)
@@ -181,8 +181,8 @@ def _copy_of_reward_model(
 ) -> tuple[LanguageModel, ScalarHead]:
     """Return a separate, trainable model with the reward model's weights, and its head.
 
-    The weights are read again rather than copied: training wants them in float32, and the reward
-    model may hold them in bfloat16.
+    The weights are read from disk again rather than copied: training needs them in float32, and the
+    reward model may hold them in bfloat16.
     """
     own = load_language_model(
         config,

@@ -1,4 +1,4 @@
-"""A PPO step's update: losses and gradients of micro-batches, and what is reported of them."""
+"""The update of a PPO step: losses and gradients of micro-batches, and their statistics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ from rlhf.config import PPOConfig
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.roles import Critic, Role
 
-# Means over tokens: their parts in micro-batches and processes add up.
+# Means over tokens: the parts from micro-batches and processes are summed.
 _SUMS = ("policy_loss", "value_loss", "policy_clipped", "value_clipped", "kl", "ratio")
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Statistics of one minibatch, means over its tokens; parts of it add up.
+    """Statistics of one minibatch, as means over its tokens, so that its parts can be summed.
 
     Attributes:
         tokens: Response tokens of the minibatch.
@@ -47,7 +47,7 @@ class Minibatch:
     def reduced(self, reduce: Callable[..., Tensor]) -> "Minibatch":
         """Return the statistics over all processes; `reduce` is `Trainer.reduce`.
 
-        `tokens` has to be the count over all processes already.
+        `tokens` must already be the count over all processes.
         """
         local = torch.tensor([getattr(self, name) for name in _SUMS], dtype=torch.float64)
         deviation = reduce(torch.tensor(self.ratio_deviation, dtype=torch.float64), "max")
@@ -58,17 +58,17 @@ class Minibatch:
 def add_gradients(
     micro: Experience, count: int, policy: Role, critic: Critic | None, config: PPOConfig
 ) -> Minibatch:
-    """Add a micro-batch's part of the gradients.
+    """Add a micro-batch's share to the gradients.
 
     Args:
         micro: Rows of a minibatch.
         count: Response tokens of the whole minibatch, over all processes.
-        policy: Role that is trained.
-        critic: Role that values states; None where the estimator needs none.
+        policy: Role being trained.
+        critic: Role that values states; None if the estimator needs none.
         config: Clip ranges, coefficients, temperature and constraint.
 
     Returns:
-        The micro-batch's part of the minibatch's statistics.
+        The micro-batch's share of the minibatch's statistics.
     """
     mask, value = micro.responses.mask, None
     with policy.active() as lm:
@@ -100,7 +100,7 @@ def add_gradients(
         value_loss=0.0 if value is None else value.total.item() / count,
         policy_clipped=float(surrogate.clipped) / count,
         value_clipped=0.0 if value is None else float(value.clipped) / count,
-        # KL(old‖new) on samples of old: k3 with the roles swapped.
+        # KL(old‖new) on samples from old: k3 with the roles swapped.
         kl=float((torch.expm1(log_ratio) - log_ratio).sum()) / count,
         ratio=float(log_ratio.exp().sum()) / count,
         ratio_deviation=float(torch.expm1(log_ratio).abs().max()),
@@ -117,13 +117,13 @@ def _value_loss(
 
 
 class UpdateLog:
-    """Collect the minibatches of a step's update.
+    """Collects the minibatches of a step's update.
 
     Args:
-        critic: Whether there is a critic, whose metrics are to be reported.
+        critic: Whether there is a critic, whose metrics are then reported.
 
     Attributes:
-        norms: Gradient norms of the updates that were made.
+        norms: Gradient norms of the updates made.
     """
 
     def __init__(self, *, critic: bool) -> None:
@@ -132,7 +132,7 @@ class UpdateLog:
         self.norms: list[dict[str, float]] = []
 
     def add(self, minibatch: Minibatch) -> None:
-        """Add a minibatch in the order of the update."""
+        """Add a minibatch, in the order of the updates."""
         self._minibatches.append(minibatch)
 
     def metrics(self, *, stopped_early: bool) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""The loop that SFT, reward model and PPO share, and what it needs."""
+"""The training loop shared by SFT, reward model and PPO, and its parts."""

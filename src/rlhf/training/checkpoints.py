@@ -1,11 +1,11 @@
-"""Checkpoints of a run: what training changes, in full precision, as safetensors and JSON.
+"""Checkpoints of a run: everything training changes, in full precision, as safetensors and JSON.
 
 `checkpoints/step-000120/` holds `model.safetensors` (trainable tensors), `optimizer.safetensors`
 (Adam's moments and counters), `state.json`, and `manifest.json` with the size and SHA-256 of each
-file. A folder is written under a hidden name and renamed; on stores without atomic renames the
-manifest goes last. So a folder without a valid manifest is no checkpoint, and the one before it is
-used. `best/trainable.safetensors` holds the trainable tensors of the best evaluation, with their
-checksum.
+file. A folder is written under a hidden name and then renamed; on stores without atomic renames the
+manifest is uploaded last. A folder without a valid manifest is therefore not a checkpoint, and the
+previous one is used. `best/trainable.safetensors` holds the trainable tensors of the best
+evaluation and their checksum.
 """
 
 import hashlib
@@ -35,13 +35,13 @@ BEST = "best/trainable.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on as if it had never stopped.
+    """What a run needs to resume exactly.
 
     Attributes:
-        step: Training steps that are done.
+        step: Completed training steps.
         model: Trainable tensors by name.
         optimizer: Adam's state, `<tensor name>.exp_avg`, `.exp_avg_sq` and `.step`.
-        state: JSON-able rest.
+        state: Everything else, JSON-serializable.
     """
 
     step: int
@@ -55,7 +55,7 @@ class Best:
     """The best evaluation so far.
 
     Attributes:
-        step: Training steps that were done.
+        step: Completed training steps at that evaluation.
         metric: Name of the metric.
         value: Its value.
         evaluation: All metrics of that evaluation.
@@ -68,7 +68,7 @@ class Best:
 
 
 def save_checkpoint(output_path: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes a checkpoint and removes all but the newest `keep`.
+    """Write a checkpoint and remove all but the newest `keep`.
 
     Args:
         output_path: The stage's folder.
@@ -85,12 +85,12 @@ def save_checkpoint(output_path: Path, checkpoint: Checkpoint, keep: int) -> Pat
     temporary.mkdir(parents=True)
     try:
         _write_checkpoint(temporary, checkpoint)
-    except BaseException:  # a full disk gets its space back
+    except BaseException:  # on a full disk, free the space again
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    shutil.rmtree(target, ignore_errors=True)  # a damaged one of the same step
+    shutil.rmtree(target, ignore_errors=True)  # a damaged checkpoint of the same step
     rename(temporary, target)
-    # Later ones are damaged, or this run would have continued from them.
+    # Later checkpoints are damaged; otherwise this run would have resumed from them.
     later = [folder for folder in _folders(output_path) if _step_of(folder) > checkpoint.step]
     earlier = [folder for folder in _folders(output_path) if _step_of(folder) < checkpoint.step]
     for folder in [*later, *earlier[max(keep, 1) - 1 :]]:
@@ -102,15 +102,15 @@ def _write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(_on_cpu(checkpoint.model), folder / "model.safetensors")
     save_file(_on_cpu(checkpoint.optimizer), folder / "optimizer.safetensors")
     write_text(folder / "state.json", to_json({"step": checkpoint.step, **checkpoint.state}))
-    settle(folder)  # what the manifest vouches for
+    settle(folder)  # before the manifest that vouches for the files
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
     write_text(folder / "manifest.json", to_json({"step": checkpoint.step, "files": files}))
 
 
 def load_checkpoint(output_path: Path) -> Checkpoint | None:
-    """Reads the newest checkpoint that is whole; None if there is none.
+    """Read the newest intact checkpoint; return None if there is none.
 
-    Damaged ones are passed over with a warning that says what is wrong with them.
+    Damaged checkpoints are skipped with a warning that says what is wrong with them.
     """
     for folder in _folders(output_path):
         problem = find_damage(folder)
@@ -127,7 +127,7 @@ def load_checkpoint(output_path: Path) -> Checkpoint | None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What makes a checkpoint folder unusable, None if nothing does."""
+    """Return what makes a checkpoint folder unusable, or None if it is intact."""
     manifest = read_json(folder / "manifest.json")
     files = (manifest or {}).get("files")
     if not isinstance(files, dict):
@@ -144,26 +144,26 @@ def find_damage(folder: Path) -> str | None:
 
 
 def remove_checkpoints(output_path: Path) -> None:
-    """Removes all checkpoints."""
+    """Remove all checkpoints."""
     shutil.rmtree(output_path / FOLDER, ignore_errors=True)
 
 
 def remove_best(output_path: Path) -> None:
-    """Removes the best tensors."""
+    """Remove the best tensors."""
     (output_path / BEST).unlink(missing_ok=True)
 
 
 def save_best(output_path: Path, tensors: Mapping[str, Tensor], best: Best) -> None:
-    """Replaces the best trainable tensors: one file with its own checksum, so it is atomic."""
+    """Replace the best trainable tensors: one file with its own checksum, so it is atomic."""
     here = _on_cpu(tensors)
-    # One entry, because safetensors writes several in any order.
+    # One entry, because safetensors writes several in arbitrary order.
     metadata = {"best": json.dumps(json_safe(asdict(best)) | {"sha256": _digest(here)})}
     with appears_whole(output_path / BEST) as partial:
         save_file(here, partial, metadata=metadata)
 
 
 def read_best(output_path: Path) -> Best | None:
-    """Which evaluation the saved best tensors belong to; None if there are none."""
+    """Return which evaluation the saved best tensors belong to; None if there are none."""
     try:
         with safe_open(output_path / BEST, framework="pt") as file:
             values = json.loads(file.metadata()["best"])
@@ -174,10 +174,10 @@ def read_best(output_path: Path) -> Best | None:
 
 
 def load_best(output_path: Path) -> dict[str, Tensor]:
-    """The best trainable tensors by name.
+    """Return the best trainable tensors by name.
 
     Raises:
-        StorageError: They are not those that were saved.
+        StorageError: They are damaged.
     """
     path = output_path / BEST
     try:
@@ -192,12 +192,13 @@ def load_best(output_path: Path) -> dict[str, Tensor]:
 
 
 def restore_best(output_path: Path, checkpoint: Checkpoint) -> bool:
-    """Makes sure that the best tensors are those that a run at this checkpoint had.
+    """Make sure that the best tensors this checkpoint records, or later ones, are on disk.
 
-    Damaged or missing ones come from the checkpoint itself if that is of the same step.
+    If they are damaged or missing and the checkpoint itself is of the best step, they are
+    restored from it.
 
     Returns:
-        False if they are lost, so that training has to find them again.
+        False if they are lost, so that training must start over to find them again.
     """
     expected = checkpoint.state.get("best")
     found = read_best(output_path)
@@ -218,7 +219,7 @@ def restore_best(output_path: Path, checkpoint: Checkpoint) -> bool:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and contents of tensors on the CPU."""
+    """Return the SHA-256 of the names, types, shapes and contents of tensors on the CPU."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -228,7 +229,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _folders(output_path: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+    """Return the checkpoint folders, newest first."""
     return sorted((output_path / FOLDER).glob("step-*"), key=_step_of, reverse=True)
 
 

@@ -1,4 +1,4 @@
-"""What a stage reads and checks before any weights are loaded, all problems at once."""
+"""What a stage reads and checks before loading any weights; reports all problems at once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -34,12 +34,12 @@ _LOADERS: dict[RowKind, Callable[..., PromptData | PreferenceData]] = {
 def read_data(
     reads: Reads, config: StageConfig, renderer: PromptRenderer
 ) -> PromptData | PreferenceData | None:
-    """Read a file of a stage, as its record says.
+    """Read one of a stage's files as its stage record says.
 
     Args:
-        reads: The record's entry.
+        reads: The entry of the stage record.
         config: The stage's configuration.
-        renderer: Makes prompts' texts.
+        renderer: Renders the prompts' text.
 
     Returns:
         The data; None if the field is not set.
@@ -56,7 +56,7 @@ def read_data(
 
 
 class StageInputs:
-    """Collects a stage's data and what is wrong with them.
+    """Collects a stage's data and everything wrong with it.
 
     Args:
         config: The stage's configuration.
@@ -64,9 +64,9 @@ class StageInputs:
         tokenizer: Its tokenizer.
 
     Attributes:
-        tokenizer: Of the base.
-        renderer: Makes prompts' texts.
-        lines: What reading came upon, for people.
+        tokenizer: Tokenizer of the base.
+        renderer: Renders the prompts' text.
+        lines: What was found in the data, for the user.
 
     Raises:
         InputError: The base cannot be used at all.
@@ -101,11 +101,11 @@ class StageInputs:
         """Read one data set of the configuration and check that its prompts fit.
 
         Args:
-            name: Field of the configuration, which the stage's record says how to read.
+            name: Field of the configuration; the stage record says how to read it.
 
         Returns:
-            `PromptData` or `PreferenceData`; None if the field is not set, or if something is
-            wrong, which `finish` tells.
+            `PromptData` or `PreferenceData`; None if the field is not set or something is wrong,
+            which `finish` reports.
         """
         stage = STAGES[self.config.stage]
         [reads] = [reads for reads in stage.reads if reads.field == name]
@@ -130,13 +130,13 @@ class StageInputs:
         return data
 
     def finish(self, **fingerprints: str) -> Run:
-        """Look at the output folder, once all data are good.
+        """Inspect the output folder once all data is valid.
 
         Args:
-            **fingerprints: Of anything else that determines the result.
+            **fingerprints: Fingerprints of anything else that determines the result.
 
         Raises:
-            InputError: All that is wrong, rows first, then limits, then the folder.
+            InputError: Everything that is wrong: rows first, then limits, then the folder.
         """
         if self._rows or self._limits:
             raise InputError([*self._rows, *self._limits])
@@ -144,7 +144,7 @@ class StageInputs:
         return prepare_output(self.config, found | fingerprints, stage=self.config.stage)
 
     def _base_fingerprint(self) -> str:
-        """What the base is made of, whether it was named or given as an object."""
+        """Return the fingerprint of the base, whether it was given by name or as an object."""
         if self._model is None:
             given = weights_fingerprint(self.config.base_model or "", self.config.revision)
         else:

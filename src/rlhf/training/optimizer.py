@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from rlhf.errors import InputError
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "step")
-# Weights and moments up to this size are copied at the first of a step's several updates.
+# Weights and moments up to this size are copied before a step that makes several updates.
 LARGEST_COPY = 1 << 30  # bytes of ordinary memory
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Weights with a learning rate and a gradient norm of their own.
+    """Weights with their own learning rate and clip norm.
 
     Attributes:
-        name: For metrics: `train/grad_norm_<name>`.
+        name: Used in metrics: `train/grad_norm_<name>`.
         named_params: Names (unique over all groups, used in checkpoints) and fp32 tensors.
         learning_rate: Peak learning rate.
         max_grad_norm: The group's gradient is clipped to this norm.
@@ -35,14 +35,14 @@ class ParameterGroup:
 def learning_rate_factor(
     step: int, total: int, warmup: int, schedule: Literal["linear", "cosine", "constant"]
 ) -> float:
-    """Return what the peak learning rate is multiplied by.
+    """Return the factor on the peak learning rate.
 
     Args:
         step: Training step, from 0.
-        total: Training steps of the run, where linear and cosine decay reach 0 (which no step
-            ever sees).
-        warmup: Steps of the linear rise; step `warmup - 1` is the first at the peak.
-        schedule: What happens after the rise.
+        total: Training steps of the run, at which linear and cosine decay would reach 0 (no step
+            trains at 0).
+        warmup: Steps of the linear warm-up; step `warmup - 1` is the first at the peak.
+        schedule: What happens after the warm-up.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -55,14 +55,14 @@ def learning_rate_factor(
 
 
 class GroupedAdamW:
-    """AdamW over groups that are clipped apart; its state is saved by tensor name.
+    """AdamW over groups that are clipped separately; its state is saved by tensor name.
 
     Args:
         groups: What is trained.
-        betas: Adam's decay rates of the moments.
+        betas: Adam's decay rates for the moments.
         eps: Adam's epsilon.
         weight_decay: Decoupled decay of tensors with two or more dimensions; norms and biases
-            are not to shrink.
+            do not decay.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class GroupedAdamW:
             options["lr"] = options["peak"] * factor
 
     def grad_norms(self) -> dict[str, Tensor]:
-        """2-norm of each group's gradient, by group name."""
+        """Return the 2-norm of each group's gradient, by group name."""
         return {
             group.name: torch.nn.utils.get_total_norm(
                 [p.grad for _, p in group.named_params if p.grad is not None]
@@ -116,11 +116,11 @@ class GroupedAdamW:
         self.zero_grad()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients."""
+        """Clear the gradients."""
         self._adam.zero_grad(set_to_none=set_to_none)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Adam's state as `<name>.<key>`; tensors that were never updated have none."""
+        """Return Adam's state as `<name>.<key>`; tensors that were never updated have none."""
         return {
             f"{name}.{key}": self._adam.state[parameter][key]
             for name, parameter in self.parameters.items()
@@ -129,7 +129,7 @@ class GroupedAdamW:
         }
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `state_tensors` gave."""
+        """Restore what `state_tensors` returned."""
         self._adam.state.clear()
         for name, parameter in self.parameters.items():
             if f"{name}.step" in tensors:
@@ -140,7 +140,7 @@ class GroupedAdamW:
                 }
 
     def load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors into the parameters of the same names.
+        """Copy saved tensors into the parameters with the same names.
 
         Raises:
             InputError: If names or shapes differ.
@@ -159,16 +159,16 @@ class GroupedAdamW:
 
 
 class StepStart:
-    """What a step began with, so that it can be taken back.
+    """The state at the start of a step, so that the step can be undone.
 
     Args:
-        skipped_updates: Updates left out so far.
-        skipped_in_row: How many of them were the last ones.
+        skipped_updates: Updates skipped so far.
+        skipped_in_row: How many of the latest updates were skipped in a row.
 
     Attributes:
         updated: Whether the step has changed weights.
-        parameters: What is trained, before the step's first update; None where it is not kept.
-        moments: Adam's state at that time.
+        parameters: Trained weights before the step's first update; None if no copy is kept.
+        moments: Adam's state at that point.
     """
 
     def __init__(self, skipped_updates: int, skipped_in_row: int) -> None:
@@ -179,7 +179,7 @@ class StepStart:
         self.moments: dict[str, Tensor] | None = None
 
     def keep(self, optimizer: GroupedAdamW, *, copy: bool) -> None:
-        """Copy weights and moments before the first update, if that is wanted and they fit."""
+        """Copy weights and moments before the first update, if asked to and if they are small."""
         first, self.updated = not self.updated, True
         numbers = sum(p.numel() for p in optimizer.parameters.values())
         if first and copy and 3 * 4 * numbers <= LARGEST_COPY:  # fp32, with two moments

@@ -1,4 +1,4 @@
-"""What every training stage does around its trainer, once its inputs are known to be good."""
+"""What every training stage does around its trainer once its inputs have been validated."""
 
 from collections.abc import Callable
 
@@ -16,16 +16,16 @@ def run_training(
     *,
     report: Callable[[], str],
 ) -> RunResult:
-    """Train, unless this is a dry run or the stage is finished already.
+    """Train, unless this is a dry run or the stage has already finished.
 
     Args:
-        run: The output folder, which is held while the trainer exists.
+        run: The output folder, which is held as long as the trainer exists.
         config: The stage's configuration.
-        make_trainer: Loads the models.
-        report: Says what would be done, for a dry run.
+        make_trainer: Loads the models and returns the trainer.
+        report: Returns what a dry run prints.
 
     Raises:
-        InputError: Another process writes into the folder, or a checkpoint is bad.
+        InputError: Another process is writing to the folder, or a checkpoint is bad.
         StoppedBySignal: After saving, when SIGTERM or SIGINT came.
     """
     if config.dry_run:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, samples.jsonl, trackers, progress."""
+"""What a run records as it goes: metrics.jsonl, samples.jsonl, trackers, progress."""
 
 import json
 import math
@@ -33,7 +33,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class JsonLog:
-    """A JSON Lines file whose rows carry the step they belong to.
+    """A JSON Lines file in which every row carries its step.
 
     Args:
         path: The file.
@@ -43,7 +43,7 @@ class JsonLog:
         self.path = path
 
     def truncate(self, step: int) -> None:
-        """Drop rows after `step` and torn ones: a resumed run writes them again."""
+        """Drop rows after `step` and incomplete ones: a resumed run writes them again."""
         kept = []
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -55,20 +55,20 @@ class JsonLog:
         write_text(self.path, "".join(kept))
 
     def write(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows; numbers that JSON does not know (NaN, infinity) become null."""
+        """Append rows; numbers that JSON cannot represent (NaN, infinity) become null."""
         with self.path.open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(json_safe({"step": step, **row}), ensure_ascii=False) + "\n")
 
 
 class Trackers:
-    """TensorBoard and accelerate's other trackers.
+    """TensorBoard and the other trackers that accelerate supports.
 
     Args:
-        names: Trackers, as accelerate calls them.
-        folder: The stage's folder; TensorBoard writes to `tensorboard/` in it.
-        done: Steps that are done; TensorBoard hides what an earlier attempt logged after them.
-        cpu: Whether the run stays off the accelerator.
+        names: Trackers, by accelerate's names.
+        folder: The stage's folder; TensorBoard writes to its `tensorboard/`.
+        done: Completed steps; TensorBoard hides what an earlier attempt logged after them.
+        cpu: Whether the run uses the CPU only.
         facts: The configuration, flat, for trackers that show it.
 
     Raises:
@@ -80,8 +80,8 @@ class Trackers:
     ) -> None:
         check_trackers(names)
         self._accelerator = Accelerator(
-            # Device and precision are the models' business, and accelerate's state is one per
-            # process: what a caller or an earlier stage has set up stays.
+            # The models choose device and precision, and accelerate's state is one per process:
+            # what a caller or an earlier stage has set up is kept.
             cpu=cpu and not is_initialized(),
             log_with=list(names) or None,
             project_config=ProjectConfiguration(logging_dir=str(folder / "tensorboard")),
@@ -91,12 +91,12 @@ class Trackers:
         )
         flat = {name: _plain(value) for name, value in facts.items()}
         for tracker in self._accelerator.trackers:
-            # TensorBoard's hyper-parameters make a run of their own at every start.
+            # TensorBoard would show the hyperparameters as a separate run at every start.
             if tracker.name != "tensorboard":
                 tracker.store_init_configuration(flat)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send finite metrics."""
+        """Log the finite metrics."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._accelerator.log(finite, step=step)
 
@@ -106,7 +106,7 @@ class Trackers:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises InputError for trackers whose package is not installed."""
+    """Raise InputError for trackers whose package is not installed."""
     available = {tracker.value for tracker in get_available_trackers()}
     missing = [name for name in names if name not in available]
     if missing:
@@ -121,12 +121,12 @@ def _plain(value: Any) -> Any:
 
 
 class ProgressLine:
-    """A bar where someone watches, else a line now and then; on stderr.
+    """A progress bar in a terminal, otherwise an occasional line; on stderr.
 
     Args:
         name: The stage.
         total: Training steps.
-        done: Steps that are done already.
+        done: Steps already completed.
         shown: Names of the metrics to show.
     """
 
@@ -168,19 +168,19 @@ class ProgressLine:
         say(f"{self._name} {step}/{self._total}  {text}  eta {left}")
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
         if self._bar is not None:
             self._bar.stop()
 
 
 class RunLog:
-    """All that a run writes step by step: metrics.jsonl, samples.jsonl, trackers, progress.
+    """Everything a run writes step by step: metrics.jsonl, samples.jsonl, trackers, progress.
 
     Args:
         folder: The stage's folder.
-        done: Steps that are logged; what an earlier attempt wrote of later ones is dropped.
-        trackers: Get the metrics too; closed here.
-        progress: Shows the progress; closed here.
+        done: Steps already logged; what an earlier attempt wrote about later steps is dropped.
+        trackers: Also receive the metrics; closed by `close`.
+        progress: Shows the progress; closed by `close`.
     """
 
     def __init__(self, folder: Path, done: int, trackers: Trackers, progress: ProgressLine) -> None:
@@ -199,7 +199,7 @@ class RunLog:
         *,
         due: bool,
     ) -> None:
-        """Write a step: its samples and progress in any case, its metrics where they are due."""
+        """Write a step: always its samples and progress, its metrics only when they are due."""
         if due:
             self._metrics.write(step, [metrics])
             self._trackers.log(step, metrics)
@@ -207,7 +207,7 @@ class RunLog:
         self._progress.update(step, metrics, due)
 
     def close(self) -> None:
-        """Leave the terminal as it was; flush and close the trackers."""
+        """Restore the terminal; flush and close the trackers."""
         self._progress.close()
         self._trackers.close()
 
@@ -226,18 +226,18 @@ class PhaseTimer:
             yield
         finally:
             if torch.cuda.is_initialized():
-                torch.cuda.synchronize()  # kernels run behind Python's back
+                torch.cuda.synchronize()  # kernels run asynchronously
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        """Return `time/<phase>` metrics, and start afresh."""
+        """Return `time/<phase>` metrics and reset the timer."""
         metrics = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         self._seconds = {}
         return metrics
 
 
 def peak_memory_mb() -> float:
-    """Most memory that was held at once so far, MiB: allocated on the GPU, else resident."""
+    """Return the peak memory so far, MiB: allocated on the GPU, else resident."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     try:

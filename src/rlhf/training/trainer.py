@@ -1,8 +1,8 @@
-"""The loop that SFT, reward model and PPO share, read from top to bottom in `Trainer.train`.
+"""The training loop shared by SFT, reward model and PPO: read `Trainer.train` from top to bottom.
 
-Resuming needs no random state: rows, rollouts and dropout depend on (seed, step) alone, so a run
-that stopped after any step goes on as if it had not. Nor does stopping wait for a step's end: what
-the step has changed is taken back, and it is made again.
+Resuming needs no random state: rows, rollouts and dropout depend only on (seed, step), so a run
+that stopped after any step resumes exactly. Nor does stopping have to wait for the end of a step:
+what the step has changed is undone, and the step is repeated on resuming.
 """
 
 import math
@@ -53,25 +53,25 @@ Callback = Callable[["Trainer", int, Mapping[str, float], Sequence[Mapping[str, 
 class Trainer(Updates):
     """A training run in a folder.
 
-    A subclass sets its models up, calls `super().__init__` and supplies the abstract methods.
-    `train` runs everything; `step` makes a single step for those who want the loop themselves.
+    A subclass sets up its models, calls `super().__init__` and implements the abstract methods.
+    `train` runs everything; `step` runs a single step, for callers that write their own loop.
 
     Args:
         config: The stage's configuration.
-        num_rows: Training rows (or pairs, or prompts), for epochs.
-        run: What `prepare_output` found; None asks it, without data fingerprints.
-        callbacks: Called after every step, see `Callback`.
+        num_rows: Training rows (or pairs, or prompts), to count epochs.
+        run: What `prepare_output` found; None calls it, without data fingerprints.
+        callbacks: Called after every step; see `Callback`.
 
     Attributes:
         total_steps: Training steps of the run.
-        final_metrics: For `export`: metrics of the last step and of what is exported.
+        final_metrics: Set for `export`: metrics of the last step and of the exported weights.
     """
 
     rows_name: ClassVar[str] = "rows"
     shown_metrics: ClassVar[tuple[str, ...]] = ()
-    # Metric of `evaluate` that decides which weights are the best, and its direction.
+    # Metric of `evaluate` that selects the best weights, and its direction.
     best_metric: ClassVar[tuple[str, Literal["max", "min"]] | None] = None
-    # Whether `export` gets the best weights rather than the last.
+    # Whether `export` gets the best weights rather than the last ones.
     export_best: ClassVar[bool] = True
 
     def __init__(
@@ -97,31 +97,31 @@ class Trainer(Updates):
         self._samples: list[dict[str, Any]] = []
         self._last: dict[str, float] = {}
         self._evaluation: dict[str, float] = {}
-        # A step that is done and whose evaluation is not: its metrics and samples.
+        # A completed step that has yet to be evaluated: its metrics and samples.
         self._unevaluated: tuple[dict[str, float], list[dict[str, Any]]] | None = None
         self._saved_step = 0
 
     @abstractmethod
     def make_step(self) -> dict[str, float]:
-        """Make training step `step_index`, using `apply_gradients`; return its metrics."""
+        """Run training step `step_index`, using `apply_gradients`; return its metrics."""
 
     @abstractmethod
     def export(self) -> dict[str, float]:
-        """Write the final artifacts to `output_path`; return further final metrics."""
+        """Write the final artifacts to `output_path`; return additional final metrics."""
 
     def evaluate(self) -> dict[str, float]:
         """Return metrics on held-out data; {} if there are none."""
         return {}
 
     def extra_state(self) -> dict[str, Any]:
-        """Return JSON-able state beyond weights and optimizer."""
+        """Return JSON-serializable state beyond weights and optimizer."""
         return {}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Take back what `extra_state` gave."""
+        """Restore what `extra_state` returned."""
 
     def describe(self) -> list[str]:
-        """Return lines that say at the start what will happen."""
+        """Return lines printed at the start that say what the run will do."""
         rows = self.total_steps * self.config.batch_size
         return [
             f"{self.stage}: {self.total_steps} steps of {self.config.batch_size} {self.rows_name}"
@@ -130,7 +130,7 @@ class Trainer(Updates):
         ]
 
     def train(self) -> dict[str, Any]:
-        """Run the stage: resume, steps, evaluations, checkpoints, export.
+        """Run the stage: resume, train, evaluate, save checkpoints, export.
 
         Returns:
             The final metrics, as written to metrics.json.
@@ -142,13 +142,13 @@ class Trainer(Updates):
         if self.run.status is Status.FINISHED:
             say(f"{self.stage}: already finished in {self.run.output.folder}")
             return self.run.conclude()
-        if not self.is_main:  # the main process holds the folder for all
+        if not self.is_main:  # the main process holds the folder for all of them
             return self._train()
         with self.run.held():
             return self._train()
 
     def _train(self) -> dict[str, Any]:
-        if self.run.status is Status.FINISHED:  # by another process, a moment ago
+        if self.run.status is Status.FINISHED:  # another process has just finished it
             return self.run.conclude()
         if self.is_main:
             self.run.start()
@@ -161,13 +161,13 @@ class Trainer(Updates):
                 raise StoppedBySignal(self._saved_step) from None
             except TrainingDiverged:
                 if self.is_main:
-                    self.run.output.publish()  # the log that the message points at
+                    self.run.output.publish()  # the log that the message refers to
                 raise
             signals.all_saved(self.step_index)
             return self._finish()
 
     def _make_steps(self, signals: SignalGuard, log: RunLog | None) -> None:
-        """Make what is left of the run, with evaluations, log and checkpoints."""
+        """Run the remaining steps, with evaluations, logging and checkpoints."""
         while self.step_index < self.total_steps or self._unevaluated is not None:
             if self._unevaluated is None:
                 metrics = self._remembered_step()
@@ -186,20 +186,20 @@ class Trainer(Updates):
                 raise StoppedBySignal(self.step_index)
 
     def _remembered_step(self) -> dict[str, float]:
-        """Make a step, which a signal may leave anywhere."""
+        """Run a step that a signal may interrupt anywhere."""
         self._before_step = StepStart(self.skipped_updates, self._skipped_in_row)
         metrics = self.step()
         self._before_step = None
         return metrics
 
     def _save_unfinished(self) -> None:
-        """Take back what an unfinished step has changed and save the last finished one.
+        """Undo what an unfinished step has changed and save the last completed one.
 
-        Where its weights were too large to be copied and are changed already, the newest
-        checkpoint stays what the run continues from.
+        If the weights have already changed and were too large to copy, the run resumes from the
+        newest checkpoint.
         """
         memory, self._before_step = self._before_step, None
-        if memory is None:  # stopped in an evaluation, which is made again
+        if memory is None:  # stopped during an evaluation, which is repeated
             self.save()
             return
         self.optimizer.zero_grad()
@@ -217,10 +217,10 @@ class Trainer(Updates):
             self.save()
 
     def step(self) -> dict[str, float]:
-        """Make one training step and count it.
+        """Run one training step and count it.
 
         Returns:
-            The step's metrics with learning rate, seconds per phase and memory.
+            The step's metrics, with learning rate, seconds per phase and memory.
         """
         start = time.perf_counter()
         factor = learning_rate_factor(
@@ -246,19 +246,19 @@ class Trainer(Updates):
         return metrics
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Measure what happens inside as `time/<name>`."""
+        """Time the block as `time/<name>`."""
         return self._timer.phase(name)
 
     def count_tokens(self, count: int) -> None:
-        """Add tokens of this step, for `perf/tokens_per_second`."""
+        """Count tokens of this step for `perf/tokens_per_second`."""
         self._tokens += count
 
     def log_samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add rows of this step to samples.jsonl and to what callbacks get."""
+        """Add rows of this step to samples.jsonl and to what callbacks receive."""
         self._samples.extend(dict(row) for row in rows)
 
     def save(self) -> None:
-        """Write a checkpoint of the steps that are done, and publish it."""
+        """Write and publish a checkpoint of the completed steps."""
         if self.is_main:
             self._write_checkpoint()
         self._saved_step = self.step_index
@@ -274,11 +274,11 @@ class Trainer(Updates):
             "evaluation": self._evaluation,
             "unevaluated": self._unevaluated,
             "extra": self.extra_state(),
-            "run": self.run.identity,  # where run.json gets damaged, this tells whose it is
+            "run": self.run.identity,  # says whose checkpoint this is if run.json gets damaged
         }
         moments = self.optimizer.state_tensors()
         checkpoint = Checkpoint(self.step_index, self.parameters, moments, state)
-        with self.run.held(look=False):  # for those who make the steps themselves
+        with self.run.held(look=False):  # for callers that run the steps themselves
             save_checkpoint(self.output_path, checkpoint, keep=self.config.save_total_limit)
             self.run.output.publish()
 
@@ -286,7 +286,7 @@ class Trainer(Updates):
         return self.step_index % every == 0 or self.step_index == self.total_steps
 
     def _evaluate(self) -> dict[str, float]:
-        """Evaluate, and keep the weights if they are the best so far."""
+        """Evaluate, and save the weights if they are the best so far."""
         with self.phase("evaluate"):
             self._evaluation = self.mean_metrics(self.evaluate())
         if self.best_metric is not None and self.best_metric[0] in self._evaluation:
@@ -302,7 +302,7 @@ class Trainer(Updates):
 
     @contextmanager
     def _session(self) -> Iterator[tuple[SignalGuard, RunLog | None]]:
-        """Signals, and the log of the main process, closed again whatever happens."""
+        """Handle signals and open the main process's log; close both whatever happens."""
         log = self._open_log() if self.is_main else None
         try:
             with SignalGuard() as signals:
@@ -312,12 +312,12 @@ class Trainer(Updates):
                 log.close()
 
     def _open_log(self) -> RunLog:
-        """Say what the run will do, and open the log where an earlier attempt left it."""
+        """Say what the run will do, and open the log where an earlier attempt left off."""
         for line in self.describe():
             say(line)
         if self.step_index:
             say(f"{self.stage}: continues after step {self.step_index}")
-        # A step whose evaluation is still to come is logged after that.
+        # A step that is not evaluated yet is logged after its evaluation.
         logged = self.step_index - (self._unevaluated is not None)
         cpu = next(iter(self.parameters.values())).device.type == "cpu"
         facts = self.run.identity["fields"]
@@ -329,7 +329,7 @@ class Trainer(Updates):
         )
 
     def _log_step(self, log: RunLog | None, metrics: dict[str, float]) -> None:
-        """Log a step and call the callbacks, both in the main process only."""
+        """Log a step and call the callbacks, in the main process only."""
         step, self._last = self.step_index, metrics
         if log is None:
             return
@@ -339,7 +339,7 @@ class Trainer(Updates):
             callback(self, step, metrics, self._samples)
 
     def _restore(self) -> None:
-        """Go back to the newest whole checkpoint, or to nothing if there is none."""
+        """Restore the newest intact checkpoint; start from scratch if there is none."""
         checkpoint = None
         if self.run.status is Status.CONTINUE:
             self.run.output.fetch("checkpoints/*", "best/*", "metrics.jsonl", "samples.jsonl")
@@ -347,7 +347,7 @@ class Trainer(Updates):
         if checkpoint is None or not restore_best(self.output_path, checkpoint):
             if self.is_main:
                 remove_checkpoints(self.output_path)
-                remove_best(self.output_path)  # of an attempt that failed before it saved
+                remove_best(self.output_path)  # from an attempt that failed before saving
             return
         self.optimizer.load_parameters(checkpoint.model)
         self.optimizer.load_state_tensors(checkpoint.optimizer)
@@ -359,13 +359,13 @@ class Trainer(Updates):
         self._last, self._evaluation = state["last"], state["evaluation"]
         if state.get("unevaluated") is not None:
             metrics, samples = state["unevaluated"]
-            # JSON has no NaN: such a metric was written as null.
+            # JSON has no NaN: such metrics were written as null.
             numbers = {name: math.nan if m is None else m for name, m in metrics.items()}
             self._unevaluated = (numbers, samples)
         self.load_extra_state(state["extra"])
 
     def _finish(self) -> dict[str, Any]:
-        """Export, write the final metrics, and drop what only resuming needed."""
+        """Export, write the final metrics, and remove what only resuming needed."""
         best = read_best(self.output_path)
         metrics: dict[str, Any] = {"stage": self.stage, "steps": self.step_index}
         metrics |= {name: value for name, value in self._last.items() if "time/" not in name}

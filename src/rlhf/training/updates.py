@@ -1,4 +1,4 @@
-"""How a trainer changes weights: what is trained, clipped steps, and updates that are left out."""
+"""How a trainer changes weights: what is trained, clipped updates, and skipped ones."""
 
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -17,7 +17,7 @@ SKIPS_BEFORE_GIVING_UP = 5
 
 
 class Updates(Processes, ABC):
-    """The weights of a run and their updates.
+    """The trained weights of a run and the updates to them.
 
     Args:
         config: The stage's configuration.
@@ -26,8 +26,8 @@ class Updates(Processes, ABC):
     Attributes:
         config: The stage's configuration.
         run: The run's folder and identity.
-        step_index: Steps that are done, which is the index of the step to make next.
-        skipped_updates: Optimizer updates left out so far.
+        step_index: Completed steps, which is also the index of the next step.
+        skipped_updates: Optimizer updates skipped so far.
     """
 
     stage: ClassVar[str]
@@ -48,7 +48,7 @@ class Updates(Processes, ABC):
 
     @cached_property
     def optimizer(self) -> GroupedAdamW:
-        """AdamW over the groups that `parameter_groups` gives, built when first needed."""
+        """AdamW over the groups from `parameter_groups`, built on first use."""
         return GroupedAdamW(
             self.parameter_groups(),
             betas=self.betas,
@@ -58,12 +58,12 @@ class Updates(Processes, ABC):
 
     @classmethod
     def optimizer_settings(cls) -> str:
-        """Return the optimizer's settings that no field of the configuration names."""
+        """Return the optimizer settings that no configuration field covers."""
         return f"Adam, betas {cls.betas}, eps {cls.eps}"
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer updates that a step makes at most; after the last one nothing stops it."""
+        """The most optimizer updates in a step; after the last one the step is not interrupted."""
         return 1
 
     @property
@@ -72,7 +72,7 @@ class Updates(Processes, ABC):
         return self.optimizer.parameters
 
     def apply_gradients(self) -> dict[str, float]:
-        """Clip each group's gradients to its own norm, update its weights, clear gradients.
+        """Clip each group's gradients to its own norm, update the weights, clear the gradients.
 
         Gradients are those of the loss itself: sums that the caller has divided by global counts.
 
@@ -97,7 +97,7 @@ class Updates(Processes, ABC):
         return {f"train/grad_norm_{name}": float(norm) for name, norm in norms.items()}
 
     def skip_update(self, reason: str) -> None:
-        """Leave an update out: clear gradients and count.
+        """Skip an update: clear the gradients and count it.
 
         Raises:
             TrainingDiverged: If it was the fifth in a row.
