@@ -1,8 +1,8 @@
-"""LoRA adapters on one base, through peft: added, switched and told apart by name.
+"""LoRA adapters on one base model, through peft: add them, switch between them, name them.
 
-peft's own `set_adapter` and `disable_adapter` flip `requires_grad` of every adapter, so a switch
-between a forward and its backward loses gradients without a word. Here each adapter's flag is
-fixed when it is added, and every switch puts the flags back.
+peft's own `set_adapter` and `disable_adapter` change `requires_grad` of every adapter, so a switch
+between a forward pass and its backward pass silently loses gradients. Here each adapter's flag is
+fixed when the adapter is added, and every switch restores the flags.
 """
 
 import copy
@@ -23,10 +23,10 @@ from rlhf.models.targets import target_problems
 
 
 class AdapterSet:
-    """The adapters of one base model, of which one or none is active.
+    """The adapters of one base model, at most one of which is active.
 
     Args:
-        module: The base model; LoRA layers are put into it in place.
+        module: The base model; LoRA layers are inserted in place.
         task_type: peft's task type, recorded in adapter_config.json.
     """
 
@@ -41,12 +41,12 @@ class AdapterSet:
 
     @property
     def names(self) -> list[str]:
-        """The adapters that exist."""
+        """Names of the adapters that exist."""
         return list(self._trainable)
 
     @property
     def active(self) -> str | None:
-        """The adapter that acts now, None for the base alone."""
+        """Name of the active adapter; None means the base alone."""
         return self._active
 
     def add(
@@ -58,17 +58,17 @@ class AdapterSet:
         seed: int = 0,
         asked_for: Sequence[str] = (),
     ) -> None:
-        """Adds an adapter (B zero, A random from `seed`); none becomes active by that.
+        """Add an adapter (B zero, A random from `seed`) without activating it.
 
         Args:
             name: Role name, such as "policy".
-            config: peft's configuration of it.
-            trainable: Whether its tensors get gradients, in whatever role is active.
+            config: peft's configuration of the adapter.
+            trainable: Whether its tensors get gradients, whichever role is active.
             seed: Makes A reproducible.
-            asked_for: Names of layers that somebody wrote, none of which may be overlooked.
+            asked_for: Layer names that the user wrote; each one must match a layer.
 
         Raises:
-            InputError: The targets are not linear layers with weights of their own.
+            InputError: The targets are not linear layers with their own weights.
         """
         if name in self._trainable:
             raise ValueError(f"adapter {name!r} exists already")
@@ -94,7 +94,7 @@ class AdapterSet:
         self._switch(self._active)
 
     def duplicate(self, source: str, target: str, *, trainable: bool) -> None:
-        """Adds `target` with the configuration and the values of `source`."""
+        """Add `target` with the configuration and the values of `source`."""
         assert self.peft_model is not None
         config: Any = copy.deepcopy(self.peft_model.peft_config[source])
         self.add(target, config, trainable=trainable)
@@ -104,20 +104,20 @@ class AdapterSet:
                 new.copy_(old)
 
     def active_reaches(self, prefix: str) -> bool:
-        """Whether the active adapter has tensors under `prefix`; false without one."""
+        """Return whether the active adapter has tensors under `prefix`; False if none is active."""
         active = self._active
         return active is not None and any(
             name.startswith(prefix) for name, _ in self._parameters[active]
         )
 
     def named_parameters(self, name: str) -> list[tuple[str, nn.Parameter]]:
-        """The adapter's tensors with their names, which contain the adapter's."""
+        """Return the adapter's tensors and their names, which include the adapter's name."""
         self._check(name)
         return self._parameters[name]
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """Makes `name` active inside, and what was active before afterwards."""
+        """Activate `name` inside the context; afterwards restore what was active before."""
         if name is not None:
             self._check(name)
         before = self._active
@@ -129,10 +129,10 @@ class AdapterSet:
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """Adds the active adapter into copies of the weights it acts on, for decoding in fp32.
+        """Fold the active adapter into copies of its layers' weights, for decoding in fp32.
 
-        The copies lie in memory transposed, which a CPU multiplies few rows by a third faster.
-        Afterwards the original tensors are back, untouched.
+        The copies are stored transposed: a CPU then multiplies a few rows by them a third faster.
+        On exit the original tensors are back, untouched.
         """
         name = self._active
         if name is None:
@@ -153,7 +153,7 @@ class AdapterSet:
 
     @contextmanager
     def merging(self, name: str) -> Iterator[None]:
-        """Inside, layers act as if the adapter were merged; one merged weight exists at a time."""
+        """Let layers act as if the adapter were merged, holding one merged weight at a time."""
         self._check(name)
         layers = [
             layer
@@ -171,7 +171,7 @@ class AdapterSet:
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """Casts the active adapter to the weights' type once, for decoding where nothing folds."""
+        """Cast the active adapter to the weights' dtype once, for decoding without folding."""
         name = self._active
         if name is None:
             yield

@@ -1,9 +1,9 @@
-"""Whether a model's layers, as its family computes them, are those of transformers' own forward.
+"""Check that a family computes the same logits as transformers' own forward.
 
-A family says itself how a layer computes. A checkpoint of its `model_type` may ask for more, by a
-field of config.json that nobody has read here or by code that has changed, and would then be
-trained as another model than it is. So a few tokens are read both ways when it is loaded. What so
-few tokens cannot show, such as a window of attention longer than they are, is not seen.
+Each family implements its layers itself. A checkpoint of the same `model_type` may need more than
+that, through a field of config.json that the family does not read or through changed code, and
+would then be trained as a different model. So a few tokens are run both ways when a model is
+loaded. The check misses what shows only on longer texts, such as an attention window.
 """
 
 import torch
@@ -20,17 +20,17 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 @torch.no_grad()
 def check_agreement(lm: LanguageModel) -> None:
-    """Compare logits from reading and from decoding with transformers' own.
+    """Compare the logits of reading and of decoding with those of transformers.
 
-    The largest difference may be `TOLERANCES` of the largest logit. In float32 that is a hundred
-    times what another order of sums makes, about 1e-6. bfloat16 has 8 bits, and one token at a time
-    is not rounded as many at once are: up to 0.026 was seen, over 48 random layers.
+    The largest difference may be `TOLERANCES` times the largest logit. In float32 that is a hundred
+    times the effect of summing in another order, about 1e-6. bfloat16 has 8 bits of precision, and
+    decoding one token rounds differently from reading many: up to 0.026 over 48 random layers.
 
     Args:
-        lm: The model, without adapters. Neither it nor any random state is changed.
+        lm: The model, without adapters. Neither the model nor any random state is changed.
 
     Raises:
-        InputError: They differ.
+        InputError: The logits differ.
     """
     prompts, responses = _tokens(lm)
     with lm.inference():
@@ -41,7 +41,7 @@ def check_agreement(lm: LanguageModel) -> None:
         }
     largest = expected.abs().max()
     if not torch.isfinite(largest):
-        return  # a broken checkpoint, which the first step will say
+        return  # a broken checkpoint; the first step will report it
     limit = TOLERANCES[lm.dtype]
     for how, ours in logits.items():
         difference = (ours - expected).abs().max()
@@ -56,7 +56,7 @@ def check_agreement(lm: LanguageModel) -> None:
 
 
 def _tokens(lm: LanguageModel) -> tuple[TokenBatch, TokenBatch]:
-    """Random prompts of different lengths, and responses."""
+    """Return random prompts of different lengths, and random responses."""
     generator = seeded_generator("agreement")
     high = min(lm.vocab_size, lm.module.get_input_embeddings().num_embeddings)
 
@@ -68,7 +68,7 @@ def _tokens(lm: LanguageModel) -> tuple[TokenBatch, TokenBatch]:
 
 
 def _decoded_logits(lm: LanguageModel, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-    """Return (B, R+1, V), as decoding makes them token by token."""
+    """Return the logits (B, R+1, V) of token-by-token decoding."""
     state, first = lm.prefill(prompts, RESPONSE_LENGTH + 1)
     rest = [lm.decode(state, tokens) for tokens in responses.ids.unbind(1)]
     return lm.logits(torch.stack([first, *rest], dim=1))

@@ -1,8 +1,8 @@
-"""Attention of whole rows, through transformers' kernels, and of a few queries over a cache.
+"""Attention over whole rows with transformers' kernels, and of a few queries over a cache.
 
-Both are what a family's layer is given to compute with: it never says whether it trains or decodes.
-Queries are (B, H, N, d), keys and values (B, H / G, L, d); G heads share a key. An attention module
-of transformers comes with them, for its `scaling`, `is_causal` and what else a kernel asks it.
+A family's layer is handed one of the two and never knows whether it is training or decoding.
+Queries are (B, H, N, d), keys and values (B, H / G, L, d); G heads share a key. The attention
+module of transformers is passed along for `scaling`, `is_causal` and whatever else a kernel reads.
 """
 
 from collections.abc import Callable
@@ -22,14 +22,14 @@ from rlhf.models.compat import (
 
 SDPA_FLOAT32 = "sdpa_float32"
 
-# From an attention module, queries, keys and values to (B, N, H·d).
+# Maps an attention module, queries, keys and values to (B, N, H·d).
 Attend = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
 def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values (B, H, L, d), in float32 on a CPU unless a single token is decoded.
+    """Return queries, keys and values (B, H, L, d), on a CPU in float32 unless decoding one token.
 
-    Without gradients too, so that scoring a rollout and training on it see the same numbers.
+    This also applies without gradients, so that scoring a rollout and training on it agree.
     """
     if tensors[0].device.type == "cpu" and tensors[0].shape[2] > 1:
         return tuple(tensor.float() for tensor in tensors)
@@ -44,10 +44,10 @@ def attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' `sdpa` on `widened` inputs. (B, H, L, d) each.
+    """Run transformers' `sdpa` on `widened` inputs, each (B, H, L, d).
 
-    torch's fused kernel takes twice as long for the backward pass in bfloat16 as in float32 on a
-    CPU.
+    On a CPU, the backward pass of torch's fused kernel takes twice as long in bfloat16 as in
+    float32.
     """
     inputs = widened(query, key, value)
     if attention_mask is not None and attention_mask.is_floating_point():
@@ -62,18 +62,18 @@ register_attention(SDPA_FLOAT32, attention)
 
 
 def padding_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, L) bool to (B, 1, 1, L), what attention adds to its scores."""
+    """Return what attention adds to its scores: (B, L) bool to (B, 1, 1, L)."""
     bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return bias.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None]
 
 
 def split_heads(states: Tensor, size: int) -> Tensor:
-    """(B, L, heads·size) to (B, heads, L, size)."""
+    """Return (B, L, heads·size) as (B, heads, L, size)."""
     return states.unflatten(-1, (-1, size)).transpose(1, 2)
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding. (B, heads, N, d) with (B or 1, N, d)."""
+    """Apply rotary position embeddings: (B, heads, N, d) with (B or 1, N, d)."""
     return states * cos[:, None] + rotate_half(states) * sin[:, None]
 
 
@@ -85,16 +85,16 @@ def full_attention(
     mask: Tensor | None = None,
     position_bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention of all tokens of a row, by the kernel that the model is configured with.
+    """Attend over all tokens of a row with the kernel that the model is configured for.
 
     Args:
-        module: Attention module; without a mask its `is_causal` says who sees whom.
+        module: Attention module; without a mask, its `is_causal` decides who sees whom.
         queries: (B, H, L, d).
         keys: (B, H / G, K, d).
         values: (B, H / G, K, d).
-        mask: (B, 1, L or 1, K) bool, true where a query sees a key; None for no more than
-            `is_causal`.
-        position_bias: (1, H, L, K), added to the scores; None without.
+        mask: (B, 1, L or 1, K) bool, true where a query sees a key; None to rely on `is_causal`
+            alone.
+        position_bias: (1, H, L, K), added to the scores; None for no bias.
 
     Returns:
         (B, L, H·d).
@@ -118,7 +118,7 @@ def _eager(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention step by step: the kernel of `attn_implementation: eager`."""
+    """Compute attention step by step: the kernel of `attn_implementation: eager`."""
     groups = queries.shape[1] // keys.shape[1]
     keys, values = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
     scores = queries @ keys.transpose(2, 3) * scaling
@@ -135,21 +135,21 @@ def _eager(
 def grouped_attention(
     module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
 ) -> Tensor:
-    """Attention of a few queries, of which several heads may share keys.
+    """Attend with a few queries, where several heads may share keys.
 
     Args:
         module: Attention module.
         queries: (B, H, N, d).
         keys: (B, H / G, L, d).
         values: (B, H / G, L, d).
-        mask: (B or 1, 1 or H / G, N, L), bool or added to the scores.
+        mask: (B or 1, 1 or H / G, N, L), bool or a bias added to the scores.
 
     Returns:
         (B, N, H·d).
     """
     groups, dtype = queries.shape[1] // keys.shape[1], queries.dtype
     queries, keys, values = widened(queries, keys, values)
-    # Heads that share keys become further queries of one head: keys are not copied.
+    # Heads that share keys become more queries of one head, so keys are not copied.
     stacked = queries.unflatten(1, (-1, groups)).flatten(2, 3)
     heads = nn.functional.scaled_dot_product_attention(
         stacked,
@@ -162,12 +162,12 @@ def grouped_attention(
 
 
 def checkpointed(block: Any, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """Call a function of a layer; with gradient checkpointing only its arguments are kept.
+    """Call a layer's function; with gradient checkpointing, keep only its arguments.
 
     Args:
         block: The layer, which transformers tells whether to checkpoint.
-        function: Computed again in the backward pass then.
-        *arguments: Its arguments.
+        function: Recomputed in the backward pass when checkpointing.
+        *arguments: Arguments of `function`.
     """
     if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
         output: Tensor = checkpoint(function, *arguments, use_reentrant=False)

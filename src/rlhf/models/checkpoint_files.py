@@ -1,7 +1,7 @@
-"""Which files of a checkpoint a loader would open, and whether they are what they should be.
+"""Check the files of a checkpoint before anything loads them.
 
-Looked at before transformers is: it opens whatever the index, config.json or an adapter names, and
-builds a model of whatever size config.json says.
+This runs before transformers, which opens whatever the index, config.json or an adapter names and
+builds a model of whatever size config.json gives.
 """
 
 import math
@@ -20,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 _DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer_config.json", INDEX)
 # safetensors' own limit.
 _LONGEST_HEADER = 100_000_000
-# (smallest, largest) of the sizes in config.json where it has them; largest: far beyond any model.
+# (smallest, largest) value of each size in config.json; the largest is far beyond any real model.
 _SIZES: dict[str, tuple[int, int]] = {
     "vocab_size": (1, 2**24),
     "hidden_size": (1, 2**18),
@@ -44,21 +44,21 @@ _EPSILONS = ("rms_norm_eps", "layer_norm_epsilon")
 
 
 def check_checkpoint(name: str, where: str, revision: str | None = None) -> None:
-    """Refuse a checkpoint that would have anything but safetensors files of its own opened.
+    """Refuse a checkpoint that would load anything other than its own safetensors files.
 
     Args:
-        name: Local folder, or Hub id.
-        where: What names it, for messages.
-        revision: Of a Hub id.
+        name: Local folder or Hub id.
+        where: The setting that names it, for messages.
+        revision: Hub revision, if `name` is a Hub id.
 
     Raises:
-        InputError: A JSON file is none, the index names other files, or the folder is an adapter.
+        InputError: A JSON file is invalid, the index names other files, or it is an adapter.
     """
     folder = Path(name)
     if not folder.is_dir():
         try:
             index = find_hub_file(name, INDEX, revision)
-        except Exception:  # no such name, no network: reading config.json says so
+        except Exception:  # no such name or no network: reading config.json reports it
             return
         if index is not None:
             _shards(index, where)
@@ -78,10 +78,10 @@ def check_checkpoint(name: str, where: str, revision: str | None = None) -> None
 
 
 def count_stored(folder: Path, where: str) -> int | None:
-    """Count the numbers in the weights of a local folder, by their headers; None without weights.
+    """Count the numbers in a local folder's weights from the file headers; None without weights.
 
     Raises:
-        InputError: A file is missing, damaged or cut short.
+        InputError: A file is missing, damaged or truncated.
     """
     whole = folder / "model.safetensors"
     if whole.is_file():
@@ -101,7 +101,7 @@ def _count(files: Iterable[Path], where: str) -> int:
 
 
 def _shards(index: Path, where: str) -> list[str]:
-    """Return the names of the files that an index lists, each a safetensors file beside it."""
+    """Return the file names in an index, each of them a safetensors file beside it."""
     files = _json_object(index, where).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise InputError(f"{where}: {INDEX}: weight_map: expected tensor names with their files")
@@ -126,7 +126,7 @@ def _json_object(path: Path, where: str) -> dict[str, Any]:
 
 
 def _header(path: Path, where: str) -> dict[str, Any]:
-    """Read what a safetensors file says of its tensors."""
+    """Read the tensor descriptions in a safetensors file's header."""
     broken = f"{where}: {path.name} is damaged or cut short"
     try:
         with path.open("rb") as file:
@@ -151,10 +151,10 @@ def _header(path: Path, where: str) -> dict[str, Any]:
 
 
 def check_config(config: PretrainedConfig, family: type[Family], where: str) -> None:
-    """Refuse a config.json that no model of its family can be built from.
+    """Refuse a config.json from which the family cannot build a model.
 
     Raises:
-        InputError: All that is wrong with it.
+        InputError: Lists every problem.
     """
     given = {name: getattr(config, name) for name in _SIZES if hasattr(config, name)}
     problems = _wrong_sizes(given, where)

@@ -1,4 +1,4 @@
-"""What models use of torch, transformers and peft beyond their public interfaces.
+"""Where models rely on more than the public interfaces of torch, transformers and peft.
 
 Checked with torch 2.13.0, transformers 5.23.0 and peft 0.21.2; after an upgrade, look here first.
 """
@@ -23,53 +23,53 @@ __all__ = ["LlamaRMSNorm", "T5LayerNorm", "rotate_half", "sdpa_attention_forward
 
 
 def attention_kind(config: PretrainedConfig) -> str | None:
-    """Return which attention a model computes with: "eager", "sdpa" or a registered name."""
+    """Return the attention a model computes with: "eager", "sdpa" or a registered name."""
     kind: str | None = config._attn_implementation
     return kind
 
 
 def set_attention_kind(config: PretrainedConfig, kind: str) -> None:
-    """Choose the attention of a model that is built already."""
+    """Choose the attention of a model that is already built."""
     config._attn_implementation = kind
 
 
 def register_attention(kind: str, forward: Callable[..., Any]) -> None:
-    """Give transformers a kind of attention, which takes the same masks as `sdpa`."""
+    """Register a kind of attention with transformers; it takes the same masks as `sdpa`."""
     AttentionInterface.register(kind, forward)
     AttentionMaskInterface.register(kind, sdpa_mask)
 
 
 def find_hub_file(name: str, file: str, revision: str | None) -> Path | None:
-    """Return where a file of a Hub repository is in the cache, fetched if need be.
+    """Return the cached path of a file of a Hub repository, downloading it if needed.
 
-    None if the repository has no such file; any other failure is transformers' own error.
+    Return None if the repository has no such file; any other failure is transformers' own error.
     """
     found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
 
 
 def keep_address(tensor: Tensor) -> None:
-    """Promise torch.compile that a tensor's memory stays where it is, so that it is not copied."""
+    """Promise torch.compile that a tensor's memory does not move, so that it is not copied."""
     torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 def compile_error() -> type[Exception]:
-    """Return what torch.compile raises; to ask loads the compiler."""
+    """Return the exception that torch.compile raises; calling this loads the compiler."""
     error: type[Exception] = torch._dynamo.exc.TorchDynamoException
     return error
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Return whether peft has put adapters of any kind into a model."""
+    """Return whether peft has added adapters of any kind to a model."""
     return any(isinstance(part, BaseTunerLayer) for part in module.modules())
 
 
 def is_targeted(config: LoraConfig, layer: str) -> bool:
-    """Return whether peft would put an adapter on the layer of that name."""
+    """Return whether peft would put an adapter on the layer with that name."""
     return bool(check_target_module_exists(config, layer))
 
 
 def rank_of(config: LoraConfig, layer: str) -> int:
-    """Return the rank that peft would give the adapter on the layer of that name."""
+    """Return the rank that peft would give the adapter on the layer with that name."""
     rank: int = config.rank_pattern.get(get_pattern_key(config.rank_pattern, layer), config.r)
     return rank

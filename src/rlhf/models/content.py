@@ -1,7 +1,7 @@
-"""What a model is made of, by content: changes when its results may, and only then.
+"""Identify a model by its content: the identity changes only if the model's results may change.
 
-Weights count byte by byte, settings by their meaning: order of keys, versions of libraries and
-names of folders do not matter, nor do logs and figures beside them.
+Weights count byte by byte, settings by their meaning. The order of keys, library versions, folder
+names and any logs or figures next to them do not matter.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from rlhf.models.weights import loaded_fingerprint
 from rlhf.untrusted import read_json
 
 WEIGHTS = "*.safetensors"
-# What loaders read besides weights.
+# Files that loaders read besides weights.
 SETTINGS = (
     "config.json",
     "generation_config.json",
@@ -40,9 +40,9 @@ SETTINGS = (
     "*.model",
     "chat_template*",
 )
-# Of a reward model's folder; whatever else lies below a folder belongs to something else.
+# Subfolders of a reward model; any other subfolder belongs to something else.
 PARTS = ("adapter", "merged")
-# Beside saved weights: their checksums, by name.
+# Lies beside saved weights and holds their checksums by file name.
 ORIGIN = "rlhf.json"
 _WITHOUT_MEANING = {
     "transformers_version",
@@ -55,22 +55,22 @@ _WITHOUT_MEANING = {
     "revision",
     "files",
 }
-# Of an object, best first; stores have what they have.
+# Fields of a stored object, best first; not every store has all of them.
 _STORES_CHECKSUMS = ("md5Hash", "crc32c", "etag", "ETag", "mtime", "created")
-_SETS = {"target_modules", "exclude_modules"}  # peft writes sets as lists of any order
-_WORTH_REMEMBERING = 2**24  # bytes; smaller files are read in no time
+_SETS = {"target_modules", "exclude_modules"}  # peft writes these sets as lists in any order
+_WORTH_REMEMBERING = 2**24  # bytes; smaller files are quick to hash
 _SECONDS_OF_A_CLOCK_TICK = 0.1
 
 
 def weights_fingerprint(path: str, revision: str | None = None) -> str:
-    """Return a hash of all that determines what a model computes: weights, settings, tokenizer.
+    """Return a hash of everything that determines a model's results: weights, settings, tokenizer.
 
     Args:
-        path: A model, an adapter or a reward model: local folder, one in a store, or a Hub id.
-        revision: Of a Hub id.
+        path: A model, an adapter or a reward model: local folder, folder in a store, or Hub id.
+        revision: Hub revision, if `path` is a Hub id.
 
     Returns:
-        A short hash; "" if there is nothing there, as in a folder that a later stage of a dry run
+        A short hash; "" if nothing is there, such as a folder that a later stage of a dry run
         would write.
     """
     if is_remote(path):
@@ -88,19 +88,19 @@ def weights_fingerprint(path: str, revision: str | None = None) -> str:
 
 
 def model_fingerprint(model: Any) -> str:
-    """Return a hash of a model given as an object: its weights and its settings."""
+    """Return a hash of the weights and settings of a model given as an object."""
     settings = json.loads(json.dumps(model.config.to_dict(), default=str))
     return f"{loaded_fingerprint(model)}-{_hash_of_settings(settings)[:8]}"
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a short hash of the vocabulary: two tokenizers with one hash give ids one meaning."""
+    """Return a short hash of the vocabulary; if two hashes match, so do the tokenizers' ids."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def check_written(folder: Path) -> None:
-    """Refuse weights that are not those that were written there.
+    """Refuse weights that have changed since they were written.
 
     Raises:
         InputError: A file does not match its checksum in rlhf.json.
@@ -115,10 +115,10 @@ def check_written(folder: Path) -> None:
 
 
 def remembered_checksum(path: Path) -> str:
-    """Return the SHA-256 of a file, computed once for as long as the file stays as it is.
+    """Return the SHA-256 of a file, computed once while the file stays unchanged.
 
-    Large files are remembered in the cache (`$RLHF_CACHE` or ~/.cache/rlhf) by place, size, times
-    and inode; a cache that is damaged or cannot be written only costs time.
+    Checksums of large files are cached (in `$RLHF_CACHE` or ~/.cache/rlhf) by path, size, times and
+    inode; a cache that is damaged or not writable only costs time.
     """
     before = path.stat()
     if before.st_size < _WORTH_REMEMBERING:
@@ -131,7 +131,7 @@ def remembered_checksum(path: Path) -> str:
             return known
     found = checksum(path)
     after = path.stat()
-    # A change within a tick of the clock would leave the times as they are.
+    # A change within one clock tick would not show in the times.
     settled = time.time() - max(after.st_mtime, after.st_ctime) > _SECONDS_OF_A_CLOCK_TICK
     if settled and after.st_mtime_ns == before.st_mtime_ns:
         with contextlib.suppress(OSError):
@@ -140,12 +140,12 @@ def remembered_checksum(path: Path) -> str:
 
 
 def written_checksums(folder: Path) -> dict[str, str]:
-    """Return the checksums of a folder's weights, for rlhf.json beside them."""
+    """Return the checksums of a folder's weights, for the rlhf.json beside them."""
     return {path.name: remembered_checksum(path) for path in sorted(folder.glob(WEIGHTS))}
 
 
 def _local_content(folder: Path, weights: dict[str, str] | None = None) -> dict[Any, str]:
-    """Content by (part, name); of a reward model on a base also that base's."""
+    """Map (part, name) to content; for a reward model on a base, include that base."""
     record = folder / "reward_model.json"
     parts = ("", *PARTS) if record.is_file() else ("",)
     found: dict[Any, str] = {}
@@ -167,7 +167,7 @@ def _local_content(folder: Path, weights: dict[str, str] | None = None) -> dict[
 
 
 def _recorded_content(record: Path) -> str:
-    """What the base that a reward model's record names is made of, as far as it may be read."""
+    """Return the content of the base that a reward model's record names, if it can be read."""
     values = read_json(record) or {}
     name, revision = values.get("base_model"), values.get("revision")
     if not isinstance(name, str) or not name or not isinstance(revision, str | None):
@@ -176,7 +176,7 @@ def _recorded_content(record: Path) -> str:
 
 
 def _remote_content(path: str) -> dict[Any, str]:
-    """The same of a folder in a store, whose own checksums stand for its weights."""
+    """Do the same for a folder in a store, whose own checksums identify its weights."""
     try:
         folder = local_folder(path, weights=False)
     except InputError:
@@ -193,7 +193,7 @@ def _remote_content(path: str) -> dict[Any, str]:
 
 
 def _commit(name: str, revision: str | None) -> str:
-    """The commit of a model on the Hub, "" if there is none such."""
+    """Return the commit of a model on the Hub; "" if there is no such model."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -207,7 +207,7 @@ def _commit(name: str, revision: str | None) -> str:
 
 
 def _meaning(path: Path) -> str:
-    """A hash of a file of settings: of JSON, what it says; of anything else, its bytes."""
+    """Hash a settings file: JSON by what it says, anything else by its bytes."""
     content = path.read_bytes()
     if path.suffix == ".json":
         value = read_json(path)
@@ -226,7 +226,7 @@ def _hash_of_settings(value: Mapping[str, Any]) -> str:
 
 
 def _written(folder: Path) -> dict[str, str]:
-    """Names and checksums from rlhf.json; {} where there are none that can be read."""
+    """Return names and checksums from rlhf.json; {} if there are none or they are unreadable."""
     files = (read_json(folder / ORIGIN) or {}).get("files")
     if not isinstance(files, dict):
         return {}

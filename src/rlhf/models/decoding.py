@@ -1,4 +1,4 @@
-"""Decoding a token at a time: the cache, attention over it, and compiling a step.
+"""Decode one token at a time: the cache, attention over it, and compiling a step.
 
 Shape letters: B rows, P prompt tokens, R response tokens,
 C columns of the cache, D hidden.
@@ -21,20 +21,20 @@ Layers = tuple[Tensor, ...]
 
 @dataclass
 class DecodeState:
-    """A batch in the middle of decoding; changed in place by `LanguageModel.decode`.
+    """A batch in the middle of decoding; `LanguageModel.decode` changes it in place.
 
     Keys and values are (B, heads, columns, head size) per layer, with room for the whole response.
 
     Attributes:
         keys: Of self-attention.
-        values: Likewise.
-        prompt_bias: (B, 1, 1, P), 0 on the prompt's tokens and the least number on padding.
+        values: Of self-attention.
+        prompt_bias: (B, 1, 1, P), 0 on the prompt's tokens and the most negative number on padding.
         prompt_lengths: (B,) tokens of each prompt.
         column: (1,) where the next token's key and value go, on the device.
         used: The same number on the host.
-        prompt_keys: Of attention from decoder to encoder, if there is one.
-        prompt_values: Likewise.
-        fixed: Whether shapes and addresses must stay as they are.
+        prompt_keys: Of the decoder's attention to the encoder, if there is one.
+        prompt_values: As `prompt_keys`.
+        fixed: Whether shapes and addresses must not change.
     """
 
     keys: Layers
@@ -49,43 +49,43 @@ class DecodeState:
 
     @property
     def columns(self) -> int:
-        """C, of which `used` hold something."""
+        """C, of which the first `used` are filled."""
         return self.keys[0].shape[2]
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All of them, in a fixed order."""
+        """All tensors of the state, in a fixed order."""
         values = (getattr(self, field.name) for field in fields(self))
         groups = (value if isinstance(value, tuple) else (value,) for value in values)
         return [value for group in groups for value in group if isinstance(value, Tensor)]
 
     def keep(self, rows: Tensor) -> None:
-        """Keeps the given rows of the batch and forgets the others."""
+        """Keep the given rows of the batch and drop the others."""
         for name in ("keys", "values", "prompt_keys", "prompt_values"):
             setattr(self, name, tuple(layer[rows] for layer in getattr(self, name)))
         self.prompt_bias, self.prompt_lengths = self.prompt_bias[rows], self.prompt_lengths[rows]
 
     def advance(self) -> None:
-        """Goes on to the next column."""
+        """Move on to the next column."""
         self.column += 1
         self.used += 1
 
 
-# Reads (B,) tokens with the first columns of the state, as many as the last argument says, of which
-# those after `column` are not looked at; returns (B, D).
+# Reads (B,) tokens, looking at as many columns of the state as the last argument says (those after
+# `column` are masked), and returns (B, D).
 ReadToken = Callable[[DecodeState, Tensor, int], Tensor]
 
 
 def cached_attention(
     keys: Tensor, values: Tensor, column: Tensor, width: int, bias: Tensor
 ) -> Attend:
-    """Return attention of one more token, whose key and value go into the cache.
+    """Return the attention of one new token, whose key and value go into the cache.
 
     Args:
-        keys: (B, H / G, C, d), a layer's in the cache; changed in place.
+        keys: (B, H / G, C, d), one layer's cached keys; changed in place.
         values: Likewise.
-        column: (1,) where the token's go.
-        width: Columns of the cache that are looked at.
+        column: (1,) where the token's key and value go.
+        width: Number of cache columns to look at.
         bias: (B or 1, 1 or H, 1, width), added to the scores.
     """
 
@@ -98,22 +98,22 @@ def cached_attention(
 
 
 def hide_later(bias: Tensor, column: Tensor) -> Tensor:
-    """Return (..., C): the bias, and the least number after `column`, where nothing is yet."""
+    """Return (..., C): the bias, with the columns after `column`, still empty, masked out."""
     later = torch.arange(bias.shape[-1], device=bias.device) > column
     return bias.masked_fill(later, torch.finfo(bias.dtype).min)
 
 
 class CompiledDecoding:
-    """One token's step as one compiled graph, with shapes and addresses that never change.
+    """One decoding step as a compiled graph, with shapes and addresses that never change.
 
-    Batches are filled up to one size with rows that nobody reads, prompts to one width; attention
-    looks at the whole cache, whose unused part is masked. The cache stays where it is between
-    batches, because a CUDA graph writes to fixed addresses.
+    Batches are padded to a fixed size with dummy rows, and prompts to a fixed width; attention
+    looks at the whole cache with its unused part masked. The cache stays at the same addresses
+    between batches, because a CUDA graph writes to fixed addresses.
 
     Args:
         read: The step.
-        rows: Rows of a batch.
-        prompt_width: Tokens of the longest prompt.
+        rows: Rows in a batch.
+        prompt_width: Tokens in the longest prompt.
         options: For `torch.compile`.
     """
 
@@ -124,11 +124,11 @@ class CompiledDecoding:
         self._kept: dict[tuple[torch.Size, ...], DecodeState] = {}
 
     def fill_up(self, prompts: TokenBatch) -> TokenBatch:
-        """The prompts in a batch of the one size; what is larger already stays as it is."""
+        """Pad the batch to the fixed size; return a larger batch as it is."""
         return prompts.fill_up(self._rows, self._prompt_width)
 
     def hold(self, state: DecodeState) -> DecodeState:
-        """The state in the tensors of the first one that had its shapes."""
+        """Copy the state into the tensors of the first state with its shapes, and return that."""
         shapes = tuple(tensor.shape for tensor in state.tensors)
         if shapes not in self._kept:
             for tensor in state.tensors:
@@ -141,13 +141,13 @@ class CompiledDecoding:
         return kept
 
     def read(self, state: DecodeState, tokens: Tensor) -> Tensor:
-        """The step. (B,) tokens to (B, D), B as many as there were prompts before filling up.
+        """Run the step: (B,) tokens to (B, D), where B is the number of prompts before padding.
 
         Raises:
-            InputError: torch cannot compile it here.
+            InputError: torch cannot compile it on this machine.
         """
         padding = state.prompt_lengths.shape[0] - len(tokens)
-        torch.compiler.cudagraph_mark_step_begin()  # the states before are not needed any more
+        torch.compiler.cudagraph_mark_step_begin()  # earlier states are no longer needed
         filled = nn.functional.pad(tokens, (0, padding))
         try:
             return self._read(state, filled, state.columns)[: len(tokens)]

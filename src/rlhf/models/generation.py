@@ -1,8 +1,8 @@
-"""Generation: the contract of an engine, and ours, which decodes with stateless sampling.
+"""Generation: the interface of an engine, and our own engine with stateless sampling.
 
-Every sampled token is the inverse CDF of its distribution at one uniform number, which belongs to
-(seed, iteration, row, token). So a resumed run needs no random state, and neither the composition
-of a batch, its chunks nor the number of processes changes a sample.
+Every sampled token is the inverse CDF of its distribution at one uniform number, determined by
+(seed, iteration, row, token). So a resumed run needs no random state, and the samples do not
+depend on batch composition, chunks or the number of processes.
 """
 
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ from rlhf.errors import NumericalError
 from rlhf.models.language_model import LanguageModel
 from rlhf.signals import stop_point
 
-# Tokens of the vocabulary that sampling sums up at once.
+# Number of vocabulary entries that sampling sums as one block.
 BLOCK = 256
-# Finished rows leave the batch when this share of it is left: dropping them copies the cache.
+# Finished rows leave the batch once at most this share is left: dropping them copies the cache.
 DROP_AT = 0.75
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Responses as they were sampled, never decoded and encoded again.
+    """Responses exactly as they were sampled, never decoded and encoded again.
 
     Attributes:
         responses: Up to `max_new_tokens` tokens, cut after the first EOS (which is kept).
         finished: (B,) bool, true where the response ends with EOS, false where the limit cut it.
-        logprobs: (B, R) fp32, what decoding itself gave each sampled token; 0 past the end, and
-            everywhere in greedy decoding.
+        logprobs: (B, R) fp32, the log-probability that decoding gave each sampled token; 0 past the
+            end, and everywhere in greedy decoding.
     """
 
     responses: TokenBatch
@@ -42,10 +42,10 @@ class Generation:
 class Generator(Protocol):
     """An engine that answers prompts.
 
-    Whoever takes one (PPO's rollouts, SFT's samples, inference, the server) activates the adapter
-    first. Another engine need not compute as ours does, but its responses should be samples of the
-    same distribution: PPO takes the log-probabilities that it trains on from its own forward pass
-    and reports how far the engine's are from them as `ppo/decode_deviation`.
+    The caller (PPO's rollouts, SFT's samples, inference, the server) activates the adapter first.
+    Another engine need not compute as ours does, but its responses should be samples of the same
+    distribution: PPO trains on log-probabilities from its own forward pass and reports their
+    distance from the engine's as `ppo/decode_deviation`.
     """
 
     def __call__(
@@ -65,14 +65,14 @@ class Generator(Protocol):
 def rollout_uniforms(
     seed: int, iteration: int, rows: range, max_new_tokens: int, purpose: str = "rollout"
 ) -> Tensor:
-    """Return the uniform numbers in [0, 1) of some rows of an iteration.
+    """Return the uniform numbers in [0, 1) for the given rows of an iteration.
 
     Args:
         seed: The run's seed.
-        iteration: PPO step, or any other number that names the draw.
+        iteration: PPO step, or any other number that identifies the draw.
         rows: Global row numbers.
         max_new_tokens: R.
-        purpose: What is sampled for; other purposes draw other numbers.
+        purpose: What the numbers are for; each purpose gets different numbers.
 
     Returns:
         (len(rows), R) fp32, each row a function of (purpose, seed, iteration, row) alone.
@@ -85,10 +85,10 @@ def rollout_uniforms(
 
 
 def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.
+    """Sample by inverse CDF: return the first token whose cumulative probability exceeds u.
 
-    First the block of tokens in which that happens, then the token in it: sums over the whole
-    vocabulary, but cumulative sums over one block only.
+    Finds the block of tokens in which that happens, then the token in it. This sums over the whole
+    vocabulary but needs cumulative sums over one block only.
 
     Args:
         logits: (B, V) fp32, temperature applied.
@@ -108,14 +108,14 @@ def sample(logits: Tensor, uniforms: Tensor) -> Tensor:
     before = cdf.gather(1, block) - sums.gather(1, block)
     inner = blocks.take_along_dim(block[..., None], 1)[:, 0].cumsum(-1)
     tokens = block * BLOCK + _first_beyond(inner, (target - before).clamp(min=0))
-    return tokens[:, 0].clamp(max=weights.shape[1] - 1)  # NaN again
+    return tokens[:, 0].clamp(max=weights.shape[1] - 1)  # NaN again, see `_first_beyond`
 
 
 def _first_beyond(cdf: Tensor, target: Tensor) -> Tensor:
-    """(B, 1) first index whose cumulative sum exceeds the target, else the last with any mass."""
+    """Return (B, 1): the first index whose sum exceeds the target, else the last with any mass."""
     found = torch.searchsorted(cdf, target, right=True)
     last = torch.searchsorted(cdf, cdf[:, -1:].contiguous())
-    # Sums of NaN are beyond every target: such an index would end a GPU's whole context.
+    # With NaN the search runs off the end, and an invalid index would kill the GPU's whole context.
     return torch.minimum(found, last).clamp(max=cdf.shape[1] - 1)
 
 
@@ -128,22 +128,22 @@ def generate(
     uniforms: Tensor | None = None,
     min_response_length: int = 0,
 ) -> Generation:
-    """Decode one response per prompt with whatever adapter is active.
+    """Decode one response per prompt with the active adapter, if any.
 
     The checkpoint's own sampling settings (top-k, top-p, repetition penalty) do not apply, and no
-    id is banned.
+    token is banned.
 
     Args:
         lm: The model.
         prompts: B prompts.
-        max_new_tokens: R, the most tokens of a response, EOS included.
+        max_new_tokens: R, the maximum length of a response, EOS included.
         temperature: Divides the logits; 0 is greedy.
         uniforms: (B, R) numbers from `rollout_uniforms`; not needed when greedy.
-        min_response_length: EOS is impossible before this many tokens.
+        min_response_length: EOS has probability 0 before this many tokens.
 
     Raises:
-        NumericalError: If a logit was NaN or infinite; looked at once, after the last token.
-        StopRequested: If a signal came; looked at before every token.
+        NumericalError: A logit was NaN or infinite; checked once, after the last token.
+        StopRequested: A signal arrived; checked before every token.
     """
     device, size = prompts.ids.device, len(prompts)
     eos = torch.tensor(sorted(lm.layout.eos_ids), device=device)
@@ -154,7 +154,7 @@ def generate(
     if temperature > 0 and uniforms is None:
         raise ValueError("sampling needs uniforms; pass them or temperature=0")
     uniforms = None if uniforms is None else uniforms.to(device)
-    rows = torch.arange(size, device=device)  # of the result, for each row still decoded
+    rows = torch.arange(size, device=device)  # index in the result of each row still decoded
     broken = torch.zeros((), dtype=torch.bool, device=device)
     with lm.inference(), lm.folded():
         state, hidden = lm.prefill(prompts, max_new_tokens)
@@ -170,7 +170,7 @@ def generate(
                 )
                 broken |= ~torch.isfinite(logprobs[rows, step]).all()
             else:
-                highest, tokens = logits.max(-1)  # of logits with a NaN that is NaN
+                highest, tokens = logits.max(-1)  # NaN if any logit is NaN
                 broken |= ~torch.isfinite(highest).all()
             ids[rows, step] = tokens
             ends = torch.isin(tokens, eos) & ~finished[rows]
@@ -190,7 +190,7 @@ def generate(
             "lower learning_rate, use dtype float32, and check that the checkpoint is whole"
         )
     responses = TokenBatch(ids[:, : int(lengths.max())], lengths)
-    # Until they leave the batch, finished rows are decoded on.
+    # Finished rows keep decoding until they leave the batch.
     kept = logprobs[:, : responses.ids.shape[1]].masked_fill(~responses.mask, 0.0)
     return Generation(responses, finished, kept)
 
@@ -205,9 +205,9 @@ def generate_in_chunks(
     uniforms: Tensor | None = None,
     min_response_length: int = 0,
 ) -> Generation:
-    """Like `generate`, at most `chunk_size` prompts at a time, so that the KV cache fits.
+    """Generate at most `chunk_size` prompts at a time, so that the KV cache fits.
 
-    Prompts of like length go together; the result is in the order of `prompts`.
+    Prompts of similar length share a chunk; the result is in the order of `prompts`.
     """
     order = prompts.lengths.argsort(stable=True).tolist()
     parts = [
@@ -234,11 +234,11 @@ def generate_in_chunks(
 
 @dataclass(frozen=True)
 class TorchGenerator:
-    """The engine of this module, see `Generator`.
+    """The engine of this module; see `Generator`.
 
     Attributes:
-        chunk_size: Most prompts decoded at once, so that the KV cache fits; None decodes all of
-            them together, in the order given.
+        chunk_size: Most prompts to decode at once, so that the KV cache fits; None decodes all of
+            them together, in the given order.
     """
 
     chunk_size: int | None = None

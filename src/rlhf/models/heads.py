@@ -12,13 +12,13 @@ class ScalarHead(nn.Module):
     """One number per hidden state: weight · state + offset, in fp32 whatever the base's dtype.
 
     Lives outside peft, so switching adapters can neither freeze nor duplicate it. It has no
-    trained bias: pairwise preferences cannot determine one. `offset` is a constant that carries a
-    reward model's normalization into a critic.
+    trained bias, because pairwise preferences cannot determine one. `offset` is a constant that
+    carries a reward model's normalization into a critic.
 
     Args:
         hidden_size: D.
         init_std: Standard deviation of the initial weights; None for 1/√(D + 1) (Stiennon et al.
-            2020), 0 for a head that starts by answering 0 everywhere.
+            2020), 0 for a head that initially returns 0 everywhere.
         seed: Seed of the initial weights.
     """
 
@@ -32,5 +32,5 @@ class ScalarHead(nn.Module):
         self.register_buffer("offset", torch.zeros(()))
 
     def forward(self, states: Tensor) -> Tensor:
-        """Maps (..., D) post-norm unscaled states of any dtype to (...) fp32."""
+        """Map (..., D) post-norm unscaled states of any dtype to (...) fp32."""
         return nn.functional.linear(states.float(), self.weight)[..., 0] + self.offset

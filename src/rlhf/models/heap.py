@@ -1,4 +1,4 @@
-"""What becomes of the memory that tensors give back on a CPU."""
+"""What happens on a CPU to the memory that tensors free."""
 
 import ctypes
 import os
@@ -6,19 +6,19 @@ import sys
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-# The largest that glibc takes: blocks of less come from its heap.
+# The largest value that glibc accepts: smaller blocks come from its heap.
 _LARGEST_BLOCK = 32 * 2**20
 _NEVER = 2**31 - 1
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> None:
-    """Makes the C library keep what is freed, for the tensors to come.
+    """Make the C library keep freed memory for later tensors.
 
-    Each layer frees and asks for the same tens of megabytes again. By default glibc hands them back
-    to the kernel, which must map and zero every page anew: a tenth to a fifth of a step. The
-    process then keeps its peak until it ends, which it reaches at every step anyway. Does nothing
-    where the C library is another one, or where the user has set its variables.
+    Each layer frees and requests the same tens of megabytes again. By default glibc returns them to
+    the kernel, which must map and zero every page anew: a tenth to a fifth of a step's time. With
+    this setting the process holds its peak memory until it ends, but it reaches that peak in every
+    step anyway. Does nothing with another C library or if the user has set glibc's variables.
     """
     if sys.platform != "linux" or any(name in os.environ for name in _SETTINGS):
         return

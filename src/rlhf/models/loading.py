@@ -1,4 +1,4 @@
-"""From a Hub id or a folder (local, /gcs/, gs://) to a `LanguageModel`, with clear refusals."""
+"""Load a `LanguageModel` from a Hub id or a folder (local, /gcs/, gs://), with clear errors."""
 
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,16 @@ SUPPORTED = "rlhf trains T5 (also v1.1 and Flan) and LLaMA models"
 
 
 def read_model_config(base_model: str, revision: str | None = None) -> PretrainedConfig:
-    """The checkpoint's config.json, without its weights.
+    """Return the checkpoint's config.json, without loading its weights.
 
     Raises:
-        InputError: No such checkpoint, or neither T5 nor LLaMA.
+        InputError: There is no such checkpoint, or it is neither T5 nor LLaMA.
     """
     source = _existing(base_model, weights=False)
     check_checkpoint(source, f"base_model: {base_model}", revision)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # each check of transformers raises its own
+    except Exception as error:  # each of transformers' checks raises its own type
         raise InputError(f"base_model: {base_model}: config.json: {_reason(error)}") from error
     if config.model_type not in FAMILIES:
         raise InputError(f"base_model: {base_model} is a {config.model_type!r} model; {SUPPORTED}")
@@ -57,19 +57,19 @@ def read_model_config(base_model: str, revision: str | None = None) -> Pretraine
 
 
 def _generation(source: str, revision: str | None) -> GenerationConfig | None:
-    """The checkpoint's generation_config.json, if it has one."""
+    """Return the checkpoint's generation_config.json, if it has one."""
     try:
         return GenerationConfig.from_pretrained(source, revision=revision)
     except OSError:
         return None
-    except Exception as error:  # whatever its checks raise
+    except Exception as error:  # its checks may raise anything
         raise InputError(
             f"base_model: {source}: generation_config.json: {_reason(error)}"
         ) from error
 
 
 def load_tokenizer(base_model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The checkpoint's fast tokenizer.
+    """Return the checkpoint's fast tokenizer.
 
     Raises:
         InputError: There is none, or it has no EOS token.
@@ -94,20 +94,20 @@ def load_language_model(
     base_model: str | None = None,
     revision: str | None = None,
 ) -> LanguageModel:
-    """Loads the base of a stage.
+    """Load the base model of a stage.
 
     Args:
-        config: Device, dtype, attention, checkpointing, limits, and the base where `base_model`
-            is not given.
-        trainable: Full fine-tuning: weights in fp32, all of them trained.
-        model: A transformers model to use instead of loading one (it is changed in place).
+        config: Device, dtype, attention, checkpointing, limits, and the base unless `base_model`
+            is given.
+        trainable: For full fine-tuning: fp32 weights, all of them trained.
+        model: A transformers model to use instead of loading one; it is changed in place.
         tokenizer: Its tokenizer; required with `model`.
-        base_model: Another base than the config's.
-        revision: Its revision.
+        base_model: Base to use instead of the config's.
+        revision: Hub revision of `base_model`.
 
     Raises:
-        InputError: Anything wrong with the checkpoint, or a model that is computed otherwise than
-            transformers does.
+        InputError: Something is wrong with the checkpoint, or rlhf computes the model differently
+            from transformers.
     """
     name = str(base_model or config.base_model or getattr(model, "name_or_path", ""))
     revision = revision if base_model else config.revision
@@ -130,7 +130,7 @@ def load_language_model(
     cast_weights(model, storage)
     sdpa = attention_kind(model.config) == "sdpa"
     if sdpa and device.type == "cpu" and model.dtype == torch.bfloat16:
-        for part in model.modules():  # T5's encoder and decoder have configurations of their own
+        for part in model.modules():  # T5's encoder and decoder have their own configurations
             if isinstance(part, PreTrainedModel):
                 set_attention_kind(part.config, SDPA_FLOAT32)
     lm = FAMILIES[model.config.model_type](
@@ -148,12 +148,12 @@ def load_language_model(
 
 
 def prompt_layout(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PromptLayout:
-    """What the model wants around prompts, known before its weights are."""
+    """Return what the model wants around prompts; this does not need its weights."""
     return FAMILIES[config.model_type].prompt_layout(tokenizer)
 
 
 def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: int) -> list[str]:
-    """What is wrong with the sequence limits for this model; nothing where it has no limit."""
+    """Return what is wrong with the sequence limits for this model; empty if it has no limit."""
     limit = FAMILIES[config.model_type].position_limit(config)
     if limit is None or prompt_limit + response_limit <= limit:
         return []
@@ -164,10 +164,10 @@ def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: in
 
 
 def without_storage(config: PretrainedConfig) -> Any:
-    """The model that a config.json describes, on no device: names and shapes of all weights.
+    """Build the model that a config.json describes without storage: names and shapes only.
 
     Raises:
-        InputError: It describes none.
+        InputError: It describes no valid model.
     """
     family = FAMILIES[config.model_type]
     try:
@@ -176,19 +176,19 @@ def without_storage(config: PretrainedConfig) -> Any:
             head = model.get_output_embeddings()
             if not family.head_is_tied(config):
                 head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
-    except Exception as error:  # config.json goes to torch as it is
+    except Exception as error:  # torch gets the values of config.json unchecked
         where = f"base_model: {config.name_or_path}: config.json"
         raise InputError(f"{where}: makes no model: {_reason(error)}") from error
     return model
 
 
 def check_adapter(config: StageConfig, model_config: PretrainedConfig, model: Any) -> list[str]:
-    """Say what is wrong with a stage's `lora`, before any weights are loaded.
+    """Return what is wrong with a stage's `lora`, before any weights are loaded.
 
     Args:
         config: The stage's configuration.
-        model_config: Of its base.
-        model: Its base where that was given as an object; else None.
+        model_config: config.json of its base.
+        model: The base if it was given as an object, else None.
     """
     lora = config.lora if isinstance(config, TrainingConfig) else None
     if not lora or not lora.rank or not (lora.target_modules or lora.where != "all"):
@@ -220,7 +220,7 @@ def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention
                 trust_remote_code=False,
                 output_loading_info=True,
             )
-    except Exception as error:  # safetensors, torch and transformers each raise their own
+    except Exception as error:  # safetensors, torch and transformers each raise their own types
         raise InputError(f"base_model: {name}: {_reason(error)}{_hint(name)}") from error
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
@@ -238,9 +238,9 @@ def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention
 
 
 def _check_size(config: PretrainedConfig, folder: Path, where: str) -> None:
-    """Refuses, before any memory is taken, a model much larger than the weights that are there."""
+    """Refuse a model much larger than its stored weights, before allocating any memory."""
     stored = count_stored(folder, where)
-    if stored is None:  # on the Hub, or no safetensors at all
+    if stored is None:  # on the Hub, or no safetensors files
         return
     wanted = sum(parameter.numel() for parameter in without_storage(config).parameters())
     if stored < wanted / 2:

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens under an LM head, without ever holding the logits of all of them.
+"""Log-probabilities of tokens under an LM head, without ever holding all logits at once.
 
 Shape letters: N tokens, D hidden, V vocabulary.
 """
@@ -15,12 +15,12 @@ from typing_extensions import override
 
 # Logits of one chunk: 2^25 fp32 numbers are 128 MiB, so (N, V) never exists for large V.
 LOGITS_PER_CHUNK = 2**25
-# Of these a CPU's cache holds a part from one pass over them to the next.
+# Part of a chunk this small stays in a CPU's cache between passes.
 LOGITS_PER_CHUNK_CPU = 2**22
-# exp of less is a denormal number, which takes a CPU fifty times as long.
+# Below this, exp gives denormal numbers, which take a CPU fifty times as long.
 LEAST_EXPONENT = -80.0
 
-# (N, D) states and the (N,) positions of the tokens that they predict, to (N, V) fp32 logits.
+# Maps (N, D) states and the (N,) positions of the tokens they predict to (N, V) fp32 logits.
 Head = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -34,19 +34,19 @@ def token_stats(
     entropy: bool,
     head_is_trained: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's token, and the entropy of its distribution.
+    """Return the log-probability of each row's token and the entropy of its distribution.
 
     Args:
-        head: Makes logits of states.
+        head: Maps states to logits.
         states: (N, D).
         tokens: (N,).
         positions: (N,), for `head`.
         vocab_size: V.
-        entropy: Whether to compute the entropies, which costs more passes over the logits.
-        head_is_trained: Whether the head has parameters that want gradients.
+        entropy: Whether to compute entropies, which takes more passes over the logits.
+        head_is_trained: Whether the head has parameters that need gradients.
 
     Returns:
-        (N,) and (N,) fp32 nats; entropies are 0 if they were not asked for.
+        (N,) and (N,) fp32 nats; entropies are 0 if not requested.
     """
     if not entropy and not head_is_trained:
         logprobs = _Logprobs.apply(states, tokens, positions, head, vocab_size)
@@ -61,7 +61,7 @@ def token_stats(
 
     with_gradient = torch.is_grad_enabled()
     rows = LOGITS_PER_CHUNK // vocab_size if with_gradient else _rows(vocab_size, states.device)
-    # Computing a chunk's logits again in backward keeps only one chunk of them alive.
+    # Recomputing the logits in backward keeps only one chunk of them alive.
     several = with_gradient and len(tokens) > rows
     parts = [
         checkpoint(chunk, *piece, use_reentrant=False) if several else chunk(*piece)
@@ -72,11 +72,11 @@ def token_stats(
 
 
 class _Logprobs(Function):
-    """log p(token) of each row; the gradient goes to its state only.
+    """log p(token) of each row; the gradient flows to the state only.
 
     d log p / d logits is the token's one-hot vector minus p. Forward pulls it back through the head
-    at once, while the chunk's logits are there: what is kept is (N, D) instead of (N, V), and
-    backward multiplies each row by its incoming number.
+    right away, while the chunk's logits exist: this keeps (N, D) instead of (N, V), and backward
+    only multiplies each row by its incoming gradient.
     """
 
     @staticmethod
@@ -112,11 +112,11 @@ class _Logprobs(Function):
 
 
 def _rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of a chunk of which nothing is kept."""
+    """Return how many rows a chunk has when nothing of it is kept for backward."""
     logits = LOGITS_PER_CHUNK_CPU if device.type == "cpu" else LOGITS_PER_CHUNK
     return max(1, logits // vocab_size)
 
 
 def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Chunks of so many rows."""
+    """Split the tensors into chunks of `rows` rows."""
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)

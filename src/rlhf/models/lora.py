@@ -1,7 +1,7 @@
 """LoRA's arithmetic, y = xWᵀ + s·(xAᵀ)Bᵀ, without passes over tensors as large as y.
 
-peft's own forward multiplies and adds whole outputs, and keeps them for the backward; for a rank of
-8 these passes over memory take longer than the product with W.
+peft's own forward multiplies and adds whole outputs and keeps them for backward; at rank 8, these
+passes over memory take longer than the product with W.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import Function
 from typing_extensions import override
 
-# Numbers of a weight that are summed in fp32 at once.
+# How many numbers of a weight are summed in fp32 at once.
 MERGED_AT_ONCE = 2**22
 
 
@@ -44,27 +44,27 @@ class _LoRAProduct(Function):
 
 
 class LoRALinear(Linear):
-    """peft's linear layer with adapters, made of the function above where that applies.
+    """peft's linear layer with adapters, computed by `_LoRAProduct` where that applies.
 
     Attributes:
-        low_rank: Aᵀ (in, r) and s·Bᵀ (r, out) of the active adapter in the base's type, while
+        low_rank: Aᵀ (in, r) and s·Bᵀ (r, out) of the active adapter in the base's dtype, while
             responses are decoded; else None.
-        merging: The adapter that each forward merges into a copy of the weight; else None.
+        merging: The adapter that each forward pass merges into a copy of the weight; else None.
     """
 
     low_rank: tuple[Tensor, Tensor] | None = None
     merging: str | None = None
 
     def prepare(self, name: str) -> None:
-        """Casts an adapter once for many calls without gradients, until `low_rank` is None."""
+        """Cast an adapter once for many calls without gradients, until `low_rank` is None."""
         dtype = self.base_layer.weight.dtype
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         self.low_rank = a.to(dtype).t(), (b * self.scaling[name]).to(dtype).t()
 
     def merged_weight(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(out, in): the weight with an adapter, summed in fp32 and cast once.
+        """Return (out, in): the weight with an adapter added, summed in fp32 and cast once.
 
-        A block of rows at a time, so that the sums in fp32 take little memory.
+        Works on one block of rows at a time, so that the fp32 sums take little memory.
         """
         weight, scale = self.base_layer.weight.detach(), self.scaling[name]
         a = self.lora_A[name].weight.detach().to(device, torch.float32)

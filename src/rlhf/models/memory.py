@@ -1,8 +1,8 @@
-"""How much memory a stage will take, from config.json alone.
+"""Estimate how much memory a stage takes, from config.json alone.
 
 Weights, adapters and optimizer state are counted exactly, on a model without storage. Activations
-and caches are estimates to see whether a run can fit, good to a factor of about two: kernels,
-fragmentation and the length of real rows decide the rest.
+and caches are estimates for judging whether a run fits, good to a factor of about two: the rest
+depends on kernels, fragmentation and the length of real rows.
 """
 
 from dataclasses import dataclass
@@ -26,22 +26,22 @@ from rlhf.models.merging import SHARD_BYTES
 from rlhf.models.targets import adapted_layers
 from rlhf.objectives import find_estimator
 
-# fp32 weight, gradient and AdamW's two moments.
+# fp32 weight, its gradient and AdamW's two moments.
 TRAINED_BYTES = 16
 # Numbers kept per token, layer and hidden unit for the backward pass: the 34 bytes of 16-bit
-# activations of Korthikanti et al. 2022 (arXiv 2205.05198, eq. 2), attention matrices apart.
+# activations of Korthikanti et al. 2022 (arXiv 2205.05198, eq. 2), without attention matrices.
 KEPT_PER_HIDDEN = 17
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Sizes of a model, in numbers (not bytes).
+    """Sizes of a model, in numbers rather than bytes.
 
     Attributes:
-        base: Parameters, shared ones once.
-        adapter: Parameters of one LoRA adapter, 0 without.
+        base: Parameters of the base, shared ones counted once.
+        adapter: Parameters of one LoRA adapter; 0 without one.
         head: Parameters of a reward or value head.
-        largest: Parameters of the largest layer that has an adapter, 0 without.
+        largest: Parameters of the largest layer that has an adapter; 0 without one.
     """
 
     base: int
@@ -51,11 +51,11 @@ class Counts:
 
 
 def count_parameters(config: PretrainedConfig, lora: LoRAConfig | None = None) -> Counts:
-    """Count the parameters of a model and of an adapter on it, without making either.
+    """Count the parameters of a model and of an adapter on it, without creating either.
 
     Args:
         config: The model's config.json.
-        lora: Shape of the adapter; None for none.
+        lora: Shape of the adapter; None for no adapter.
     """
     model = without_storage(config)
     base = sum(parameter.numel() for parameter in model.parameters())
@@ -72,17 +72,16 @@ def memory_per_role(
     config: StageConfig,
     reward_config: PretrainedConfig | None = None,
 ) -> dict[str, int]:
-    """Bytes that each role of a stage holds.
+    """Return the bytes that each role of a stage holds.
 
     Args:
         model_config: config.json of the base model.
         config: The stage's configuration.
-        reward_config: That of the reward model's base where it is another one than the policy's.
+        reward_config: config.json of the reward model's base if it differs from the policy's.
 
     Returns:
-        Role to bytes, in the order in which they are made; `activations`, `cache` and `export`
-        are estimates and not held at the same time, but for the cache that compiled decoding
-        keeps.
+        Role to bytes, in order of creation. `activations`, `cache` and `export` are estimates and
+        are never held at the same time, except for the cache that compiled decoding keeps.
     """
     lora = config.lora if isinstance(config, TrainingConfig) else LoRAConfig()
     counts = count_parameters(model_config, lora)
@@ -105,7 +104,7 @@ def memory_per_role(
 
 
 def _weights(config: StageConfig, counts: Counts, width: int) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer state; `width` bytes a frozen number."""
+    """Return bytes of weights, gradients and optimizer state; a frozen number takes `width`."""
     frozen = {"frozen base": counts.base * width}
     adapter, head = counts.adapter * TRAINED_BYTES, counts.head * TRAINED_BYTES
     if not isinstance(config, TrainingConfig):
@@ -117,7 +116,7 @@ def _weights(config: StageConfig, counts: Counts, width: int) -> dict[str, int]:
         if not isinstance(config, PPOConfig):
             return trained
         own = counts.base * TRAINED_BYTES if config.critic == "adapter" else 0
-        # The second, frozen copy serves as the reference and as a reward model's base.
+        # The second, frozen copy is both the reference and the reward model's base.
         needed = config.kl_coeff > 0 or config.reward_model_path is not None
         return (frozen if needed else {}) | {
             "policy": trained["trained weights"],
@@ -137,19 +136,19 @@ def _weights(config: StageConfig, counts: Counts, width: int) -> dict[str, int]:
 
 
 def _export(config: PretrainedConfig, stage: TrainingConfig, counts: Counts, width: int) -> int:
-    """Bytes that merging and writing take on the device; see `rlhf.models.merging`."""
+    """Return the bytes that merging and writing take on the device; see `rlhf.models.merging`."""
     total = 0
     if counts.adapter and not isinstance(stage, RewardModelConfig):  # the KL of merging
         wanted = stage.effective_micro_batch_size * stage.target_sequence_length
         total += 3 * 4 * min(wanted * int(config.vocab_size), LOGITS_PER_CHUNK_CPU)
         total += counts.largest * width + 3 * 4 * min(counts.largest, MERGED_AT_ONCE)
-    if pick_device(stage.device).type == "cpu":  # where files are put together
+    if pick_device(stage.device).type == "cpu":  # where files are assembled
         total += 2 * min(SHARD_BYTES, counts.base * width)
     return total
 
 
 def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) -> int:
-    """Bytes kept for the backward pass of one micro-batch of the longest rows."""
+    """Return the bytes kept for the backward pass of one micro-batch of the longest rows."""
     prompt, response = stage.prompt_sequence_length, stage.target_sequence_length
     shape = FAMILIES[config.model_type].shape(config)
     encoder, decoder = shape.encoder_layers, shape.decoder_layers
@@ -158,11 +157,11 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
     pair = isinstance(stage, RewardModelConfig)
     rows = max(1, min(rows, tokens // (prompt + (2 if pair else 1) * response)))
     if pair:
-        rows *= 2  # both candidates of a pair, as if each had its prompt to itself: an upper bound
+        rows *= 2  # both candidates of a pair, each counted with its own prompt: an upper bound
     hidden = int(config.hidden_size)
     in_encoder = prompt * (KEPT_PER_HIDDEN * hidden + shape.kept_matrices * prompt)
     in_decoder = read * (KEPT_PER_HIDDEN * hidden + shape.kept_matrices * (prompt + read))
-    if stage.gradient_checkpointing:  # a layer's input each, and all of the one recomputed
+    if stage.gradient_checkpointing:  # the input of each layer, and all of the recomputed one
         kept = (encoder * prompt + decoder * read) * hidden
         kept += max(in_encoder if encoder else 0, in_decoder)
     else:
@@ -175,13 +174,13 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
 
 
 def _cache(config: PretrainedConfig, stage: StageConfig, rows: int, width: int) -> int:
-    """Bytes of keys and values while `rows` responses are generated."""
+    """Return the bytes of keys and values while `rows` responses are generated."""
     tokens = stage.prompt_sequence_length + stage.target_sequence_length
     return FAMILIES[config.model_type].shape(config).cached * tokens * rows * width
 
 
 def total_memory(roles: dict[str, int]) -> int:
-    """Bytes held at the peak: all weights, and what of the passing roles is the largest."""
+    """Return the peak: everything that is held throughout, plus the largest temporary role."""
     passing = ("activations", "cache", "export")
     weights = sum(size for role, size in roles.items() if role not in passing)
     return weights + max(roles.get(role, 0) for role in passing)

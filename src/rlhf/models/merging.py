@@ -1,7 +1,7 @@
-"""An adapter merged into its base without a second model: a layer at a time, shard by shard.
+"""Merge an adapter into its base without a second model: layer by layer, shard by shard.
 
-On the model's device there is never more than one merged layer; what is written passes through the
-memory of the CPU, as much of it as a file of the checkpoint holds.
+The model's device never holds more than one merged layer. The written tensors pass through CPU
+memory, one file of the checkpoint at a time.
 """
 
 import json
@@ -19,18 +19,18 @@ from rlhf.models import logprobs
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.lora import LoRALinear
 
-# Of a file of weights; writing it takes about twice as much memory of the CPU.
+# Size of one weight file; writing it takes about twice as much CPU memory.
 SHARD_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of a checkpoint that is made when it is written.
+    """A tensor of a checkpoint that is only made when it is written.
 
     Attributes:
         shape: Its shape.
         dtype: Its type.
-        make: Returns it, on the CPU.
+        make: Returns the tensor, on the CPU.
     """
 
     shape: torch.Size
@@ -39,14 +39,14 @@ class Weight:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Its size in bytes."""
         return self.shape.numel() * self.dtype.itemsize
 
 
 def plain_weights(lm: LanguageModel, adapter: str | None) -> dict[str, Weight]:
-    """The model's weights in its dtype by their plain names, an adapter folded in.
+    """Return the model's weights in its dtype by their plain names, with an adapter folded in.
 
-    What is tied is there once, under its first name.
+    Tied weights appear once, under their first name.
     """
     layers = {
         f"{name}.base_layer.weight": part
@@ -74,7 +74,7 @@ def _maker(
 
 @torch.no_grad()
 def write_weights(weights: Mapping[str, Weight], folder: Path) -> None:
-    """Writes a checkpoint's tensors as transformers names and reads their files."""
+    """Write a checkpoint's tensors with the names and files that transformers expects."""
     for old in [*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"]:
         old.unlink(missing_ok=True)
     shards = _shards(weights)
@@ -96,7 +96,7 @@ def write_weights(weights: Mapping[str, Weight], folder: Path) -> None:
 
 
 def _shards(weights: Mapping[str, Weight]) -> list[list[str]]:
-    """Names in pieces of at most `SHARD_BYTES`; a larger tensor comes alone."""
+    """Group names into shards of at most `SHARD_BYTES`; a larger tensor gets its own."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, weight in weights.items():
@@ -112,9 +112,9 @@ def _shards(weights: Mapping[str, Weight]) -> list[list[str]]:
 def kl_of_merging(
     lm: LanguageModel, adapter: str, prompts: TokenBatch, responses: TokenBatch
 ) -> float:
-    """Mean KL(merged‖adapter) per token of the responses, nats.
+    """Return the mean KL(merged‖adapter) per response token, in nats.
 
-    Layers are merged when a forward comes to them, logits are made for a chunk of tokens at a time.
+    Each layer is merged when a forward pass reaches it, and logits are made in chunks of tokens.
     """
     mask = responses.mask
     with lm.using(adapter):

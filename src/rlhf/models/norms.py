@@ -1,4 +1,4 @@
-"""RMSNorm with a backward pass of its own."""
+"""RMSNorm with its own backward pass."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from rlhf.models.compat import LlamaRMSNorm, T5LayerNorm
 class _RMSNorm(Function):
     """Zhang and Sennrich 2019: y = w·x̂ with x̂ = x·s and s = (mean x² + ε)^−½.
 
-    The gradient goes to x only. Forward is transformers' arithmetic, to the bit; autograd would go
-    back through it step by step, with a float32 tensor as large as x for each.
+    The gradient flows to x only. Forward matches transformers bit for bit; autograd would go back
+    through it step by step, with a float32 tensor as large as x for each step.
     """
 
     @staticmethod
@@ -31,14 +31,14 @@ class _RMSNorm(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale  # float32, as the scale is
+        normed = x * scale  # float32, like the scale
         g = gradients[0] * weight.float()
         along = (g * normed).mean(-1, keepdim=True)
         return g.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype), None, None, None
 
 
 def _plain(norm: LlamaRMSNorm | T5LayerNorm) -> bool:
-    """Whether transformers' own forward will do: no backward follows, or one to the weight too."""
+    """Return whether transformers' own forward will do: no backward, or the weight trains too."""
     return norm.weight.requires_grad or not torch.is_grad_enabled()
 
 
@@ -64,6 +64,6 @@ FASTER: dict[type[nn.Module], type[nn.Module]] = {LlamaRMSNorm: _LlamaNorm, T5La
 
 
 def use_faster_norms(module: nn.Module) -> None:
-    """Gives the model's norms the backward pass of this module; their weights stay as they are."""
+    """Give the model's norms this module's backward pass; their weights stay as they are."""
     for part in module.modules():
         part.__class__ = FASTER.get(type(part), type(part))
