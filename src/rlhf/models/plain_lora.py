@@ -1,6 +1,6 @@
-"""Adapters of plain peft: which of them are reproduced exactly, by an allow-list.
+"""Adapters saved by plain peft: an allow-list of those that rlhf reproduces exactly.
 
-peft's LoRA has dozens of variants in one configuration. What is not plain LoRA on linear layers
+peft's LoRA has dozens of variants in one configuration. Anything but plain LoRA on linear layers
 would give other predictions here than in peft, so it is refused by name.
 """
 
@@ -20,7 +20,7 @@ from rlhf.untrusted import parse_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
-# Say nothing of what a loaded adapter computes.
+# Fields that do not affect what a loaded adapter computes.
 _WITHOUT_EFFECT = frozenset(
     {
         "auto_mapping",
@@ -43,7 +43,7 @@ Names = str | list[str]
 
 
 class _PlainLoRA(BaseModel):
-    """What is honored; every other field must be empty."""
+    """The supported fields; every other field must be empty."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -59,18 +59,18 @@ class _PlainLoRA(BaseModel):
     layers_pattern: Names | None = None
     lora_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     bias: Literal["none"] = "none"
-    # The other ways to begin change the base's weights too.
+    # The other initializations change the base's weights too.
     init_lora_weights: Literal[True, False, "gaussian", "orthogonal"] = True
     base_model_name_or_path: str | None = None
     revision: str | None = None
 
     def refused(self) -> dict[str, Any]:
-        """Fields that ask for more than plain LoRA, in the order of the file."""
+        """Return the fields that ask for more than plain LoRA, in file order."""
         more = (self.model_extra or {}).items()
         return {name: value for name, value in more if value and name not in _WITHOUT_EFFECT}
 
     def patterns(self) -> list[str]:
-        """All regular expressions in it."""
+        """Return all regular expressions in the configuration."""
         groups = (self.rank_pattern, self.alpha_pattern)
         names = (self.target_modules, self.exclude_modules, self.layers_pattern)
         written = [name for name in names[:2] if isinstance(name, str)]
@@ -80,10 +80,10 @@ class _PlainLoRA(BaseModel):
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """Read the adapter_config.json of a plain LoRA; reads no weights.
+    """Read the adapter_config.json of a plain LoRA adapter, without reading weights.
 
     Raises:
-        InputError: It cannot be read, or asks for anything that is not reproduced exactly.
+        InputError: It cannot be read, or asks for something that is not reproduced exactly.
     """
     path = folder / ADAPTER_CONFIG
     try:
@@ -121,17 +121,17 @@ def read_adapter_config(folder: Path) -> LoraConfig:
             base_model_name_or_path=plain.base_model_name_or_path,
             revision=plain.revision,
         )
-    except ValueError as error:  # fields that peft does not take together
+    except ValueError as error:  # fields that peft does not accept together
         raise InputError(f"{path}: {error}") from error
 
 
 def check_fit(module: nn.Module, config: LoraConfig, state: Mapping[str, Tensor]) -> list[str]:
-    """Say what keeps an adapter's tensors from a base, before anything is put on that.
+    """Return why an adapter's tensors do not fit a base, before the base is touched.
 
     Args:
         module: The base.
-        config: Of the adapter.
-        state: Its tensors, named as peft names them in files.
+        config: The adapter's configuration.
+        state: The adapter's tensors, with the names that peft uses in files.
     """
     problems = target_problems(module, config)
     if problems:
@@ -155,7 +155,7 @@ def check_fit(module: nn.Module, config: LoraConfig, state: Mapping[str, Tensor]
 
 
 def _problems(error: ValidationError, path: Path) -> list[str]:
-    """A line for each field that is wrong, whatever number of types it may have."""
+    """Return one line per invalid field, however many types the field accepts."""
     lines: dict[str, str] = {}
     for problem in error.errors():
         name = str(problem["loc"][0]) if problem["loc"] else "file"

@@ -1,4 +1,4 @@
-"""What a `policy_path` holds, found out before anything large is read."""
+"""Find out what a `policy_path` holds before reading anything large."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,9 +22,9 @@ class PolicySource:
     Attributes:
         kind: "adapter" on a base, or "full" weights.
         folder: Local folder of the adapter or of the full model.
-        base_model: The untuned model; None if nothing records it.
-        revision: Hub revision of it.
-        settings: Configuration of the stage that made it, empty if that is not beside it.
+        base_model: The untuned model; None if that is not recorded.
+        revision: Hub revision of the untuned model.
+        settings: Configuration of the stage that made it; empty if it is not stored alongside.
         fingerprint: Changes when the weights do.
     """
 
@@ -37,11 +37,11 @@ class PolicySource:
 
 
 def find_policy(path: str) -> PolicySource:
-    """Recognizes a stage's folder, an adapter, or a full model.
+    """Recognize a stage's folder, an adapter or a full model.
 
     Args:
-        path: Folder of `rlhf ppo` or `rlhf sft` (its adapter is taken where it has one), their
-            adapter/ or merged/, an adapter of plain peft, or any checkpoint; local or remote.
+        path: Folder of `rlhf ppo` or `rlhf sft` (its adapter is used if it has one), their
+            adapter/ or merged/, a plain peft adapter, or any checkpoint; local or remote.
 
     Raises:
         InputError: The folder does not exist, or is none of these.
@@ -81,7 +81,7 @@ def _full(folder: Path, settings: Mapping[str, Any]) -> PolicySource:
 
 
 def _localize(path: str) -> tuple[Path, Mapping[str, Any]]:
-    """A local folder, and the stage's settings where those do not come with it."""
+    """Return a local folder, and the stage's settings if they are not in that folder."""
     if not is_remote(path):
         return Path(path).expanduser().resolve(), {}
     # A stage's folder also holds checkpoints and the merged model: fetch the adapter alone.
@@ -100,7 +100,7 @@ def _localize(path: str) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _settings(folder: Path) -> Mapping[str, Any]:
-    """The stage's config.yaml, above its adapter/ or merged/."""
+    """Return the stage's config.yaml, found above its adapter/ or merged/."""
     path = folder.parent / "config.yaml"
     if folder.name not in ("adapter", "merged") or not path.is_file():
         return {}
@@ -122,5 +122,5 @@ def _read(path: Path) -> bytes:
 
 
 def _parse(where: Path | str, content: bytes) -> dict[str, Any]:
-    """A mapping from YAML, hence also from JSON."""
+    """Parse a mapping from YAML, and hence also from JSON."""
     return parse_yaml(content, f"policy_path: {where}")

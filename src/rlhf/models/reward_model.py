@@ -35,14 +35,14 @@ HEAD_FILE = "head.safetensors"
 
 
 class RewardModel:
-    """Scores responses with an adapter (or all weights) of a language model and a linear head.
+    """Scores responses with a language model's adapter (or all its weights) and a linear head.
 
     Args:
         lm: The language model.
-        adapter: Its adapter's name; None where the whole model was trained.
+        adapter: Name of its adapter; None if the whole model was trained.
         head: Reads the state that has seen the whole response.
-        record: What it was trained with and how scores are normalized.
-        shares_base: True on the policy's own base.
+        record: How it was trained and how its scores are normalized.
+        shares_base: Whether it runs on the policy's own base.
     """
 
     def __init__(
@@ -67,25 +67,25 @@ class RewardModel:
         )
 
     def reads_ids_of(self, lm: LanguageModel) -> bool:
-        """Whether `lm`'s ids mean the same to this model, whatever its weights are."""
+        """Return whether `lm`'s ids mean the same to this model, whatever its weights."""
         return type(lm) is type(self.lm) and tokenizer_fingerprint(
             lm.tokenizer
         ) == tokenizer_fingerprint(self.lm.tokenizer)
 
     def normalize(self, shift: float, scale: float) -> None:
-        """Sets the constants of the normalized score, (raw − shift) / scale."""
+        """Set the constants of the normalized score, (raw − shift) / scale."""
         self.record = replace(self.record, shift=shift, scale=scale)
 
     def raw_scores(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-        """Scores before normalization, with gradients: (B,) fp32.
+        """Return scores before normalization, with gradients: (B,) fp32.
 
-        A backward belongs inside `lm.using(adapter)`, so training opens that around both.
+        Backward must run inside `lm.using(adapter)`, so training wraps both passes in it.
         """
         with self.lm.using(self.adapter):
             return self.head(self.lm.final_states(prompts, responses))
 
     def raw_pair_scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """`raw_scores` of chosen and rejected responses, reading each prompt once."""
+        """Return `raw_scores` of chosen and rejected responses, reading each prompt once."""
         with self.lm.using(self.adapter):
             chosen, rejected = self.lm.paired_final_states(
                 pairs.prompts, pairs.chosen, pairs.rejected
@@ -94,7 +94,7 @@ class RewardModel:
 
     @torch.no_grad()
     def scores(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-        """Normalized scores of one batch: (B,) fp32, on the batch's device."""
+        """Return the normalized scores of one batch: (B,) fp32, on the batch's device."""
         with self.lm.inference():
             raw = self.raw_scores(prompts, responses)
         return (raw - self.record.shift) / self.record.scale
@@ -102,15 +102,15 @@ class RewardModel:
     def score_tokens(
         self, prompts: TokenBatch, responses: TokenBatch, batch_size: int = 32
     ) -> Tensor:
-        """Scores ids as they are, in batches of similar length.
+        """Score token ids unchanged, in batches of similar length.
 
         Args:
             prompts: N prompts in this model's ids.
-            responses: N responses, EOS included where they ended.
-            batch_size: Rows at once; changes no score.
+            responses: N responses, with EOS if they ended.
+            batch_size: Rows per batch; does not affect scores.
 
         Returns:
-            (N,) fp32 on the CPU, in the order given.
+            (N,) fp32 on the CPU, in the given order.
         """
         order = (prompts.lengths + responses.lengths).argsort().tolist()
         scores = torch.empty(len(order))
@@ -122,10 +122,10 @@ class RewardModel:
 
     @torch.no_grad()
     def score_pairs(self, pairs: Pairs, batch_size: int = 32) -> tuple[Tensor, Tensor]:
-        """Normalized scores of chosen and rejected responses, in batches of similar length.
+        """Return normalized scores of chosen and rejected responses, batched by similar length.
 
         Returns:
-            (N,) and (N,) fp32 on the CPU, in the order given.
+            (N,) and (N,) fp32 on the CPU, in the given order.
         """
         scores = torch.empty(2, len(pairs))
         for rows in chunks(pairs.tokens.argsort().tolist(), batch_size):
@@ -145,18 +145,18 @@ class RewardModel:
         finished: Sequence[bool] | None = None,
         read: TokenBatch | None = None,
     ) -> Tensor:
-        """Tokenizes and scores texts: (N,) fp32 on the CPU, in the order given.
+        """Tokenize and score texts: (N,) fp32 on the CPU, in the given order.
 
-        Every caller's ids come from here, also those of responses that a policy with the same
-        tokenizer sampled: its ids may spell the text in another way, and one text has one score.
+        All scored ids are made here, even if a policy with the same tokenizer sampled the
+        responses: its ids may spell a text differently, and a text must have one score.
 
         Args:
             prompts: N prompts.
             responses: N responses to them.
-            batch_size: Rows at once; changes no score.
+            batch_size: Rows per batch; does not affect scores.
             finished: See `Scorer.score`.
-            read: The prompts as another model with this one's base has read them: its encoder's
-                states are used if the ids are the same.
+            read: The prompts as read by another model with the same base; its encoder states are
+                reused if the ids match.
         """
         ids = self.codec.prompts(list(prompts))
         if read is not None and read.tolists() == ids.tolists():
@@ -166,7 +166,7 @@ class RewardModel:
         )
 
     def save(self, folder: Path) -> None:
-        """Writes adapter/ (merged/ where all weights were trained), head, tokenizer and record."""
+        """Write adapter/ (merged/ if all weights were trained), head, tokenizer and record."""
         folder.mkdir(parents=True, exist_ok=True)
         if self.adapter is None:
             save_merged(self.lm, None, folder / "merged")
@@ -189,20 +189,20 @@ def load_reward_model(
     base_model: str | None = None,
     name: str = "reward",
 ) -> Scorer:
-    """Loads what scores: a folder of `rlhf reward-model`, or a one-label sequence classifier.
+    """Load a scorer: a folder of `rlhf reward-model`, or a one-label sequence classifier.
 
     Args:
         path: Folder (local or remote) or Hub id.
-        device: Where a model of its own runs.
-        dtype: Storage type of a model of its own: auto, float32 or bfloat16.
-        policy_lm: A language model whose base stays frozen. The reward adapter is put on it, if
-            weights and vocabulary are those that it was trained with, instead of on a second
+        device: Where the scorer runs if it has its own model.
+        dtype: Storage type of its own model: auto, float32 or bfloat16.
+        policy_lm: A language model whose base stays frozen. If its weights and vocabulary are those
+            the reward adapter was trained with, the adapter is put on it instead of on a second
             model.
         base_model: Where the reward model's base is now, if it was moved.
         name: Name of the adapter on the base.
 
     Raises:
-        InputError: If it cannot be loaded, or belongs to another base.
+        InputError: It cannot be loaded, or belongs to another base.
     """
     folder = local_folder(path)
     device = pick_device(str(device))
@@ -211,7 +211,7 @@ def load_reward_model(
     if record is None or (folder / "config.json").is_file():
         source = str(folder) if is_remote(path) else path
         limits = None
-        if record is not None:  # our own, written for plain transformers
+        if record is not None:  # written by rlhf as a plain transformers checkpoint
             limits = Limits(
                 record.prompt_sequence_length, record.target_sequence_length, record.truncation_side
             )
@@ -221,7 +221,7 @@ def load_reward_model(
     if shares and policy_lm is not None:
         lm = policy_lm
     else:
-        # All weights that were trained are the base themselves.
+        # If all weights were trained, they are the base.
         base = str(folder / "merged") if full else base_model
         config = StageConfig(output_dir=path, device=str(device), dtype=dtype)
         lm = _load_base(config, record, base)
@@ -232,14 +232,14 @@ def load_reward_model(
 
 
 def value_from_reward(reward: RewardModel, name: str = "value") -> ScalarHead:
-    """Starts a critic as a copy of the reward model, its normalization folded into the head.
+    """Initialize a critic as a copy of the reward model, its normalization folded into the head.
 
     Args:
-        reward: Its adapter is copied, as adapter `name` of the same base.
+        reward: The reward model; its adapter is copied to adapter `name` of the same base.
         name: Name of the new, trainable adapter.
 
     Returns:
-        A trainable head whose value of the last state is the normalized score.
+        A trainable head that, on the last state, gives the normalized score.
     """
     assert reward.adapter is not None
     reward.lm.adapters.duplicate(reward.adapter, name, trainable=True)
@@ -247,7 +247,7 @@ def value_from_reward(reward: RewardModel, name: str = "value") -> ScalarHead:
 
 
 def head_from_reward(reward: RewardModel) -> ScalarHead:
-    """A trainable copy of the reward model's head, its normalization folded in."""
+    """Return a trainable copy of the reward model's head, its normalization folded in."""
     shift, scale = reward.record.shift, reward.record.scale
     head = ScalarHead(reward.lm.hidden_size, init_std=0.0).to(reward.head.weight.device)
     with torch.no_grad():
@@ -257,15 +257,15 @@ def head_from_reward(reward: RewardModel) -> ScalarHead:
 
 
 def check_reward_model(path: str, renderer: PromptRenderer, conversations: bool = True) -> None:
-    """Refuses a reward model that is missing, or was trained on prompts written in another way.
+    """Refuse a reward model that is missing or was trained on differently written prompts.
 
     Args:
-        path: Folder or Hub id of the reward model, of which no weights are read.
-        renderer: What writes the policy's prompts.
-        conversations: Whether the policy's rows have `messages`; without, no template is used.
+        path: Folder or Hub id of the reward model; its weights are not read.
+        renderer: Renders the policy's prompts.
+        conversations: Whether the policy's rows have `messages`; otherwise no template is used.
 
     Raises:
-        InputError: If it is not there, or its instruction or template differ from the policy's.
+        InputError: It is missing, or its instruction or template differ from the policy's.
     """
     record = read_record(path)
     if record is None:
@@ -288,11 +288,11 @@ def check_reward_model(path: str, renderer: PromptRenderer, conversations: bool 
 
 
 def limit_lines(path: str | None, config: StageConfig) -> list[str]:
-    """Says where a reward model's limits are not the stage's: it scores with its own.
+    """Report limits of a reward model that differ from the stage's; it scores with its own.
 
     Args:
         path: Folder or Hub id of the reward model, if there is one.
-        config: Limits of the stage that asks for scores.
+        config: Configuration of the stage that needs scores.
     """
     record = read_record(path) if path is not None else None
     names = ("prompt_sequence_length", "target_sequence_length", "truncation_side")
@@ -315,7 +315,7 @@ def _same_base(lm: LanguageModel, record: RewardRecord) -> bool:
 
 
 def _load_base(config: StageConfig, record: RewardRecord, base: str | None) -> LanguageModel:
-    """Loads `base`, or where it is None the one that the record names."""
+    """Load `base`; if it is None, load the base named in the record."""
     where = f"reward_model_path: {config.output_dir}"
     if not (base or record.base_model):
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a reward model's folder says of its training: `reward_model.json`."""
+"""What a reward model's folder records about its training: `reward_model.json`."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -16,23 +16,23 @@ RECORD_FILE = "reward_model.json"
 
 @dataclass(frozen=True)
 class RewardRecord:
-    """What `reward_model.json` says, so that the model is read as it was trained.
+    """The content of `reward_model.json`: what it takes to use the model as it was trained.
 
     Attributes:
-        base_model: The base that was trained on, as it was named then.
-        revision: Hub revision of it.
-        fingerprint: Of that base's weights.
+        base_model: The base it was trained on, as named then.
+        revision: Hub revision of the base.
+        fingerprint: Fingerprint of the base's weights.
         tokenizer: Fingerprint of the vocabulary.
         dtype: Storage type of the base in training.
-        prompt_sequence_length: Tokens of a prompt at most.
-        target_sequence_length: Tokens of a response at most.
-        truncation_side: Where a prompt that is too long loses text.
-        instruction: Text that was put before every input.
-        prompting: Identity of instruction and chat template.
+        prompt_sequence_length: Maximum tokens of a prompt.
+        target_sequence_length: Maximum tokens of a response.
+        truncation_side: Side on which an overlong prompt is cut.
+        instruction: Text put before every input.
+        prompting: Fingerprint of instruction and chat template.
         pooling: Which state the head reads.
         shift: Subtracted from the raw score.
-        scale: What the difference is then divided by.
-        version: Of this library.
+        scale: Divides the shifted score.
+        version: Version of this library.
     """
 
     base_model: str
@@ -52,7 +52,7 @@ class RewardRecord:
 
     @classmethod
     def read(cls, path: Path) -> "RewardRecord":
-        """Reads `reward_model.json`.
+        """Read `reward_model.json`.
 
         Raises:
             InputError: It cannot be read or lacks fields.
@@ -71,16 +71,16 @@ class RewardRecord:
         return record
 
     def write(self, folder: Path) -> None:
-        """Writes `reward_model.json`."""
+        """Write `reward_model.json`."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
         write_text(folder / RECORD_FILE, text + "\n")
 
 
 def read_record(path: str) -> RewardRecord | None:
-    """What a reward model was trained with; reads no weights.
+    """Return the record of a reward model, without reading weights.
 
     Returns:
-        None for a sequence classifier, which says nothing of its prompts.
+        None for a sequence classifier, which records nothing about its prompts.
 
     Raises:
         InputError: There is no such folder, or its record cannot be read.
@@ -93,7 +93,7 @@ def read_record(path: str) -> RewardRecord | None:
 
 
 def _check_record(record: RewardRecord, path: Path) -> None:
-    """Refuses values that no training writes: they would make scores of nothing, or a traceback."""
+    """Refuse values that training never writes: they would cause useless scores or a traceback."""
     problems = []
     for field in fields(record):
         value = getattr(record, field.name)

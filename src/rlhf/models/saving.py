@@ -1,4 +1,4 @@
-"""Adapters and merged models on disk, in the formats that plain peft and transformers load."""
+"""Adapters and merged models on disk, in formats that plain peft and transformers load."""
 
 import copy
 import json
@@ -29,14 +29,14 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(lm: LanguageModel, adapter: str, folder: Path) -> None:
-    """Writes one adapter, flat, as plain peft reads it, with a note of the base it belongs to."""
+    """Write one adapter, flat, as plain peft reads it, with a note of the base it belongs to."""
     folder.mkdir(parents=True, exist_ok=True)
     assert lm.adapters.peft_model is not None
     config: Any = copy.deepcopy(lm.adapters.peft_model.peft_config[adapter])
     config.base_model_name_or_path = without_secrets(lm.base_name)
     config.revision = lm.revision
     config.inference_mode = True
-    if isinstance(config.target_modules, set):  # whose order depends on the process
+    if isinstance(config.target_modules, set):  # its order differs between processes
         config.target_modules = sorted(config.target_modules)
     config.save_pretrained(folder)
     state = get_peft_model_state_dict(
@@ -50,16 +50,16 @@ def save_adapter(lm: LanguageModel, adapter: str, folder: Path) -> None:
 def load_adapter(
     lm: LanguageModel, folder: Path, name: str, *, trainable: bool = False
 ) -> LoraConfig:
-    """Puts a saved adapter onto a base under a role's name.
+    """Load a saved adapter onto a base under a role's name.
 
     Args:
         lm: The base it was trained on.
-        folder: Written by `save_adapter` (or by peft; then the base cannot be checked).
+        folder: Written by `save_adapter`, or by peft, in which case the base cannot be checked.
         name: Role, such as "reward".
-        trainable: Whether it is trained further.
+        trainable: Whether training continues.
 
     Raises:
-        InputError: It is no plain LoRA, or it belongs to another base.
+        InputError: It is not a plain LoRA adapter, or it belongs to another base.
     """
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise InputError(f"{folder} is no adapter: it has no {ADAPTER_WEIGHTS}")
@@ -80,17 +80,17 @@ def load_adapter(
         fit = f"{folder}: the adapter does not fit {lm.base_name}"
         raise InputError([f"{fit}: {problem}" for problem in problems])
     if not trainable:
-        config.lora_dropout = 0.0  # it belongs to the training that is over
+        config.lora_dropout = 0.0  # a setting of the training that is over
     lm.adapters.add(name, config, trainable=trainable)
     set_peft_model_state_dict(lm.adapters.peft_model, state, adapter_name=name)
     return config
 
 
 def read_origin(folder: Path) -> dict[str, Any] | None:
-    """The note of base, revision and fingerprint beside saved weights, if there is one.
+    """Return the base, revision and fingerprint noted beside saved weights; None without a note.
 
     Raises:
-        InputError: It cannot be read as one.
+        InputError: The note is not valid.
     """
     path = folder / ORIGIN
     if not path.is_file():
@@ -113,19 +113,19 @@ def save_merged(
     folder: Path,
     probe: tuple[TokenBatch, TokenBatch] | None = None,
 ) -> float | None:
-    """Writes the whole model, adapter folded in, as plain transformers (so vLLM too) load it.
+    """Write the whole model, adapter folded in, for plain transformers (and so vLLM) to load.
 
-    The sum is made in fp32 and cast once to the model's dtype, in the memory of the CPU, where no
-    more than a file of the checkpoint is held; on the model's device no second model is.
+    The sum is computed in fp32 and cast once to the model's dtype, in CPU memory, holding at most
+    one file of the checkpoint at a time; the model's device never holds a second model.
 
     Args:
         lm: The model.
         adapter: Adapter to fold in; None for a fully fine-tuned model.
-        folder: Where to.
-        probe: Prompts and responses on which to measure what the cast cost.
+        folder: Where to write it.
+        probe: Prompts and responses on which to measure the loss from the cast.
 
     Returns:
-        Mean per-token KL(merged‖adapter) in nats over the probe, None without a probe.
+        Mean per-token KL(merged‖adapter) in nats over the probe; None without a probe.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kl = kl_of_merging(lm, adapter, *probe) if adapter and probe else None
@@ -139,13 +139,13 @@ def save_merged(
 
 
 def _plain_generation(lm: LanguageModel) -> GenerationConfig:
-    """Decoding as we do it: greedy until any EOS, without a checkpoint's penalties and filters."""
+    """Return our decoding: greedy until any EOS, without the checkpoint's penalties and filters."""
     own = lm.module.generation_config
     names = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
     ends = sorted(lm.layout.eos_ids)
     return GenerationConfig(
         eos_token_id=ends[0] if len(ends) == 1 else ends,
-        # Old configurations say -1 for none.
+        # Old configurations use -1 for none.
         **{name: id_ for name in names if (id_ := getattr(own, name, None)) not in (None, -1)},
     )
 
@@ -160,12 +160,12 @@ def _write_origin(lm: LanguageModel, folder: Path) -> None:
 
 @torch.no_grad()
 def add_adapter_to_weights(source: LanguageModel, adapter: str, target: LanguageModel) -> None:
-    """Adds what an adapter of `source` changes to the weights of `target`, which has none.
+    """Add the change that an adapter of `source` makes to the weights of `target`.
 
     Args:
-        source: Has the adapter.
-        adapter: Its name.
-        target: Same architecture; its weights are changed in place, in their own type.
+        source: The model with the adapter.
+        adapter: Name of the adapter.
+        target: Same architecture, without adapters; its weights change in place, in their dtype.
     """
     for name, part in source.module.named_modules():
         if isinstance(part, LoraLayer) and adapter in part.lora_A:
@@ -180,7 +180,7 @@ def write_config(
     dtype: torch.dtype,
     folder: Path,
 ) -> None:
-    """Writes config.json as `save_pretrained` of a model of that class should."""
+    """Write config.json as `save_pretrained` of a model of that class would."""
     config = copy.deepcopy(config)
     config.architectures = [architecture]
     config.dtype = str(dtype).removeprefix("torch.")

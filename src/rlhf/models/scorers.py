@@ -1,4 +1,4 @@
-"""What can stand in for our own reward model: a sequence classifier, or a Python callable."""
+"""Scorers other than our own reward model: a sequence classifier or a Python callable."""
 
 import inspect
 import math
@@ -27,11 +27,11 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 class Scorer(Protocol):
-    """Anything that scores texts; the higher the better.
+    """Anything that scores texts; higher is better.
 
     Attributes:
-        shares_base: True when it runs on the policy's own base and tokenizer, so that what the
-            policy has made of the prompts may be used (`read` of `RewardModel.score`).
+        shares_base: True if it runs on the policy's own base and tokenizer, so that it can reuse
+            what the policy computed from the prompts (`read` of `RewardModel.score`).
     """
 
     shares_base: bool
@@ -44,24 +44,24 @@ class Scorer(Protocol):
         *,
         finished: Sequence[bool] | None = None,
     ) -> Tensor:
-        """Scores responses to prompts: (N,) fp32 on the CPU, in the order given.
+        """Score responses to prompts: (N,) fp32 on the CPU, in the given order.
 
         Args:
             prompts: N prompts.
             responses: N responses to them.
-            batch_size: Rows at once; changes no score.
-            finished: Whether each response ended by itself, so that it is read with the scorer's
-                EOS; one that a limit cut has none. By default all did.
+            batch_size: Rows per batch; does not affect scores.
+            finished: Whether each response ended on its own and so is read with the scorer's EOS; a
+                response cut by the limit gets no EOS. By default all ended.
         """
         ...
 
 
 class RewardFn:
-    """A Python callable on texts as a scorer.
+    """A Python callable on texts, used as a scorer.
 
     Args:
-        function: Called with a list of prompts and a list of responses of the same length;
-            returns one finite number for each.
+        function: Called with a list of prompts and a list of as many responses; returns one
+            finite number per response.
     """
 
     shares_base = False
@@ -77,7 +77,7 @@ class RewardFn:
             raise InputError(
                 f"reward_fn {self.name}: cannot be called with prompts and responses: {error}"
             ) from error
-        except ValueError:  # written in C, without a signature
+        except ValueError:  # implemented in C, without a signature
             pass
 
     def score(
@@ -88,11 +88,11 @@ class RewardFn:
         *,
         finished: Sequence[bool] | None = None,  # noqa: ARG002 (it gets texts)
     ) -> Tensor:
-        """Scores all texts in one call: (N,) fp32 on the CPU.
+        """Score all texts in one call: (N,) fp32 on the CPU.
 
         Raises:
-            InputError: If the callable fails, which is then the error's cause, or answers with
-                anything but one finite number per response.
+            InputError: The callable fails (its exception is then the cause), or returns anything
+                other than one finite number per response.
         """
         try:
             answers = self.function([prompt.text for prompt in prompts], list(responses))
@@ -112,7 +112,7 @@ class RewardFn:
         return torch.tensor(scores, dtype=torch.float32)
 
     def _listed(self, answers: Any, most: int) -> list[Any]:
-        """What was returned as a list, at most so many: a generator may have no end."""
+        """Return the answers as a list, at most `most` of them: a generator may never end."""
         unfit = (str, bytes, Mapping, Set)
         if isinstance(answers, unfit) or not (
             isinstance(answers, Iterable) or hasattr(answers, "__getitem__")
@@ -138,7 +138,7 @@ class RewardFn:
                 f"reward_fn {self.name}: returned a number of hundreds of digits for {where}; "
                 "expected one that float32 holds"
             ) from error
-        except Exception as error:  # whatever an object's own __float__ raises
+        except Exception as error:  # an object's own __float__ may raise anything
             raise InputError(
                 f"reward_fn {self.name}: expected a list of numbers, got "
                 f"{type(answer).__name__} for {where}"
@@ -152,7 +152,7 @@ class RewardFn:
 
 
 def _described(error: Exception) -> str:
-    """An exception in one line, with the place in the user's code that it came from."""
+    """Return an exception as one line, with its location in the user's code."""
     text = " ".join(str(error).split())
     frame = traceback.extract_tb(error.__traceback__)[-1]
     said = f"{type(error).__name__}: {text:.300}" if text else type(error).__name__
@@ -161,12 +161,12 @@ def _described(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a classifier that we wrote reads, as it was trained.
+    """Token limits of a classifier that rlhf wrote, as in its training.
 
     Attributes:
-        prompt: Tokens of a prompt at most.
-        response: Tokens of a response at most.
-        truncation_side: Where a prompt that is too long loses text.
+        prompt: Maximum tokens of a prompt.
+        response: Maximum tokens of a response.
+        truncation_side: Side on which an overlong prompt is cut.
     """
 
     prompt: int
@@ -175,21 +175,22 @@ class Limits:
 
 
 class SequenceClassifier:
-    """A Hugging Face sequence classifier with one label, read with the pooling of its own class.
+    """A Hugging Face sequence classifier with one label, using the pooling of its own class.
 
     It sees the prompt's text followed directly by the response's, with the special tokens its
-    tokenizer adds. Text beyond its limit loses its beginning, so that the response stays. A
-    response that was cut does not get the EOS that the tokenizer adds at the end, unless that is
-    also the separator or the class needs it (an encoder-decoder, say): then every text has it.
+    tokenizer adds. A text beyond its limit is cut at the beginning, so that the response stays. A
+    response that was cut does not get the EOS that the tokenizer adds at the end, unless that EOS
+    is also the separator or the class needs it (as an encoder-decoder does); then every text has
+    it.
 
-    One that `rlhf reward-model` wrote reads the ids that the reward model itself reads.
+    A classifier that `rlhf reward-model` wrote reads the same ids as the reward model itself.
 
     Args:
         source: Folder or Hub id.
         device: Where it runs.
-        dtype: Its weights' type.
+        dtype: Type of its weights.
         revision: Hub revision.
-        limits: Of the reward model that it was written from; None for any other classifier.
+        limits: Limits of the reward model that it was written from; None for other classifiers.
     """
 
     shares_base = False
@@ -211,8 +212,8 @@ class SequenceClassifier:
         self.tokenizer.padding_side = "right"
         self.limit = _longest(self.model, self.tokenizer)
         pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
-        # Classes find the last token by comparing with the configured PAD, so a padded batch is
-        # safe only where model and tokenizer agree on it.
+        # Classes find the last token by comparing with the configured PAD, so padding a batch is
+        # safe only if model and tokenizer agree on it.
         self.can_pad = pad is not None and pad == self.tokenizer.pad_token_id
         self._ends_in_eos = _ends_in_eos(self.model, self.tokenizer)
         self._codec = None
@@ -231,7 +232,7 @@ class SequenceClassifier:
         *,
         finished: Sequence[bool] | None = None,
     ) -> Tensor:
-        """Scores texts in batches of similar length: (N,) fp32 on the CPU, in the order given."""
+        """Score texts in batches of similar length: (N,) fp32 on the CPU, in the given order."""
         encoded = self._encode(prompts, responses, finished or [True] * len(responses))
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
         scores = torch.empty(len(encoded))
@@ -265,9 +266,9 @@ class SequenceClassifier:
 
 
 def _score_in_float32(model: Any) -> None:
-    """Have the layer that gives the score compute in float32: bfloat16 has too few numbers.
+    """Make the layer that gives the score compute in float32.
 
-    In bfloat16 scores near 4 are multiples of 1/32, and many responses would tie.
+    bfloat16 is too coarse: near 4, its scores are multiples of 1/32, and many responses would tie.
     """
     for part in model.modules():
         if isinstance(part, nn.Linear) and part.out_features == 1:
@@ -276,7 +277,7 @@ def _score_in_float32(model: Any) -> None:
 
 
 def _ends_in_eos(model: Any, tokenizer: Any) -> bool:
-    """Whether the tokenizer ends each text in an EOS that says nothing else and can be left out."""
+    """Return whether the tokenizer ends texts in an EOS that is nothing else and can be dropped."""
     eos = tokenizer.eos_token_id
     if eos is None or eos in (tokenizer.sep_token_id, tokenizer.cls_token_id):
         return False
@@ -284,14 +285,14 @@ def _ends_in_eos(model: Any, tokenizer: Any) -> bool:
 
 
 def _longest(model: Any, tokenizer: Any) -> int | None:
-    """Most tokens that a classifier can read; None where there is no limit."""
+    """Return the most tokens a classifier can read; None if there is no limit."""
     limits = [
         tokenizer.model_max_length,
         getattr(model.config.get_text_config(), "max_position_embeddings", None),
     ]
     for name, part in model.named_modules():
-        # Classes whose positions count from PAD + 1 (RoBERTa's, MPNet's, ESM's) give their table
-        # of positions a padding row; the rows up to it are never a token's.
+        # Classes that count positions from PAD + 1 (RoBERTa's, MPNet's, ESM's) give their position
+        # table a padding row; no token uses the rows up to and including it.
         padding, rows = (getattr(part, field, None) for field in ("padding_idx", "num_embeddings"))
         if "position" in name and padding is not None and rows is not None:
             limits.append(rows - padding - 1)
@@ -330,7 +331,9 @@ def _load_classifier(source: str, dtype: torch.dtype, revision: str | None) -> t
         )
     except InputError:
         raise
-    except Exception as error:  # safetensors, tokenizers and transformers each raise their own
+    except (
+        Exception
+    ) as error:  # safetensors, tokenizers and transformers raise their own types
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{where}: not a sequence classifier that loads: {reason}") from error
     wrong = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))

@@ -1,4 +1,4 @@
-"""A reward model as a sequence classifier that plain transformers (or a server) loads."""
+"""Write a reward model as a sequence classifier that plain transformers (or a server) loads."""
 
 import copy
 from pathlib import Path
@@ -17,21 +17,21 @@ from rlhf.models.saving import write_config
 def save_sequence_classifier(
     lm: LanguageModel, adapter: str | None, head: ScalarHead, folder: Path
 ) -> bool:
-    """Writes weights, adapter folded in, and head as one `…ForSequenceClassification` checkpoint.
+    """Write weights, with the adapter folded in, and head as a `…ForSequenceClassification` model.
 
-    It reads the last token that is not PAD, which is the EOS that ends prompt and response; its
-    tokenizer puts that EOS, and what the model reads before a prompt, around a text. The
-    format has no bias, so it gives the raw score without the normalization. For a family whose
-    class of that name reads a prompt and a response in another way than ours, nothing is written.
+    The class reads the last token that is not PAD, which is the EOS after prompt and response; the
+    saved tokenizer adds that EOS, and whatever the model reads before a prompt. The format has no
+    bias, so it gives the raw score without normalization. If the family's class of that name reads
+    prompt and response differently from us, nothing is written.
 
     Args:
         lm: The language model.
-        adapter: Its reward adapter; None where all weights were trained.
+        adapter: Its reward adapter; None if all weights were trained.
         head: The reward head.
-        folder: Where to.
+        folder: Where to write it.
 
     Returns:
-        Whether the family has such a class and the folder was written.
+        Whether the family has a suitable class and the folder was written.
     """
     if not lm.has_sequence_classifier:
         return False
@@ -50,8 +50,8 @@ def save_sequence_classifier(
     write_weights(weights, folder)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
-    # The class answers in the type it is loaded in, which config.json names: scores in bfloat16
-    # have two or three digits. Weights in bfloat16 lose nothing as float32.
+    # The class returns scores in the dtype it is loaded in, which config.json names: bfloat16
+    # scores have two or three digits. bfloat16 weights lose nothing as float32.
     write_config(type(lm), model.config, type(model).__name__, torch.float32, folder)
     save_tokenizer(tokenizer, lm.layout.prefix_ids, (lm.layout.eos_id,), folder)
     settle(folder)
@@ -59,7 +59,7 @@ def save_sequence_classifier(
 
 
 def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A PAD that ends no response: the class would read the token before it."""
+    """Return a PAD that never ends a response, since the class would then read the token before."""
     taken = {tokenizer.eos_token, tokenizer.unk_token, None}
     for token in (tokenizer.pad_token, tokenizer.bos_token):
         if token not in taken:

@@ -1,18 +1,18 @@
-"""Whether the ids that end, begin and fill sequences are rows of the embedding at all."""
+"""Check that the ids that end, begin and pad sequences are rows of the embedding."""
 
 from collections.abc import Sequence
 from typing import Any
 
-# Old LLaMA configurations say -1 where they mean none.
+# Old LLaMA configurations use -1 for none.
 _OPTIONAL = ("bos_token_id", "pad_token_id")
 _FIELDS = ("eos_token_id", "decoder_start_token_id", *_OPTIONAL)
 
 
 def special_id_problems(sources: Sequence[tuple[str, Any]], rows: int) -> list[str]:
-    """Names the special ids for which the model has no embedding.
+    """Return the special ids for which the model has no embedding, one line each.
 
     Args:
-        sources: Configurations with the names of their files.
+        sources: Configurations, with the names of their files.
         rows: Rows of the embedding.
     """
     return [

@@ -1,7 +1,7 @@
-"""Which layers an adapter may sit on: linear ones whose weight no other module holds.
+"""Which layers an adapter may sit on: linear ones whose weight no other module shares.
 
-Decoding folds an adapter into its layer's weight and merging adds it there for good. Were that
-weight also an embedding, or another layer's, both would change with it.
+Decoding folds an adapter into its layer's weight temporarily, and merging does so for good. If an
+embedding or another layer shared that weight, it would change as well.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from rlhf.models.compat import is_targeted
 
-_SHOWN = 5  # of a list of layers in a message
+_SHOWN = 5  # layers listed in a message
 
 
 def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
     """Return the layers that peft would put an adapter on, by name.
 
     Args:
-        model: The base; it may have adapters already, and need not have storage.
-        config: Of the adapter.
+        model: The base; it may already have adapters, and needs no storage.
+        config: The adapter's configuration.
     """
     return {name: layer for name, layer in _layers(model) if is_targeted(config, name)}
 
@@ -29,16 +29,16 @@ def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
 def target_problems(
     model: nn.Module, config: LoraConfig, names: Sequence[str] = (), *, unread: Tensor | None = None
 ) -> list[str]:
-    """Say what is wrong with an adapter's targets; nothing where all are right.
+    """Return what is wrong with an adapter's targets; empty if all are valid.
 
     Args:
-        model: The base; need not have storage.
-        config: Of the adapter.
-        names: Names that somebody wrote, each of which must be that of a layer.
+        model: The base; needs no storage.
+        config: The adapter's configuration.
+        names: Names that the user wrote, each of which must match a layer.
         unread: A weight that the stage never uses.
 
     Returns:
-        At most one line, which names every target that is wrong and those that would be right.
+        At most one line, which lists every invalid target and the valid choices.
     """
     holders = _holders(model)
     matched = adapted_layers(model, config)
@@ -76,7 +76,7 @@ def _reason_against(
 
 
 def _unmatched(name: str, every: list[str], matched: dict[str, Any]) -> list[str]:
-    """What is wrong with a name that picks none of the layers matched."""
+    """Return what is wrong with a name that selects none of the matched layers."""
     named = [layer for layer in every if layer == name or layer.endswith(f".{name}")]
     if not named:
         return [f"{name!r} names no layer of this model"]
@@ -86,8 +86,8 @@ def _unmatched(name: str, every: list[str], matched: dict[str, Any]) -> list[str
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules of the base under every name they have, without adapters around them."""
-    inner: set[str] = set()  # prefixes of what lies within layers that have adapters
+    """Yield the base's modules under every name they have, without the adapters around them."""
+    inner: set[str] = set()  # prefixes of what is inside layers that have adapters
     for name, module in model.named_modules(remove_duplicate=False):
         if not name or any(name.startswith(prefix) for prefix in inner):
             continue
@@ -99,7 +99,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _holders(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that hold each tensor."""
+    """Map each tensor's key to the names of the modules that hold it."""
     holders: dict[int, list[str]] = {}
     for name, module in _layers(model):
         for parameter in module.parameters(recurse=False):
@@ -108,7 +108,7 @@ def _holders(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _key(tensor: Tensor) -> int:
-    """The same for tensors that share memory; tensors without any differ by identity."""
+    """Return an equal key for tensors that share memory; without memory, use their identity."""
     return tensor.data_ptr() or id(tensor)
 
 

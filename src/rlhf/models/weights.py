@@ -1,4 +1,4 @@
-"""What can be said and done to a model's weights as they are."""
+"""Operations on the weights of a model: fingerprint, cast, and load or save quietly."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-_AT_ONCE = 2**24  # weights that are copied for hashing
+_AT_ONCE = 2**24  # weights copied at once for hashing
 
 
 def loaded_fingerprint(module: PreTrainedModel) -> str:
-    """A short hash of all weights, the same in fp32 and bf16: tells one base from another.
+    """Return a short hash of all weights, the same in fp32 and bf16, that identifies a base.
 
-    Adapters on it do not count. It takes about half a second for 10⁹ weights.
+    Adapters on the model do not count. Takes about half a second for 10⁹ weights.
     """
     digest = hashlib.sha256()
-    seen: dict[int, str] = {}  # weights that several modules share are read once
+    seen: dict[int, str] = {}  # weights shared by several modules are read once
     for name, tensor in sorted(module.state_dict().items()):
         if ".lora_" in name:
             continue
@@ -35,10 +35,10 @@ def loaded_fingerprint(module: PreTrainedModel) -> str:
 
 
 def cast_weights(module: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast a model's weights in place; what is shared stays shared.
+    """Cast a model's weights in place; shared weights stay shared.
 
-    RoPE's frequencies are no weights: loaders keep them in fp32 whatever the weights' type, and a
-    model that was cast as a whole gets them back.
+    RoPE's frequencies are not weights: loaders keep them in fp32 whatever the weights' dtype, and
+    they are restored if the whole model was cast.
     """
     cast: dict[int, torch.Tensor] = {}
     for parameter in module.parameters():
@@ -54,7 +54,7 @@ def cast_weights(module: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def switch_off_dropout(module: nn.Module) -> None:
-    """Sets every dropout probability to 0; eval() would also disable checkpointing."""
+    """Set every dropout probability to 0; eval() would also disable checkpointing."""
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
@@ -65,7 +65,7 @@ def switch_off_dropout(module: nn.Module) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences its bars and advice while weights are read or written; errors still come."""
+    """Silence transformers' progress bars and advice during loading and saving, but not errors."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
