@@ -331,9 +331,7 @@ def _load_classifier(source: str, dtype: torch.dtype, revision: str | None) -> t
         )
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # safetensors, tokenizers and transformers raise their own types
+    except Exception as error:  # safetensors, tokenizers and transformers raise their own types
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{where}: not a sequence classifier that loads: {reason}") from error
     wrong = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
