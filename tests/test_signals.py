@@ -22,7 +22,7 @@ from rlhf import ppo_trainer, reward_model, score, sft
 from rlhf.cli import main
 from rlhf.config import PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.errors import StoppedBySignal
-from rlhf.models.families import FAMILIES
+from rlhf.models import generation
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.reward_model import RewardModel
 from rlhf.ppo.roles import Critic
@@ -137,7 +137,7 @@ MOMENTS = [
     ("reward_model", RewardModel, "raw_pair_scores", 5, 2),  # in the first evaluation
     ("sft", SFTTrainer, "negative_log_likelihood", 1, 0),
     ("sft", SFTTrainer, "negative_log_likelihood", 5, 2),  # in the first evaluation
-    ("sft", None, "decode", 2, 2),  # in its samples; of the architecture's class
+    ("sft", generation, "stop_point", 2, 2),  # the second token of its samples
 ]
 
 
@@ -148,7 +148,7 @@ def test_stopped_within_a_step_and_resumed_equals_never_stopped(
 ) -> None:  # fmt: skip
     stage = Stage(name, arch, tmp_path)
     with monkeypatch.context() as patch:
-        calls = send_in(patch, owner or FAMILIES[arch], method, call)
+        calls = send_in(patch, owner, method, call)
         with pytest.raises(StoppedBySignal) as stopped:
             stage(tmp_path / "out")
     assert calls == [call]  # not one further micro-batch or token
