@@ -1,1 +1,1 @@
-"""Files and folders: where they are, who may write them, and how they survive a crash."""
+"""Files and folders: where they are, who may write to them, and how they survive a crash."""

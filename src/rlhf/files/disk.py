@@ -1,4 +1,4 @@
-"""What a crash, a full disk or another user's eyes may find: durable files, their modes, errors."""
+"""Files that survive crashes and full disks and stay private: syncing, modes, cleanup, errors."""
 
 import errno
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rlhf.files.owners import owner_of
 
-# Errors of the disk rather than of the program.
+# Errors caused by the disk rather than by the program.
 DISK_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -22,25 +22,25 @@ DISK_ERRORS = {
     errno.EPERM,
     errno.EIO,
 }
-# What safetensors 0.8 writes, to rename it, and what earlier versions of ours did.
+# Temporary names of safetensors 0.8 and of earlier versions of this library.
 _UNDER_WAY = re.compile(r"\.tmp\w{6}|\..+\.tmp")
-# Of a process on another machine, which may still live: files that nobody wrote for so long.
+# A process on another machine may still be running: its files count as abandoned after this time.
 _SECONDS_UNTOUCHED = 24 * 3600
 _PRIVATE = 0o600
 _umask_lock = threading.Lock()
 
 
 def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file's content, hexadecimal."""
+    """Return the SHA-256 of a file's content in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def settle(path: Path) -> None:
-    """Make sure that a file, or all files below a folder, survive a power cut.
+    """Flush a file, or all files in a folder, to disk so that they survive a power failure.
 
-    Weights also get the mode that every new file has: safetensors 0.8 writes them for the owner
-    alone, whatever the umask.
+    Weights also get the default mode for new files: safetensors 0.8 makes them readable by the
+    owner only, whatever the umask.
     """
     if path.is_dir():
         for child in path.iterdir():
@@ -53,20 +53,20 @@ def settle(path: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Return where things are kept that can be made again: `$RLHF_CACHE` or ~/.cache/rlhf."""
+    """Return the folder for things that can be recreated: `$RLHF_CACHE` or ~/.cache/rlhf."""
     return Path(os.environ.get("RLHF_CACHE", Path.home() / ".cache" / "rlhf"))
 
 
 def umask() -> int:
-    """Return the bits that new files lack."""
-    with _umask_lock:  # there is no way to read it but to set it
+    """Return the process's umask."""
+    with _umask_lock:  # reading it requires setting it
         mask = os.umask(0o077)
         os.umask(mask)
     return mask
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give a file or a folder its final name, for good: a power cut does not undo it."""
+    """Give a file or folder its final name, durably: a power failure does not undo it."""
     os.replace(source, target)
     _sync(target.parent)
 
@@ -81,8 +81,8 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _is_unfinished(path: Path) -> bool:
-    """Return whether this is a file that nobody is still writing and nobody will rename."""
-    with suppress(FileNotFoundError):  # it has just got its name
+    """Return whether this is a temporary file that no running process is going to rename."""
+    with suppress(FileNotFoundError):  # it was renamed just now
         touched = path.stat().st_mtime
         owner = owner_of(path.name)
         if not path.is_file():
@@ -96,7 +96,7 @@ def _is_unfinished(path: Path) -> bool:
 
 
 def disk_problem(error: BaseException | None) -> str | None:
-    """Return what the disk refused, in one line; None for an error of another kind.
+    """Return the disk's error in one line; None for any other kind of error.
 
     Libraries wrap such errors in their own: safetensors says `I/O error: … (os error 28)`.
     """
@@ -112,7 +112,7 @@ def disk_problem(error: BaseException | None) -> str | None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk; where folders cannot be flushed, nothing happens."""
+    """Flush a file or folder to disk; do nothing for folders where the system cannot flush them."""
     refusals = (OSError,) if path.is_dir() else ()
     with suppress(*refusals):
         descriptor = os.open(path, os.O_RDONLY)

@@ -1,9 +1,10 @@
-"""One writer to a folder: a lease that whoever writes there holds.
+"""One writer per folder: whoever writes to it holds a lease.
 
-On this machine it is a lock of the operating system on `.rlhf.lock`, which ends with its process.
-In a bucket it is the object `.lease.json`, made only if there is none (`ifGenerationMatch=0`) and
-renewed as long as its holder lives; one that is not renewed any more is taken over. Stores without
-conditional writes are written and read back, which two that start in the same instant may outwit.
+On this machine the lease is an operating-system lock on `.rlhf.lock`, released when the process
+ends. In a bucket it is the object `.lease.json`, created only if there is none
+(`ifGenerationMatch=0`) and renewed as long as its holder lives; a lease that is no longer renewed
+is taken over. In stores without conditional writes the note is written and then read back, which
+can fail for two processes that start at the same instant.
 """
 
 import contextlib
@@ -28,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 LOCK, NOTE = ".rlhf.lock", ".lease.json"
 SECONDS_BETWEEN_RENEWALS = 10.0
-# A lease that stays as it is for so long has lost its holder.
+# A lease that has not changed for this long has lost its holder.
 SECONDS_TO_EXPIRE = 60.0
 _SECONDS_BETWEEN_LOOKS = 1.0
-_OURS: set[str] = set()  # tokens of what this process holds in stores
+_OURS: set[str] = set()  # tokens of the leases this process holds in stores
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Holder:
         machine: See `Process`.
         pid: Number of the process.
         started: See `Process`.
-        command: What it does.
+        command: The command it runs.
         since: When it took the lease, UTC.
-        token: Tells this lease from every other.
+        token: Distinguishes this lease from every other.
     """
 
     host: str
@@ -58,14 +59,14 @@ class Holder:
 
     @classmethod
     def this(cls, command: str) -> "Holder":
-        """Return a new lease of the calling process."""
+        """Return a new holder for the calling process."""
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         process = asdict(Process.this())
         return cls(**process, command=command, since=since, token=secrets.token_hex(8))
 
     @classmethod
     def read(cls, content: bytes | str) -> "Holder | None":
-        """Return the holder that a note names; None for one that is damaged."""
+        """Return the holder named in a note; None if the note is damaged."""
         try:
             value = json.loads(content)
             return cls(**{field.name: value[field.name] for field in fields(cls)})
@@ -73,16 +74,16 @@ class Holder:
             return None
 
     def note(self) -> bytes:
-        """Return the note that `read` reads."""
+        """Return the note that `read` parses."""
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
     def is_this_process(self) -> bool:
-        """Return whether the calling process took it."""
+        """Return whether the calling process took the lease."""
         me = Process.this()
         return (self.machine, self.pid, self.started) == (me.machine, me.pid, me.started)
 
     def lives(self) -> bool | None:
-        """Return whether its process runs; None where that cannot be seen from here."""
+        """Return whether its process is running; None if that cannot be seen from here."""
         try:
             return Process(self.host, self.machine, int(self.pid), int(self.started)).lives()
         except (TypeError, ValueError):
@@ -100,14 +101,14 @@ def _refusal(folder: str, holder: Holder | None) -> InputError:
 
 
 class Lease:
-    """The right to write to a folder; `release` gives it back, as does the end of the process.
+    """The right to write to a folder; given up by `release` and when the process ends.
 
     Args:
         folder: Local folder, `/gcs/…` or an fsspec URL.
-        command: What the holder does, for those who are refused.
+        command: The holder's command, shown to processes that are refused.
 
     Raises:
-        InputError: Somebody else holds it, or the folder cannot be written.
+        InputError: Another process holds it, or the folder cannot be written to.
         StorageError: The store failed.
     """
 
@@ -120,7 +121,7 @@ class Lease:
         )
 
     def check(self) -> None:
-        """Make sure that it is still ours, before something is written.
+        """Make sure before a write that the lease is still ours.
 
         Raises:
             StorageError: It could not be renewed in time and was lost.
@@ -128,13 +129,13 @@ class Lease:
         self._held.check()
 
     def release(self) -> None:
-        """Let others in."""
+        """Release the lease, so that others can take it."""
         self._held.release()
 
 
 @contextlib.contextmanager
 def lease(folder: str, command: str) -> Iterator[Lease]:
-    """Hold a lease for the time of a block; see `Lease`."""
+    """Hold a lease for the duration of a block; see `Lease`."""
     held = Lease(folder, command)
     try:
         yield held
@@ -162,17 +163,17 @@ class _Local:
             raise InputError(f"output_dir: cannot write to {folder}: {why}") from error
 
     def check(self) -> None:
-        """Nothing to do: the lock ends with the process."""
+        """Do nothing: the lock lasts as long as the process."""
 
     def release(self) -> None:
         if not self._lock.is_locked:
             return
-        # While the lock is held: whoever waits for the removed file's lock tries again.
+        # Still holding the lock: a process waiting on the removed file's lock tries again.
         for path in (self._note, self._folder / LOCK):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         self._lock.release()
-        with contextlib.suppress(OSError):  # what came to nothing leaves nothing
+        with contextlib.suppress(OSError):  # folders we made and left empty
             for path in self._made:
                 path.rmdir()
 
@@ -203,7 +204,7 @@ class _Remote:
 
     def check(self) -> None:
         if time.monotonic() - self._renewed > SECONDS_TO_EXPIRE / 2:
-            self._renew()  # the thread slept with the machine, or the store is away
+            self._renew()  # the machine was asleep, or the store is unreachable
         if self._lost is not None:
             hint = "what was saved before is whole; the same command continues from it"
             raise StorageError(f"{self._what}: {self._lost}; {hint}")
@@ -213,11 +214,11 @@ class _Remote:
         self._thread.join()
         _OURS.discard(self._holder.token)
         if self._lost is None:
-            with contextlib.suppress(Exception):  # it expires by itself
+            with contextlib.suppress(Exception):  # it expires anyway
                 self._object.remove(self._version)
 
     def _take(self) -> str:
-        """Make the lease, or take over one that is not renewed; return its version."""
+        """Make the lease, or take over one that is no longer renewed; return its version."""
         seen, since = "", time.monotonic()
         while True:
             with self._errors():
@@ -226,13 +227,15 @@ class _Remote:
                     return version
                 content, version = self._object.read()
             holder = Holder.read(content)
-            if version is None:  # gone in between
+            if version is None:  # removed in the meantime
                 continue
             if holder is not None and holder.token == self._holder.token:
-                return version  # made by a request whose answer was lost
+                return version  # made by a request whose response was lost
             alive = None if holder is None else holder.lives()
             if alive and holder is not None and holder.is_this_process():
-                alive = holder.token in _OURS  # or else it was left where the store went away
+                alive = (
+                    holder.token in _OURS
+                )  # otherwise left behind when the store was unreachable
             if alive or (seen and version != seen):
                 raise _refusal(self._folder, holder)
             if not seen:
@@ -269,8 +272,8 @@ class _Remote:
                 content, found = self._object.read()
                 other = Holder.read(content)
                 if found is not None and other is not None and other.token == self._holder.token:
-                    version = found  # written by a request whose answer was lost
-        except Exception as error:  # the store is away; it may come back
+                    version = found  # written by a request whose response was lost
+        except Exception as error:  # the store is unreachable; it may come back
             if time.monotonic() - self._renewed > SECONDS_TO_EXPIRE:
                 self._lost = f"the lease could not be renewed: {reason(error)}"
             return
@@ -282,25 +285,25 @@ class _Remote:
 
 
 def _reachable(folder: str) -> tuple[Any, str]:
-    """Return a folder's store: of a mounted bucket the bucket itself, where it can be reached."""
+    """Return a folder's store; for a mounted bucket the bucket itself, if it can be reached."""
     filesystem, root = open_store(as_url(folder))
     if locate(folder) != as_url(folder):
         try:
             find_files(filesystem, root)
-        except Exception:  # each store raises its own kinds
+        except Exception:  # each store raises its own errors
             return open_store(folder)
     return filesystem, root
 
 
 class _Object:
-    """The note in Google Cloud Storage, written under a condition."""
+    """The note in Google Cloud Storage, written conditionally."""
 
     def __init__(self, filesystem: Any, path: str) -> None:
         self._filesystem = filesystem
         self._bucket, self._key, _ = filesystem.split_path(path)
 
     def write(self, content: bytes, version: str) -> str | None:
-        """Write if the version there is this one ("": none); None if it is not."""
+        """Write if the current version is this one ("": no object); return None otherwise."""
         head = json.dumps({"name": self._key, "contentType": "application/json"}).encode()
         parts = [b"--=lease=\nContent-Type: application/json; charset=UTF-8\n\n", head]
         parts += [b"\n--=lease=\nContent-Type: application/json\n\n", content, b"\n--=lease=--"]
@@ -316,7 +319,7 @@ class _Object:
         return None if answer is None else str(answer["generation"])
 
     def read(self) -> tuple[bytes, str | None]:
-        """Return content and version; no version if there is none."""
+        """Return content and version; the version is None if there is no note."""
         found: Mapping[str, Any] | None = self._call(
             "GET", "b/{}/o/{}", self._bucket, self._key, json_out=True
         )
@@ -326,14 +329,14 @@ class _Object:
         return (b"", None) if answer is None else (answer[1], str(found["generation"]))
 
     def remove(self, version: str) -> None:
-        """Remove it if it is this version."""
+        """Remove the note if it has this version."""
         self._call("DELETE", "b/{}/o/{}", self._bucket, self._key, ifGenerationMatch=version)
 
     def _call(self, *args: Any, **options: Any) -> Any:
-        """Return what the store answers; None for an unmet condition or a missing object."""
+        """Return the store's response; None for an unmet condition or a missing object."""
         try:
             return request(self._filesystem, *args, **options)
-        except FileExistsError:  # how gcsfs says 412
+        except FileExistsError:  # how gcsfs reports 412
             return None
         except FileNotFoundError:
             if args[0] == "POST":
@@ -346,31 +349,31 @@ class _Object:
 
 
 class _PlainFile:
-    """The note in a store that knows no conditions: written, then read back."""
+    """The note in a store without conditional writes: written, then read back."""
 
     def __init__(self, filesystem: Any, path: str) -> None:
         self._filesystem, self._path = filesystem, path
 
     def write(self, content: bytes, version: str) -> str | None:
-        """Write if the version there is this one ("": none); None if it is not."""
+        """Write if the current version is this one ("": no file); return None otherwise."""
         if (self.read()[1] or "") != version:
             return None
         self._filesystem.makedirs(self._path.rpartition("/")[0], exist_ok=True)
-        mine = secrets.token_hex(8)  # each renewal is another version
+        mine = secrets.token_hex(8)  # every renewal is a new version
         self._filesystem.pipe_file(self._path, content + f"{mine}\n".encode())
         return mine if self.read()[1] == mine else None
 
     def read(self) -> tuple[bytes, str | None]:
-        """Return content and version; no version if there is none."""
+        """Return content and version; the version is None if there is no note."""
         try:
             content = self._filesystem.cat_file(self._path)
         except FileNotFoundError:
             return b"", None
         note, _, version = content.rstrip(b"\n").rpartition(b"\n")
-        # An empty file is a note that is being written just now, not the absence of one.
+        # An empty file is a note that is just being written, not a missing one.
         return note, version.decode("ascii", "replace") or "empty"
 
     def remove(self, version: str) -> None:
-        """Remove it if it is this version."""
+        """Remove the note if it has this version."""
         if self.read()[1] == version:
             self._filesystem.rm_file(self._path)

@@ -1,4 +1,4 @@
-"""Folders in object stores, brought to local disk."""
+"""Local copies of folders in object stores."""
 
 import hashlib
 import shutil
@@ -12,22 +12,22 @@ from rlhf.files.owners import temporary_folder
 from rlhf.files.storage import find_files, is_remote, open_store, storage_errors
 from rlhf.untrusted import inner_names, without_secrets
 
-# What checks and tokenizers do not read, and what takes the time.
+# Weights: slow to copy, and not needed for checks or tokenizers.
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
 
 
 def local_folder(path: str, *, weights: bool = True) -> Path:
-    """Return a local folder with what is under a path; remote content is copied once.
+    """Return a local folder with the contents of a path; remote contents are copied once.
 
-    The copies lie in `$RLHF_CACHE` or ~/.cache/rlhf; a changed object (size or checksum) makes a
-    new one.
+    Copies are kept in `$RLHF_CACHE` or ~/.cache/rlhf; if an object changes (in size or checksum), a
+    new copy is made.
 
     Args:
-        path: Local folder, which is returned as it is, or one in any store that fsspec knows.
-        weights: Whether files of weights are needed too.
+        path: Local folder, returned as is, or one in any store that fsspec supports.
+        weights: Whether weight files are needed too.
 
     Raises:
-        InputError: There is no such store, or nothing under this address.
+        InputError: There is no such store, or nothing at this address.
         StorageError: It cannot be read.
     """
     if not is_remote(path):
@@ -40,7 +40,7 @@ def local_folder(path: str, *, weights: bool = True) -> Path:
     with storage_errors(f"{url} cannot be read"):
         try:
             found = find_files(filesystem, root)
-        except FileNotFoundError:  # the whole bucket
+        except FileNotFoundError:  # a whole bucket
             found = {}
         if not found:
             raise InputError(f"{url}: there is nothing under this address")
@@ -53,7 +53,7 @@ def local_folder(path: str, *, weights: bool = True) -> Path:
         wanted = [name for name in found if weights or not name.endswith(_WEIGHTS)]
         cache = cache_folder() / "folders"
         target = cache / name
-        if not weights and not target.is_dir():  # else the whole is there already
+        if not weights and not target.is_dir():  # otherwise the full copy already exists
             target = cache / f"{name}-small"
         if not target.is_dir():
             cache.mkdir(parents=True, exist_ok=True)
@@ -62,16 +62,16 @@ def local_folder(path: str, *, weights: bool = True) -> Path:
 
 
 def recorded_base(name: str, where: str) -> str:
-    """Return the base that a file from anybody names, if it may be looked for there.
+    """Return the base that an untrusted file names, if it may be loaded from there.
 
-    A folder, a Hub id and gs:// are; other addresses only if the user writes them.
+    Folders, Hub ids and gs:// addresses may; other addresses only if the user gives them.
 
     Args:
-        name: What the file says.
-        where: What said it, for the message.
+        name: The base that the file names.
+        where: The file, for the message.
 
     Raises:
-        InputError: It is another address.
+        InputError: It is any other address.
     """
     if "::" in name or ("://" in name and not name.startswith(("gs://", "gcs://"))):
         raise InputError(
@@ -82,23 +82,23 @@ def recorded_base(name: str, where: str) -> str:
 
 
 def _inside(name: str, root: str) -> str:
-    """Return the path below `root`, as the store writes it."""
+    """Return the path relative to `root`, both as the store writes them."""
     return name.removeprefix(root.rstrip("/")).removeprefix("/")
 
 
 def _download(filesystem: Any, root: str, names: Sequence[str], target: Path) -> None:
-    """Copy files to a folder that appears when it is whole, whoever else is at it."""
+    """Copy files to a folder that appears only when complete, even if several processes try."""
     partial = temporary_folder(target.name, target.parent)
     try:
         for name in names:
             local = partial / _inside(name, root)
             local.parent.mkdir(parents=True, exist_ok=True)
             filesystem.get_file(name, str(local))
-        partial.chmod(0o777 & ~umask())  # whoever shares the cache reads it
+        partial.chmod(0o777 & ~umask())  # others who share the cache need to read it
         try:
             partial.rename(target)
         except OSError:
-            if not target.is_dir():  # else another process was faster
+            if not target.is_dir():  # otherwise another process was faster
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,7 +1,7 @@
 """A folder to write to, local or remote.
 
-Remote folders (`gs://…`, any other fsspec URL, and `/gcs/…`, which is a bucket mounted as a folder)
-are written in a local working copy and published as whole files, because object stores can neither
+Remote folders (`gs://…`, any other fsspec URL, and `/gcs/…`, a bucket mounted as a folder) are
+written to a local working copy and published as whole files, because object stores can neither
 append to a file nor rename a folder.
 """
 
@@ -20,27 +20,27 @@ from rlhf.untrusted import inner_names
 
 RUN_FILE = "run.json"
 RESULT_FILE = "metrics.json"
-# Inference's checksums of the rows that it has; see `rlhf.inference.predictions.PredictionFile`.
+# Checksums of the rows that inference has; see `rlhf.inference.predictions.PredictionFile`.
 PARTIAL_SUMS = "predictions.partial.sums.jsonl"
-# What continuing needs and a finished run does not.
+# Needed to resume, but not by a finished run.
 RESUMING = ("checkpoints/*", "predictions.partial.*")
-# What a folder may hold already and still count as empty: a shell's log of this very run, say, or
-# what the Vertex entry point says of an attempt that failed.
+# Files that may be in a folder that still counts as empty: a shell's log of this very run, say, or
+# what the Vertex entry point wrote about a failed attempt.
 IGNORED = (".*", "*.log", "failure.json")
 
 
 def needs_publishing(folder: str) -> bool:
-    """Return whether a folder must be published rather than written in place."""
+    """Return whether a folder must be published to rather than written in place."""
     return "://" in folder or folder.startswith(f"{storage.MOUNT}/")
 
 
 def path_in(folder: str, *names: str) -> str:
-    """Return the path of something in a local or remote folder."""
+    """Return the path of something inside a local or remote folder."""
     return "/".join([folder.rstrip("/"), *names])
 
 
 class Output:
-    """A folder to write to, wherever it is.
+    """A folder to write to, local or remote.
 
     Args:
         folder: Local folder, `/gcs/…` or an fsspec URL.
@@ -48,11 +48,11 @@ class Output:
     Attributes:
         folder: As given.
         path: Where files are written: the folder itself, or the working copy of a remote one.
-        remote: True if `publish` has work to do.
-        guard: Called before anything is published: raises if somebody else writes there now.
+        remote: Whether `publish` has work to do.
+        guard: Called before anything is published; raises if another process now writes there.
 
     Raises:
-        InputError: If the folder's file system is unknown or its package is not installed.
+        InputError: The folder's file system is unknown or its package is not installed.
     """
 
     def __init__(self, folder: str) -> None:
@@ -69,7 +69,7 @@ class Output:
         self._copies.append(self._store)
 
     def names(self) -> list[str]:
-        """Return the relative paths of all files that are there, ignored ones left out."""
+        """Return the relative paths of all files in the folder except ignored ones."""
         if self.remote:
             files = self._store.names()
         else:
@@ -81,14 +81,14 @@ class Output:
         return sorted(name for name in files if not _ignored(name))
 
     def refetch(self, *names: str) -> None:
-        """Copy remote files into the working copy as they are now."""
+        """Copy remote files into the working copy in their current state."""
         if self.remote:
             for name in names:
                 self._store.forget(name)
             self.fetch(*names)
 
     def fetch(self, *patterns: str) -> None:
-        """Copy remote files whose relative path matches a pattern into the working copy."""
+        """Copy remote files whose relative path matches a pattern to the working copy, once."""
         if not self.remote:
             return
         for name in self._store.names():
@@ -96,19 +96,19 @@ class Output:
                 self._store.fetch(name)
 
     def also_publish(self, part: str, folder: str) -> None:
-        """Make `publish` send a part of this folder, such as "tensorboard", to another folder too.
+        """Make `publish` also send a part of this folder, such as "tensorboard", to another folder.
 
         Raises:
-            InputError: If that folder's file system is unknown or its package is not installed.
+            InputError: That folder's file system is unknown or its package is not installed.
         """
         source = self.path / part
         if needs_publishing(folder) or Path(folder).resolve() != source.resolve():
             self._copies.append(_Copy(source, folder, f"{part}_dir"))
 
     def remove(self, *patterns: str) -> None:
-        """Remove files whose relative path matches a pattern, here and in the store.
+        """Remove files whose relative path matches a pattern, locally and in the store.
 
-        What cannot be removed stays: nothing depends on it.
+        Files that cannot be removed stay; nothing depends on their removal.
         """
         for name in self.names():
             if any(fnmatch(name, pattern) for pattern in patterns):
@@ -123,14 +123,15 @@ class Output:
                     folder.rmdir()
 
     def publish(self) -> None:
-        """Upload what changed since the last call and remove remotely what is gone locally.
+        """Upload what changed since the last call and delete remotely what was deleted locally.
 
-        run.json, which tells whose the files are, goes first, what vouches for files (manifests,
-        checksums) after them and the final metrics last, so that what looks complete is complete.
+        run.json, which identifies the run, goes first; what vouches for other files (manifests,
+        checksums) follows them, and the final metrics go last, so that whatever looks complete is
+        complete.
 
         Raises:
-            StorageError: If the store fails for longer than its library retries. What was complete
-                there before is so still.
+            StorageError: The store fails for longer than its library retries. What was complete
+                there before still is.
         """
         if self.guard is not None:
             self.guard()
@@ -139,11 +140,11 @@ class Output:
 
 
 class _Copy:
-    """A folder elsewhere that is to have the files of a local one.
+    """A folder elsewhere that mirrors the files of a local one.
 
     Args:
-        source: The local folder; need not exist yet.
-        folder: The other one, an fsspec URL or a path.
+        source: The local folder; it need not exist yet.
+        folder: The other folder, an fsspec URL or a path.
         field: Configuration field that names it, for messages.
     """
 
@@ -157,16 +158,16 @@ class _Copy:
         self._root = root.rstrip("/")
 
     def names(self) -> list[str]:
-        """Return the relative paths of the files that are there."""
+        """Return the relative paths of the files in the other folder."""
         try:
             found = find_files(self._filesystem, self._root)
-        # Every file system raises its own kinds of errors; all mean the same to the user.
+        # Every file system raises its own errors; to the user they all mean the same.
         except Exception as error:
             raise InputError(f"{self.field}: cannot read {self.folder}: {reason(error)}") from error
         return [str(PurePosixPath(name).relative_to(self._root)) for name in found]
 
     def fetch(self, name: str) -> None:
-        """Bring a file here, unless there is one of its name already."""
+        """Download a file, unless there is already one of that name."""
         inner_names([name], f"{self.field}: {self.folder}")
         target = self.source / name
         if target.exists():
@@ -177,7 +178,7 @@ class _Copy:
         self._sent[name] = _signature(target)
 
     def send(self) -> None:
-        """Upload what changed since the last call, remove there what has gone here since."""
+        """Upload what changed since the last call, and delete there what has been deleted here."""
         present = {
             path.relative_to(self.source).as_posix(): path
             for path in self.source.rglob("*")
@@ -191,19 +192,19 @@ class _Copy:
                     upload(self._filesystem, str(present[name]), f"{self._root}/{name}")
                 self._sent[name] = signature
         for name in sorted(set(self._sent) - set(present), key=_publishing_order, reverse=True):
-            # A store that loses its answer and is asked again has nothing to remove.
+            # A repeated request whose first response was lost finds nothing to remove.
             with self._writing(name), suppress(FileNotFoundError):
                 self._filesystem.rm_file(f"{self._root}/{name}")
             del self._sent[name]
 
     def remove(self, name: str) -> None:
-        """Remove a file there, if it can be."""
-        with suppress(Exception):  # each store raises its own kinds
+        """Remove a file from the other folder, if possible."""
+        with suppress(Exception):  # each store raises its own errors
             self._filesystem.rm_file(f"{self._root}/{name}")
         self._sent.pop(name, None)
 
     def forget(self, name: str) -> None:
-        """Drop the local copy of a file, so that `fetch` brings it as it is there now."""
+        """Drop the local copy of a file, so that `fetch` downloads its current state."""
         (self.source / name).unlink(missing_ok=True)
         self._sent.pop(name, None)
 

@@ -1,4 +1,4 @@
-"""Which process something belongs to, so that what a killed one left behind can be told."""
+"""Which process owns a file, so that what a killed process left behind can be recognized."""
 
 import contextlib
 import hashlib
@@ -21,14 +21,14 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class Process:
-    """A process as others can look it up.
+    """A process, identified so that others can look it up.
 
     Attributes:
-        host: Name of its machine, for people.
-        machine: Tells apart machines, their boots, and containers, in each of which process
-            numbers mean something else.
-        pid: Its number.
-        started: When it began, because numbers are given again.
+        host: Name of its machine, for messages.
+        machine: Distinguishes machines, their boots, and containers, because process ids are only
+            meaningful within one of them.
+        pid: Its process id.
+        started: When it started, because process ids are reused.
     """
 
     host: str
@@ -42,30 +42,30 @@ class Process:
         return cls(socket.gethostname(), _machine(), os.getpid(), _started(os.getpid()) or 0)
 
     def lives(self) -> bool | None:
-        """Return whether it runs; None where that cannot be seen from here."""
+        """Return whether it is running; None if that cannot be seen from here."""
         if self.machine != _machine():
             return None
         return _started(self.pid) == self.started
 
 
 def temporary_name(prefix: str) -> str:
-    """Return a name that tells whose it is: a prefix, the process, and a part of its own."""
+    """Return a unique name that identifies its owner: prefix, process, and a random part."""
     me = Process.this()
     return f"{prefix}-{me.machine}-{me.pid}-{me.started}-{secrets.token_hex(4)}.partial"
 
 
 def owner_of(name: str) -> Process | None:
-    """Return the process that a name from `temporary_name` tells; None for any other name."""
+    """Return the process that owns a name from `temporary_name`; None for any other name."""
     found = _NAME.fullmatch(name)
     return found and Process("", found["machine"], int(found["pid"]), int(found["started"]))
 
 
 def temporary_folder(kind: str, parent: Path | None = None) -> Path:
-    """Make a folder of this process, and remove those that killed processes left beside it.
+    """Make a folder for this process, and remove those that killed processes left beside it.
 
     Args:
         kind: What it is for; part of its name, `rlhf-KIND-….partial`.
-        parent: Where; default: the system's folder for temporary files.
+        parent: Where to make it; default: the system's folder for temporary files.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     remove_abandoned(parent, "rlhf-")
@@ -75,11 +75,11 @@ def temporary_folder(kind: str, parent: Path | None = None) -> Path:
 
 
 def remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove what processes of this machine that are no more were making in a folder.
+    """Remove unfinished files that dead processes of this machine left in a folder.
 
     Args:
-        parent: The folder; nothing is done where it cannot be read.
-        prefix: Of the names, see `temporary_name`.
+        parent: The folder; if it cannot be read, nothing is done.
+        prefix: Prefix of the names; see `temporary_name`.
     """
     with contextlib.suppress(OSError):
         for path in parent.iterdir():
@@ -94,7 +94,7 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
 
 @contextlib.contextmanager
 def temporary(kind: str) -> Iterator[Path]:
-    """Make a folder that is removed at the end, or at the next start after a kill."""
+    """Make a folder that is removed at the end of the block, or at the next start after a kill."""
     folder = temporary_folder(kind)
     try:
         yield folder
@@ -103,7 +103,7 @@ def temporary(kind: str) -> Iterator[Path]:
 
 
 def _machine() -> str:
-    """Return what differs between machines, their boots, and containers."""
+    """Return a string that differs between machines, their boots, and containers."""
     marks = [socket.gethostname(), str(int(psutil.boot_time()))]
     with contextlib.suppress(OSError):
         marks = [Path("/proc/sys/kernel/random/boot_id").read_text()]
@@ -113,9 +113,9 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """Return when a process began, in any unit that does not change; None if there is none."""
+    """Return when a process started, in some fixed unit; None if there is no such process."""
     try:
-        # Ticks since the boot: seconds since 1970 move when the clock is set.
+        # Ticks since boot: seconds since 1970 shift when the clock is set.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state == "Z" else int(fields[18])
     except OSError:

@@ -1,4 +1,4 @@
-"""A stage's folder: new, half done or finished, and whose it is."""
+"""A stage's folder: whether it is new, unfinished or finished, and which run it belongs to."""
 
 import json
 import os
@@ -24,7 +24,7 @@ CONFIG_FILE = "config.yaml"
 
 
 class Status(Enum):
-    """What `output_dir` holds of the run that is asked for."""
+    """What `output_dir` already holds of the requested run."""
 
     FRESH = "nothing worth keeping"
     CONTINUE = "an unfinished run with something saved"
@@ -40,9 +40,9 @@ class Run:
         output: The folder.
         identity: What determines the results: stage, configuration fields, data fingerprints.
         config_text: The resolved configuration as YAML.
-        saved: Patterns of files that are worth continuing from.
-        status: What was found.
-        lease: The right to write there, while it is held.
+        saved: Patterns of files worth continuing from.
+        status: What was found in the folder.
+        lease: The right to write to the folder, while it is held.
     """
 
     config: StageConfig
@@ -55,13 +55,13 @@ class Run:
 
     @contextmanager
     def held(self, *, look: bool = True) -> Iterator[None]:
-        """Hold the folder's lease for the time of a block, unless this run does so already.
+        """Hold the folder's lease for the duration of a block, unless this run already holds it.
 
         Args:
-            look: Whether to look again at what the folder holds, now that nobody else writes.
+            look: Whether to inspect the folder again, now that no other process writes to it.
 
         Raises:
-            InputError: Somebody else holds it, or has made something else of the folder.
+            InputError: Another process holds it, or has since put something else in the folder.
         """
         if self.lease is not None:
             yield
@@ -76,7 +76,7 @@ class Run:
                 self.lease, self.output.guard = None, None
 
     def look(self) -> None:
-        """Find out what the folder holds, without writing there.
+        """Find out what the folder holds, without writing to it.
 
         Raises:
             InputError: See `prepare_output`.
@@ -103,12 +103,12 @@ class Run:
             )
         if earlier is not None and (finished or begun):
             _refuse_changes(self.config, earlier, self.identity)
-        # Without any record, what was begun is damaged as a whole: it starts anew.
+        # If no record is readable, everything in it is damaged: start over.
         begun = begun and earlier is not None
         self.status = Status.FINISHED if finished else Status.CONTINUE if begun else Status.FRESH
 
     def start(self) -> None:
-        """Write what the run is made of, whose it is before all else."""
+        """Record what the run is made of, run.json before anything else."""
         remove_unfinished(self.output.path)
         write_text(self.output.path / RUN_FILE, to_json(self.identity))
         write_text(self.output.path / CONFIG_FILE, self.config_text)
@@ -125,27 +125,27 @@ class Run:
         return result
 
     def conclude(self) -> dict[str, Any]:
-        """Remove what a kill left behind in a finished run's folder.
+        """Remove what a killed process left in a finished run's folder.
 
         Returns:
             The final metrics.
         """
-        with suppress(OSError):  # others may lend us a folder to read
+        with suppress(OSError):  # the folder may be read-only for us
             remove_unfinished(self.output.path)
         self.output.remove(*RESUMING)
         if not self.output.remote and (self.output.path / LOCK).exists():
-            with suppress(InputError), self.held(look=False):  # a killed holder's files go
+            with suppress(InputError), self.held(look=False):  # removes a killed holder's files
                 pass
         return read_json(self.output.path / RESULT_FILE) or {}
 
     def file(self, *names: str) -> str:
-        """Return where the user finds something of this run."""
+        """Return the path where the user finds something of this run."""
         return path_in(self.output.folder, *names)
 
     def _recorded_identity(self, names: Sequence[str]) -> Mapping[str, Any] | None:
-        """Return what the run there is made of, by run.json or else by what it saved.
+        """Return the identity of the run in the folder, from run.json or else from what it saved.
 
-        Where run.json is damaged, checkpoints and inference's checksums say it too.
+        If run.json is damaged, checkpoints and inference's checksums hold it too.
         """
         states = [name for name in names if fnmatch(name, "checkpoints/step-*/state.json")]
         for name in (RUN_FILE, *sorted(states, reverse=True), PARTIAL_SUMS):
@@ -155,7 +155,7 @@ class Run:
         return None
 
     def _only_config(self, names: Sequence[str]) -> bool:
-        """Return whether all there is, is the configuration that this run would write."""
+        """Return whether the folder holds only the configuration that this run would write."""
         if list(names) != [CONFIG_FILE]:
             return False
         self.output.fetch(CONFIG_FILE)
@@ -185,20 +185,20 @@ def prepare_output(
     stage: str,
     saved: Sequence[str] = ("checkpoints/step-*/manifest.json",),
 ) -> Run:
-    """Decide what to do with `output_dir`, without writing there.
+    """Decide what to do with `output_dir`, without writing to it.
 
-    The same result-affecting fields and data continue, or repeat the answer. Others are refused,
-    unless the earlier attempt failed before it had saved anything.
+    A run with the same data and the same result-affecting fields is continued or, if finished, left
+    alone. Other runs are refused, unless the earlier attempt failed before saving anything.
 
     Args:
         config: A stage's configuration.
-        data_fingerprints: Content hash of each data set (and of anything else that counts).
+        data_fingerprints: Content hash of each data set (and of anything else that matters).
         stage: Name of the stage.
-        saved: Patterns of files that are worth continuing from.
+        saved: Patterns of files worth continuing from.
 
     Raises:
-        InputError: If the folder holds another run, files of no run, or anything at all with
-            `resume: never`; if it cannot be written.
+        InputError: The folder holds another run, files of no run, or anything at all with
+            `resume: never`; or it cannot be written to.
     """
     contents = {f"{name} (content)": value for name, value in data_fingerprints.items()}
     resolved = config.model_copy(update={"dtype": dtype_name(config.dtype, config.device)})
@@ -213,13 +213,13 @@ def prepare_output(
 
 
 def _check_writable(path: Path) -> None:
-    """Refuse a folder that is none, or in which nothing can be written."""
+    """Refuse a path that is not a folder, or a folder that cannot be written to."""
     if path.is_file():
         raise InputError(f"output_dir: {path} is a file; expected a folder")
     existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
     if not existing.is_dir():
         raise InputError(f"output_dir: cannot write to {path}: {existing} is no folder")
-    finished = (path / RESULT_FILE).is_file()  # may be somebody else's, to be read only
+    finished = (path / RESULT_FILE).is_file()  # may be someone else's, only to be read
     if not finished and not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"output_dir: cannot write to {path}: no permission for {existing}")
 
@@ -255,11 +255,11 @@ def _refuse_changes(
 
 
 def _is_moved(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Return whether an address is of something that is the same at its new place."""
+    """Return whether an address only moved and the content is the same at its new place."""
     content = f"{'base_model' if name == 'revision' else name} (content)"
     return bool(old.get(content)) and old.get(content) == new.get(content)
 
 
 def _addresses(value: Any) -> str:
-    """Return the value as JSON, with one way to write what is in a bucket."""
+    """Return the value as JSON, with one spelling for addresses in buckets."""
     return json.dumps(value).replace(f'"{storage.MOUNT}/', '"gs://')

@@ -1,8 +1,8 @@
-"""Where paths lead: this machine, a bucket, or a bucket that is mounted as a folder.
+"""Where paths lead: this machine, a bucket, or a bucket mounted as a folder.
 
-The only place that knows how object stores are reached. Retries are the store's library's own:
-gcsfs repeats a request five times, with growing pauses, after 408, 429, 500 to 504 and broken
-connections. What it leaves open is set here: timeouts, checksums of uploads, stale listings.
+The only module that accesses object stores. Retries are left to the store's library: gcsfs repeats
+a request five times with growing pauses after 408, 429, 500 to 504 and broken connections. Set here
+is what it leaves open: timeouts, checksums of uploads, stale listings.
 """
 
 import io
@@ -14,17 +14,17 @@ from typing import IO, Any
 
 from rlhf.errors import InputError, StoppedBySignal, StorageError
 
-# Where Vertex mounts all buckets that a job may read.
+# Where Vertex mounts every bucket that a job may read.
 MOUNT = "/gcs"
 READ_BUFFER = 2**20
 SECONDS_TO_CONNECT, SECONDS_OF_SILENCE, SECONDS_A_REQUEST = 30, 60, 1800
 
 
 def locate(path: str) -> str:
-    """Return the path under which something is found from here.
+    """Return the path under which something can be found from here.
 
-    `/gcs/bucket/x`, as Vertex writes addresses, is `gs://bucket/x` where that bucket is not
-    mounted; every other path is what it was.
+    `/gcs/bucket/x`, as Vertex writes addresses, becomes `gs://bucket/x` if that bucket is not
+    mounted; every other path is returned unchanged.
     """
     bucket = path.removeprefix(f"{MOUNT}/").split("/")[0]
     if not bucket or os.path.isdir(f"{MOUNT}/{bucket}"):
@@ -33,20 +33,20 @@ def locate(path: str) -> str:
 
 
 def as_url(path: str) -> str:
-    """Return `gs://bucket/x` for `/gcs/bucket/x`, mounted or not, and any other path as it is."""
+    """Return `gs://bucket/x` for `/gcs/bucket/x`, mounted or not; any other path unchanged."""
     return f"gs://{path.removeprefix(f'{MOUNT}/')}" if path.startswith(f"{MOUNT}/") else path
 
 
 def is_remote(path: str) -> bool:
-    """Return whether a path is not read and written as a local file: gs://bucket/rows.jsonl."""
+    """Return whether a path is not a local file: gs://bucket/rows.jsonl, say."""
     return "://" in locate(path)
 
 
 def exists(path: str) -> bool:
-    """Return whether there is a file or a folder with something in it.
+    """Return whether there is a file or a non-empty folder.
 
     Raises:
-        StorageError: If the store cannot tell.
+        StorageError: The store cannot tell.
     """
     if not is_remote(path):
         return os.path.exists(path)
@@ -54,16 +54,16 @@ def exists(path: str) -> bool:
     with storage_errors(f"{path} cannot be read"):
         try:
             return bool(find_files(filesystem, root))
-        except FileNotFoundError:  # the whole bucket
+        except FileNotFoundError:  # a whole bucket
             return False
 
 
 def open_store(path: str, **options: Any) -> tuple[Any, str]:
-    """Return the file system of an address, and the address as that file system writes it.
+    """Return the file system for an address, and the address as that file system writes it.
 
     Args:
         path: An fsspec URL, or a path.
-        **options: Of the file system.
+        **options: Options of the file system.
 
     Raises:
         ImportError: The file system's package is not installed.
@@ -75,8 +75,8 @@ def open_store(path: str, **options: Any) -> tuple[Any, str]:
     if path.startswith(("gs://", "gcs://")):
         import aiohttp
 
-        # gcsfs 2026.10 sets no limit at all: a connection that went silent would hang forever.
-        # Silence counts as a broken connection, which is retried.
+        # gcsfs 2026.10 sets no timeout: a connection that goes silent would hang forever. With
+        # one, silence counts as a broken connection, which is retried.
         options = {
             "requests_timeout": aiohttp.ClientTimeout(
                 total=SECONDS_A_REQUEST,
@@ -90,9 +90,9 @@ def open_store(path: str, **options: Any) -> tuple[Any, str]:
 
 
 def upload(filesystem: Any, local: str, remote: str) -> None:
-    """Write a local file to a store, as a whole and, where the store can tell, checked."""
+    """Upload a local file in one piece and, if the store can, with a checksum."""
     if "gs" in filesystem.protocol:
-        # An object needs no folder, and gcsfs would ask for the bucket, which takes a permission
+        # Objects need no folder, and gcsfs would look up the bucket, which takes a permission
         # that writing does not.
         filesystem.put_file(local, remote, consistency="md5")
     else:
@@ -101,7 +101,7 @@ def upload(filesystem: Any, local: str, remote: str) -> None:
 
 
 class _Readable(io.RawIOBase):
-    """A store's file whose errors, of which each store raises its own kinds, are of one kind."""
+    """A file in a store; whatever errors the store raises become StorageErrors."""
 
     def __init__(self, file: IO[bytes], what: str) -> None:
         super().__init__()
@@ -124,18 +124,18 @@ class _Readable(io.RawIOBase):
 def open_stored(filesystem: Any, root: str) -> IO[bytes]:
     """Open a file in a store for reading; its errors are StorageErrors.
 
-    The buffer has what fsspec 2026.9's own files lack: lines up to a length.
+    The buffer adds what files from fsspec 2026.9 lack: reading a line up to a given length.
     """
     file = _Readable(filesystem.open(root, "rb"), f"{root} could not be read to its end")
     return io.BufferedReader(file, READ_BUFFER)
 
 
 def find_files(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
-    """Return details of all files below a folder, by their paths in the store."""
-    # File systems and their listings are kept for the life of the process; others write too.
+    """Return the details of all files in a folder, by their paths in the store."""
+    # fsspec caches file systems and their listings for the whole process; others write too.
     filesystem.invalidate_cache()
     found = filesystem.find(root, detail=True)
-    # Not those with which Google's console marks empty folders.
+    # Except the empty objects with which Google's console marks folders.
     return {
         name: details
         for name, details in found.items()
@@ -145,14 +145,14 @@ def find_files(filesystem: Any, root: str) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def storage_errors(what: str, hint: str = "") -> Iterator[None]:
-    """Give the errors of a store, each of which raises its own kinds, one kind and a meaning.
+    """Turn the errors of a store, each of which raises its own, into one kind with a message.
 
     Args:
-        what: What went wrong if something does: "output_dir: cannot write gs://bucket/x".
+        what: The message if something goes wrong: "output_dir: cannot write gs://bucket/x".
         hint: What to do.
 
     Raises:
-        StorageError: For every error of the store.
+        StorageError: For every error from the store.
     """
     try:
         yield
@@ -163,5 +163,5 @@ def storage_errors(what: str, hint: str = "") -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error says, or its name if it says nothing, as timeouts do."""
+    """Return an error's message, or its type's name if it has none, as with timeouts."""
     return str(error) or type(error).__name__

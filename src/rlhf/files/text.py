@@ -1,4 +1,4 @@
-"""Files written whole: a reader (or a crash) sees all of a file or nothing of it."""
+"""Files written atomically: a reader (or a crash) sees the whole file or none of it."""
 
 import json
 import math
@@ -15,10 +15,10 @@ from rlhf.files.storage import is_remote, open_store, reason, storage_errors, up
 
 @contextmanager
 def appears_whole(target: Path) -> Iterator[Path]:
-    """Yield a path to write to; what is there at the end of the block gets its name `target`.
+    """Yield a path to write to; at the end of the block what is there is renamed to `target`.
 
-    It then survives a power cut. After an error nothing is left, and what a killed process left is
-    removed by the next one that writes the same file.
+    The result survives a power failure. After an error nothing is left, and what a killed process
+    left is removed by the next one that writes the same file.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, f".{target.name}-")
@@ -32,21 +32,21 @@ def appears_whole(target: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Write a whole local file: a text, or one in pieces."""
+    """Write a whole local file from one string or from pieces."""
     with appears_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines([text] if isinstance(text, str) else text)
 
 
 @contextmanager
 def whole_file(path: str, field: str) -> Iterator[IO[bytes]]:
-    """Open a file that the user names, to be written piece by piece, locally or in a store.
+    """Open a file that the user names for writing in pieces, locally or in a store.
 
     Args:
-        path: Where to.
+        path: Where to write it.
         field: Configuration field that names it, for messages.
 
     Raises:
-        InputError: It cannot be made there.
+        InputError: It cannot be created there.
         StorageError: The store failed.
     """
     if is_remote(path):
@@ -78,7 +78,7 @@ def _uploaded_file(path: str, field: str) -> Iterator[IO[bytes]]:
 
 
 def json_safe(value: Any) -> Any:
-    """Return the value with null for numbers that JSON does not know (NaN, infinity)."""
+    """Return the value with null for numbers that JSON cannot represent (NaN, infinity)."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
