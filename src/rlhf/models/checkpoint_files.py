@@ -133,7 +133,7 @@ def _header(path: Path, where: str) -> dict[str, Any]:
             length = int.from_bytes(file.read(8), "little")
             size = path.stat().st_size
             if not 2 <= length <= min(_LONGEST_HEADER, size - 8):
-                raise InputError(f"{broken}: its header does not fit into it; get it again")
+                raise InputError(f"{broken}: its header has an invalid length; download it again")
             header: dict[str, Any] = parse_json(file.read(length))
         ends = [0]
         for name, tensor in header.items():
@@ -142,10 +142,11 @@ def _header(path: Path, where: str) -> dict[str, Any]:
                 if any(type(number) is not int or number < 0 for number in tensor["shape"]):
                     raise ValueError(f"tensor {name!r:.80} has no shape")
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise InputError(f"{broken}: {error!s:.200}; get it again") from error
+        raise InputError(f"{broken}: {error!s:.200}; download it again") from error
     if max(ends) != size - 8 - length:
         raise InputError(
-            f"{broken}: it has {size} bytes, its header says {max(ends) + 8 + length}; get it again"
+            f"{broken}: it has {size} bytes, but its header says {max(ends) + 8 + length}; "
+            "download it again"
         )
     return header
 

@@ -109,8 +109,8 @@ def check_written(folder: Path) -> None:
         path = folder / name
         if path.is_file() and remembered_checksum(path) != expected:
             raise InputError(
-                f"{path} does not match the checksum that was written with it: the file is damaged "
-                "or was changed. Restore it, or run the stage that made it again"
+                f"{path} does not match the checksum that was written with it: the file was "
+                "damaged or changed. Restore it, or rerun the stage that made it"
             )
 
 

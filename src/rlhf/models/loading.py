@@ -178,7 +178,7 @@ def without_storage(config: PretrainedConfig) -> Any:
                 head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
     except Exception as error:  # torch gets the values of config.json unchecked
         where = f"base_model: {config.name_or_path}: config.json"
-        raise InputError(f"{where}: makes no model: {_reason(error)}") from error
+        raise InputError(f"{where}: does not describe a valid model: {_reason(error)}") from error
     return model
 
 
@@ -225,14 +225,14 @@ def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise InputError(
-            f"base_model: {name} is incomplete: {len(missing)} tensors are missing or of another "
-            f"shape than its config.json says, such as {missing[0]}"
+            f"base_model: {name} is incomplete: {len(missing)} tensors are missing or differ "
+            f"in shape from what config.json says, such as {missing[0]}"
         )
     for tensor_name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise InputError(
                 f"base_model: {name}: tensor {tensor_name} holds NaN or infinite numbers; "
-                "the checkpoint is broken, get it again"
+                "the checkpoint is broken; download it again"
             )
     return model
 
@@ -245,8 +245,8 @@ def _check_size(config: PretrainedConfig, folder: Path, where: str) -> None:
     wanted = sum(parameter.numel() for parameter in without_storage(config).parameters())
     if stored < wanted / 2:
         raise InputError(
-            f"{where} is incomplete: config.json describes {wanted:,} parameters, its files hold "
-            f"{stored:,}"
+            f"{where} is incomplete: config.json describes {wanted:,} parameters, but its files "
+            f"hold {stored:,}"
         )
 
 
@@ -270,7 +270,7 @@ def _existing(name: str, *, weights: bool = True) -> str:
     if path.is_file():
         raise InputError(f"base_model: {name} is a file; give the folder that has config.json")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"base_model: {name} is no checkpoint: it has no config.json")
+        raise InputError(f"base_model: {name} is not a checkpoint: it has no config.json")
     return name
 
 

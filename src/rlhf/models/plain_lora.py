@@ -104,7 +104,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             raise InputError(
-                f"{path}: {pattern!r:.80} is no regular expression: {error}"
+                f"{path}: {pattern!r:.80} is not a regular expression: {error}"
             ) from error
     try:
         return LoraConfig(
@@ -148,10 +148,10 @@ def check_fit(module: nn.Module, config: LoraConfig, state: Mapping[str, Tensor]
         some = [*unknown, *missing, *shapes][0]
         return [
             f"{len(missing)} tensors are missing, {len(unknown)} are too many and {len(shapes)} "
-            f"have another shape, such as {some}; {_FIX}"
+            f"have the wrong shape, such as {some}; {_FIX}"
         ]
     broken = [n for n, t in state.items() if not t.is_floating_point() or not t.isfinite().all()]
-    return [f"{broken[0]} holds numbers that are no weights (NaN or infinite)"] if broken else []
+    return [f"{broken[0]} holds NaN or infinite numbers"] if broken else []
 
 
 def _problems(error: ValidationError, path: Path) -> list[str]:

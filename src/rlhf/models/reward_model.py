@@ -334,7 +334,7 @@ def _load_base(config: StageConfig, record: RewardRecord, base: str | None) -> L
         raise InputError(problems) from error
     if tokenizer_fingerprint(lm.tokenizer) != record.tokenizer:
         raise InputError(
-            f"{where} was trained with another tokenizer than the one in {lm.base_name} now"
+            f"{where} was trained with a different tokenizer from the one now in {lm.base_name}"
         )
     return lm
 

@@ -103,7 +103,7 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
     if not isinstance(known["fingerprint"], str) or not all(
         value is None or isinstance(value, str) for value in known.values()
     ):
-        raise InputError(f"{path}: not the note that rlhf writes: expected three texts")
+        raise InputError(f"{path}: not the note that rlhf writes: expected three strings")
     return origin
 
 

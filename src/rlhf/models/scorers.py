@@ -136,7 +136,7 @@ class RewardFn:
         except OverflowError as error:
             raise InputError(
                 f"reward_fn {self.name}: returned a number of hundreds of digits for {where}; "
-                "expected one that float32 holds"
+                "expected one that fits float32"
             ) from error
         except Exception as error:  # an object's own __float__ may raise anything
             raise InputError(
@@ -146,7 +146,7 @@ class RewardFn:
         if not math.isfinite(score) or abs(score) > _LARGEST:
             raise InputError(
                 f"reward_fn {self.name}: returned {score:g} for {where}; expected a finite number "
-                "that float32 holds"
+                "that fits float32"
             )
         return score
 
