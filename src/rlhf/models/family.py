@@ -1,4 +1,4 @@
-"""What a family of models says of itself before any weights are there."""
+"""What a family of models knows about its models before any weights are loaded."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from rlhf.data.prompt_codec import PromptLayout
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a model, as far as estimates of memory need them.
+    """Sizes of a model that memory estimates need.
 
     Attributes:
-        encoder_layers: Layers that read the prompt alone, 0 without an encoder.
+        encoder_layers: Layers that read only the prompt; 0 without an encoder.
         decoder_layers: Layers that read responses.
         kept_matrices: Attention matrices that a layer keeps for the backward pass.
-        cached: Numbers that the cache holds per token.
+        cached: Numbers in the cache per token.
     """
 
     encoder_layers: int
@@ -29,13 +29,13 @@ class Shape:
 
 
 class Family(ABC):
-    """A family of models, asked about checkpoints and configurations.
+    """A family of models; answers questions about checkpoints and configurations.
 
     Attributes:
-        name: What people call it.
-        task_type: peft's name for what its models do.
-        auto_class: Transformers' class that loads its models.
-        adapter_modules: Names of the linear layers that adapters sit on unless told otherwise.
+        name: Its usual name.
+        task_type: peft's name for the task of its models.
+        auto_class: The transformers class that loads its models.
+        adapter_modules: Names of the linear layers that adapters sit on by default.
         has_sequence_classifier: Whether transformers' `…ForSequenceClassification` reads a prompt
             and a response as our reward model does.
     """
@@ -55,7 +55,7 @@ class Family(ABC):
 
         Args:
             tokenizer: The model's tokenizer, with an EOS token.
-            extra_eos: Further ids that end a response, from the generation config.
+            extra_eos: More ids that end a response, from the generation config.
         """
 
     @classmethod
@@ -69,10 +69,10 @@ class Family(ABC):
 
     @classmethod
     def peft_config(cls, lora: LoRAConfig) -> LoraConfig:
-        """Return what peft makes an adapter from.
+        """Return peft's configuration of an adapter.
 
         Raises:
-            InputError: The family has no such part as `lora.where`.
+            InputError: The family has no part that `lora.where` names.
         """
         names = lora.target_modules or list(cls.adapter_modules)
         return LoraConfig(
@@ -95,17 +95,17 @@ class Family(ABC):
 
     @classmethod
     def config_problems(cls, config: PretrainedConfig) -> list[str]:  # noqa: ARG003
-        """Return which fields of a config.json, each possible by itself, contradict each other."""
+        """Return the fields of a config.json that contradict each other, though each is valid."""
         return []
 
     @classmethod
     def head_is_tied(cls, config: PretrainedConfig) -> bool:
-        """Return whether the LM head is the embedding, as far as config.json tells."""
+        """Return whether the LM head is the embedding, judging by config.json."""
         return bool(config.tie_word_embeddings)
 
     @classmethod
     def saved_fields(cls, config: PretrainedConfig) -> dict[str, Any]:  # noqa: ARG003
-        """Return fields of config.json that transformers itself would write wrongly."""
+        """Return the fields of config.json that transformers itself would write wrongly."""
         return {}
 
 

@@ -1,9 +1,9 @@
 """What every model can do, whatever its family: read, decode, and hold adapters.
 
-Everything above sees prompts and responses as `TokenBatch`es and gets states and logits. All
-families pad on the right, always: a causal model never attends to what follows, so padding cannot
-reach a real token, no query is ever fully masked, and the fast causal kernels apply. Masks come
-from lengths; whether an id equals PAD says nothing.
+Callers pass prompts and responses as `TokenBatch`es and get states and logits. All families
+always pad on the right: a causal model never attends to what follows, so padding cannot affect a
+real token, no query is ever fully masked, and the fast causal kernels apply. Masks come from
+lengths; whether an id equals PAD means nothing.
 
 Shape letters: B batch, P prompt tokens, R response tokens, V vocabulary, D hidden.
 """
@@ -33,12 +33,12 @@ FORBIDDEN_LOGIT = -1e30
 
 @dataclass(frozen=True)
 class TokenStats:
-    """What the policy says of each response token.
+    """What the policy says about each response token.
 
     Attributes:
         logprobs: (B, R) fp32, log-probability of the token; 0 past the response's end.
         entropy: (B, R) fp32, entropy of the distribution in nats; 0 past the end, and everywhere
-            if it was not asked for.
+            if not requested.
     """
 
     logprobs: Tensor
@@ -49,12 +49,12 @@ class LanguageModel(Family):
     """A language model with LoRA adapters, the same for every family.
 
     Args:
-        module: The Hugging Face model; its dropout is switched off (every p set to 0) and it is
-            put in training mode, because Hugging Face's gradient checkpointing needs that mode.
+        module: The Hugging Face model. Its dropout is switched off (every p set to 0) and it is put
+            in training mode, which Hugging Face's gradient checkpointing needs.
         tokenizer: Its tokenizer.
-        trainable: True for full fine-tuning; else the base is frozen.
+        trainable: True for full fine-tuning; otherwise the base is frozen.
         dtype: Compute type; a trainable model keeps fp32 weights and computes under autocast.
-        base_name: Where the base came from (recorded with adapters).
+        base_name: Where the base came from; recorded with adapters.
         revision: Hub revision, or None.
     """
 
@@ -90,7 +90,7 @@ class LanguageModel(Family):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that holds the weights."""
         return self.module.device
 
     @property
@@ -100,22 +100,22 @@ class LanguageModel(Family):
 
     @property
     def vocab_size(self) -> int:
-        """V, as many logits as the LM head has (may exceed the tokenizer's size)."""
+        """V, the number of logits of the LM head (may exceed the tokenizer's size)."""
         head: Any = self.module.get_output_embeddings()
         return int(head.weight.shape[0])
 
     def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:  # noqa: ARG002
-        """Return the prompts, with what all roles would compute of them alike, if there is any.
+        """Return the prompts, with anything that all roles would compute from them alike.
 
         Args:
             prompts: B prompts.
-            batch_size: Rows that are read at once.
+            batch_size: Rows to read at once.
         """
         return prompts
 
     @abstractmethod
     def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-        """Hidden states at and after every response token.
+        """Return the hidden states at and after every response token.
 
         Args:
             prompts: B prompts, each with at least one token.
@@ -124,7 +124,7 @@ class LanguageModel(Family):
         Returns:
             (B, R+1, D) post-norm, unscaled. States 0…R−1 predict response tokens 0…R−1 (and carry
             their values); the state at index `length` has read the whole response (the reward's).
-            States past that index mean nothing.
+            States past that index are meaningless.
         """
 
     @abstractmethod
@@ -132,11 +132,11 @@ class LanguageModel(Family):
         """Compute logits of B prompts and responses with transformers' own forward.
 
         Returns:
-            (B, R+1, V) fp32, at the places of `response_states`.
+            (B, R+1, V) fp32, at the positions of `response_states`.
         """
 
     def final_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-        """(B, D): the states of `response_states` at index `length`, for rewards."""
+        """Return (B, D): the states of `response_states` at index `length`, for rewards."""
         states = self.response_states(prompts, responses)
         return states[torch.arange(len(states), device=states.device), responses.lengths]
 
@@ -144,7 +144,7 @@ class LanguageModel(Family):
     def paired_final_states(
         self, prompts: TokenBatch, first: TokenBatch, second: TokenBatch
     ) -> tuple[Tensor, Tensor]:
-        """`final_states` of two responses to each prompt, which is read only once.
+        """Return `final_states` of two responses to each prompt, reading the prompt only once.
 
         Args:
             prompts: B prompts.
@@ -156,25 +156,25 @@ class LanguageModel(Family):
         """
 
     def compile_decoding(self, rows: int, prompt_width: int, **options: Any) -> None:
-        """From now on one compiled graph decodes, in batches of one size.
+        """Decode with one compiled graph from now on, in batches of one size.
 
-        On a GPU one CUDA graph in place of a step's many small kernels may be worth the memory that
-        it keeps; nothing has been measured there yet, so it is off unless asked for.
+        On a GPU, replacing a step's many small kernels with one CUDA graph may be worth the memory
+        that the graph keeps. This has not been measured yet, so it is off by default.
 
         Args:
-            rows: Rows of a batch; smaller ones are filled up, larger ones compiled anew.
+            rows: Rows of a batch; smaller batches are padded, larger ones compiled anew.
             prompt_width: Tokens of the longest prompt; likewise.
-            options: For `torch.compile`; none are those that make CUDA graphs.
+            options: For `torch.compile`; without any, those that make CUDA graphs are used.
         """
         options = options or {"mode": "reduce-overhead"}
         self._compiled = CompiledDecoding(self.read_token, rows, prompt_width, **options)
 
     def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
-        """Reads the prompts.
+        """Read the prompts.
 
         Args:
             prompts: B prompts.
-            max_new_tokens: `decode` can read one token less than this.
+            max_new_tokens: `decode` can read one token fewer than this.
 
         Returns:
             The state, and (B, D) that predicts the first token.
@@ -185,7 +185,7 @@ class LanguageModel(Family):
         return self._compiled.hold(state), last[: len(prompts)]
 
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
-        """Reads one more token (B,) of each row. Returns (B, D) that predicts the next."""
+        """Read one more token (B,) of each row; return (B, D) that predicts the next."""
         if self._compiled is None or not state.fixed:
             states = self.read_token(state, tokens, state.used + 1)
         else:
@@ -195,18 +195,18 @@ class LanguageModel(Family):
 
     @abstractmethod
     def read_prompts(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
-        """`prefill` of these prompts as they are."""
+        """Do the work of `prefill`, for the prompts as they are."""
 
     @abstractmethod
     def read_token(self, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
-        """`decode` with the first `width` columns of the state, which it does not advance."""
+        """Do the work of `decode` on the first `width` columns, without advancing the state."""
 
     def scale_for_head(self, states: Tensor) -> Tensor:
-        """What happens to states between the final norm and the LM head: nothing, mostly."""
+        """Scale the states between the final norm and the LM head; most families do not."""
         return states
 
     def logits(self, states: Tensor) -> Tensor:
-        """LM head. (..., D) states to (..., V) fp32 logits."""
+        """Apply the LM head: (..., D) states to (..., V) fp32 logits."""
         head: Any = self.module.get_output_embeddings()
         with self.autocast():
             return head(self.scale_for_head(states).to(head.weight.dtype)).float()
@@ -214,19 +214,19 @@ class LanguageModel(Family):
     def policy_logits(
         self, states: Tensor, positions: Tensor, temperature: float, min_response_length: int
     ) -> Tensor:
-        """Logits of the distribution that is sampled, scored and trained: one and the same.
+        """Return the logits of the one distribution that is sampled, scored and trained.
 
         Args:
             states: (N, D).
             positions: (N,) index of the response token that each state predicts.
             temperature: Divides all logits.
-            min_response_length: EOS is impossible before this many tokens.
+            min_response_length: EOS has probability 0 before this many tokens.
 
         Returns:
             (N, V) fp32.
         """
         logits = self.logits(states)
-        if temperature != 1.0:  # a pass over the logits
+        if temperature != 1.0:  # saves a pass over the logits
             logits = logits / temperature
         if min_response_length > 0:
             eos = torch.tensor(sorted(self.layout.eos_ids), device=logits.device)
@@ -243,14 +243,14 @@ class LanguageModel(Family):
         *,
         entropy: bool = False,
     ) -> TokenStats:
-        """Log-probabilities and entropies of response tokens, computed for real tokens only.
+        """Return log-probabilities and entropies of response tokens, computing only real tokens.
 
         Args:
             states: (B, R+1, D) from `response_states`.
             responses: The responses those states belong to.
             temperature: Sampling temperature.
-            min_response_length: The constraint that sampling had.
-            entropy: Whether to compute the entropies, which costs more passes over the logits.
+            min_response_length: The constraint that applied in sampling.
+            entropy: Whether to compute entropies, which takes more passes over the logits.
         """
         mask = responses.mask
         positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]
@@ -274,13 +274,13 @@ class LanguageModel(Family):
     def add_adapter(
         self, name: str, lora: LoRAConfig, *, trainable: bool = True, seed: int = 0
     ) -> None:
-        """Adds a LoRA adapter (B zero, so that it changes nothing yet).
+        """Add a LoRA adapter, which changes nothing yet because B is zero.
 
         Args:
             name: Role: "policy", "value", "reward" or "sft".
-            lora: Rank and so on.
+            lora: Rank and other settings.
             trainable: Whether its tensors get gradients.
-            seed: Of A's initialization.
+            seed: Seed of A's initialization.
 
         Raises:
             InputError: `lora.target_modules` or `lora.where` do not fit the model.
@@ -290,7 +290,7 @@ class LanguageModel(Family):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """No gradients, no LoRA dropout, no checkpointing (which would drop the KV cache)."""
+        """Disable gradients, LoRA dropout and checkpointing (which would drop the KV cache)."""
         training = self.module.training
         self.module.eval()
         try:
@@ -301,19 +301,19 @@ class LanguageModel(Family):
 
     @contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
-        """Makes one adapter active (None: the base alone), and restores the one before.
+        """Activate one adapter (None: the base alone), and restore the previous one afterwards.
 
-        Backward and checkpointed recomputation must happen inside, where the same adapter acts.
+        Backward and checkpointed recomputation must run inside, so that they see the same adapter.
         """
         with self.adapters.using(adapter):
             yield
 
     @contextmanager
     def folded(self) -> Iterator[None]:
-        """Decoding inside pays nothing for the active adapter; weights in bf16 stay as they are.
+        """Decode without overhead from the active adapter; bf16 weights stay as they are.
 
-        In bf16 a fold loses small updates: most of an early adapter's effect would round away, so
-        its matrices are only cast once for all tokens. A compiled step keeps the adapter as it is,
+        Folding in bf16 would round away most of an early adapter's small effect, so there its
+        matrices are only cast, once for all tokens. A compiled step leaves the adapter as it is,
         because what it reads must not move.
         """
         if self._compiled is not None:
@@ -326,14 +326,14 @@ class LanguageModel(Family):
                 yield
 
     def named_trainable(self, adapter: str | None) -> list[tuple[str, nn.Parameter]]:
-        """What training a role changes: its adapter, or (None) all weights if they are trained."""
+        """Return what training a role changes: its adapter, or (None) all weights if trained."""
         if adapter is not None:
             return self.adapters.named_parameters(adapter)
         return list(self.module.named_parameters()) if self.trainable else []
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """Compute type of full fine-tuning, whose weights stay fp32."""
+        """Compute in the compute type during full fine-tuning, whose weights stay fp32."""
         enabled = self.trainable and self.dtype == torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             yield
