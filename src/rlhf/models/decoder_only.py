@@ -1,8 +1,8 @@
 """Decoder-only models: the response continues the prompt in one causal sequence.
 
-What is the same for all of them: which tokens one row holds, who sees whom, of which tokens states
-are wanted, and the cache. How a layer computes, a family says once, in a few functions that know
-nothing of all this (`rlhf.models.families.llama` is an example).
+Common to all of them: which tokens a row holds, who sees whom, which tokens' states are wanted, and
+the cache. A family only defines, in a few functions that know nothing of this, how a layer computes
+(see `rlhf.models.families.llama`).
 
 Shape letters: L tokens of a row, N of them wanted; others as in `language_model`.
 """
@@ -31,15 +31,15 @@ from rlhf.models.decoding import DecodeState, cached_attention, hide_later
 from rlhf.models.family import Shape, eos_ids
 from rlhf.models.language_model import LanguageModel
 
-# What layers need to know of the tokens' positions: tensors of (B or 1, L, any).
+# What layers need to know about the tokens' positions: tensors of (B or 1, L, any).
 Places = tuple[Tensor, ...]
 
 
 class DecoderOnlyModel(LanguageModel):
     """A model of one causal stack of layers; a family fills in the abstract methods.
 
-    A layer is: `attention_input`, of which `queries` and `keys_values` are made, attention, and
-    `after_attention`. Each of these gets some tokens' states and returns as many.
+    A layer is `attention_input`, from which `queries` and `keys_values` are made, then attention,
+    then `after_attention`. Each of these gets the states of some tokens and returns as many.
     """
 
     task_type = "CAUSAL_LM"
@@ -49,11 +49,11 @@ class DecoderOnlyModel(LanguageModel):
     @property
     @abstractmethod
     def layers(self) -> Sequence[Any]:
-        """Return transformers' modules of the layers, from the first to the last."""
+        """Transformers' modules of the layers, first to last."""
 
     @abstractmethod
     def embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Places]:
-        """Return what the first layer reads, and what all layers need to know of positions.
+        """Return the first layer's input, and what all layers need to know about positions.
 
         Args:
             ids: (B, L).
@@ -69,7 +69,7 @@ class DecoderOnlyModel(LanguageModel):
 
     @abstractmethod
     def attention_input(self, layer: Any, x: Tensor) -> Tensor:
-        """Compute (B, L, D), from which queries, keys and values are made: usually a norm of x."""
+        """Compute the (B, L, D) input of queries, keys and values: usually a norm of x."""
 
     @abstractmethod
     def queries(self, layer: Any, h: Tensor, places: Places) -> Tensor:
@@ -85,8 +85,8 @@ class DecoderOnlyModel(LanguageModel):
 
         Args:
             layer: The layer.
-            x: (B, L, D) that it read.
-            heads: (B, L, H·d), what attention made of it.
+            x: (B, L, D), the layer's input.
+            heads: (B, L, H·d), the output of attention.
 
         Returns:
             (B, L, D).
@@ -101,7 +101,7 @@ class DecoderOnlyModel(LanguageModel):
     def prompt_layout(
         cls, tokenizer: PreTrainedTokenizerBase, extra_eos: int | list[int] | None = None
     ) -> PromptLayout:
-        # An EOS that the tokenizer puts after a text would end the response before it began.
+        # An EOS that the tokenizer adds after a text would end the response before it began.
         prefix, _ = added_ids(tokenizer)
         eos = tokenizer.eos_token_id
         return PromptLayout(prefix, (), True, eos, eos_ids(eos, extra_eos))
@@ -162,8 +162,8 @@ class DecoderOnlyModel(LanguageModel):
     def paired_final_states(
         self, prompts: TokenBatch, first: TokenBatch, second: TokenBatch
     ) -> tuple[Tensor, Tensor]:
-        # One row: prompt, first, second. The second sees prompt and itself only, and its
-        # positions go on from the prompt's end as if the first were not there.
+        # One row: prompt, first, second. The second sees only the prompt and itself, and its
+        # positions continue from the prompt's end as if the first were not there.
         middle = prompts.lengths + first.lengths
         ids = join_rows(TokenBatch(join_rows(prompts, first), middle), second)
         column = torch.arange(ids.shape[1], device=ids.device)
@@ -178,7 +178,7 @@ class DecoderOnlyModel(LanguageModel):
         return states[:, 0], states[:, 1]
 
     def _layer(self, layer: Any, x: Tensor, places: Places, attend: Attend) -> Tensor:
-        """Compute one layer for all tokens that it reads: (B, L, D)."""
+        """Compute one layer for all of its tokens: (B, L, D)."""
         h = self.attention_input(layer, x)
         queries = self.queries(layer, h, places)
         heads = attend(self.attention(layer), queries, *self.keys_values(layer, h, places))
@@ -187,14 +187,14 @@ class DecoderOnlyModel(LanguageModel):
     def _layer_at(
         self, layer: Any, x: Tensor, places: Places, wanted: Tensor, seen: Tensor
     ) -> Tensor:
-        """Compute one layer for some of the tokens that it reads.
+        """Compute one layer for some of its tokens.
 
         Args:
             layer: The layer.
             x: (B, L, D).
-            places: Of all L tokens.
-            wanted: (B, N, 1) columns.
-            seen: (B, N, L) bool, the columns that each of these sees.
+            places: For all L tokens.
+            wanted: (B, N, 1) columns to compute.
+            seen: (B, N, L) bool, the columns that each of them sees.
 
         Returns:
             (B, N, D).
@@ -213,10 +213,10 @@ class DecoderOnlyModel(LanguageModel):
         positions: Tensor | None = None,
         visible: Tensor | None = None,
     ) -> Tensor:
-        """Compute the states of some columns; the last layer works for these only.
+        """Compute the states of some columns; the last layer runs for these only.
 
         Args:
-            index: (B, N) columns wanted.
+            index: (B, N) columns to compute.
             ids: (B, L).
             positions: (B, L) of the tokens; None for 0, 1, 2 and so on.
             visible: (B, L, L) bool, whether row i sees column j; None for causal attention.
@@ -263,7 +263,7 @@ class DecoderOnlyModel(LanguageModel):
     @override
     def read_token(self, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
         # Columns of the cache: the prompts padded to P, then each response token of all rows.
-        # Positions go on from each row's own prompt length.
+        # Positions continue from each row's own prompt length.
         prompt = state.prompt_bias.shape[-1]
         bias = hide_later(nn.functional.pad(state.prompt_bias, (0, width - prompt)), state.column)
         positions = (state.prompt_lengths + state.column - prompt)[:, None]

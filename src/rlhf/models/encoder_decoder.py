@@ -1,7 +1,7 @@
 """Encoder-decoder models: the prompt goes to the encoder, the response to the decoder.
 
-What is the same for all of them: when the encoder must run, who sees whom, and the cache. How a
-layer of the decoder computes, a family says once (`rlhf.models.families.t5`); the encoder is
+Common to all of them: when the encoder must run, who sees whom, and the cache. A family only
+defines how a layer of the decoder computes (see `rlhf.models.families.t5`); the encoder is
 transformers' own.
 """
 
@@ -32,13 +32,13 @@ from rlhf.models.family import eos_ids
 from rlhf.models.language_model import LanguageModel
 from rlhf.signals import stop_point
 
-# Attention to the prompt: from an attention module and queries (B, H, N, d) to (B, N, H·d).
+# Attention to the prompt: maps an attention module and queries (B, H, N, d) to (B, N, H·d).
 AttendPrompt = Callable[[Any, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class EncodedPrompts(TokenBatch):
-    """Prompts with what a frozen encoder made of them.
+    """Prompts with the states that a frozen encoder computed from them.
 
     Attributes:
         states: (B, L, D).
@@ -71,13 +71,13 @@ class EncoderDecoderModel(LanguageModel):
 
     task_type = "SEQ_2_SEQ_LM"
     auto_class = AutoModelForSeq2SeqLM
-    # Transformers' class of that name feeds one text to encoder and decoder alike.
+    # transformers' class of that name feeds one text to both encoder and decoder.
     has_sequence_classifier = False
 
     @property
     @abstractmethod
     def layers(self) -> Sequence[Any]:
-        """Return transformers' modules of the decoder's layers, from the first to the last."""
+        """Transformers' modules of the decoder's layers, first to last."""
 
     @abstractmethod
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -85,15 +85,15 @@ class EncoderDecoderModel(LanguageModel):
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
-        """Return what the decoder's first layer reads of (B, L) ids: (B, L, D)."""
+        """Return the input of the decoder's first layer for (B, L) ids: (B, L, D)."""
 
     @abstractmethod
     def position_bias(self, length: int, columns: int, first: int | Tensor) -> Tensor:
-        """Return what positions add to the scores of the decoder's self-attention.
+        """Return the positions' bias on the scores of the decoder's self-attention.
 
         Args:
-            length: L, queries.
-            columns: K, keys, from position 0 on.
+            length: L, number of queries.
+            columns: K, number of keys, from position 0 on.
             first: Position of the first query, an int or (1,).
 
         Returns:
@@ -105,7 +105,7 @@ class EncoderDecoderModel(LanguageModel):
         """Compute one layer of the decoder.
 
         Args:
-            layer: Transformers' module.
+            layer: transformers' module.
             x: (B, L, D).
             attend: Self-attention.
             attend_prompt: Attention to the encoder's states; gets queries only.
@@ -149,7 +149,7 @@ class EncoderDecoderModel(LanguageModel):
 
     @property
     def start_id(self) -> int:
-        """Return the id that the decoder reads first."""
+        """The id that the decoder reads first."""
         start = getattr(self.config, "decoder_start_token_id", None)
         return int(self.config.pad_token_id if start is None else start)
 
@@ -233,7 +233,7 @@ class EncoderDecoderModel(LanguageModel):
     def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:
         """Return the prompts, with the encoder's states if the active adapter leaves it alone.
 
-        All roles that leave the encoder alone then read these instead of running it again.
+        All roles that leave the encoder alone then reuse these states instead of running it again.
 
         Args:
             prompts: B prompts.
@@ -251,7 +251,7 @@ class EncoderDecoderModel(LanguageModel):
         return EncodedPrompts(prompts.ids, prompts.lengths, torch.cat(parts))
 
     def _encoder_changes(self) -> bool:
-        """Return whether training changes the encoder's states of a prompt in the active role."""
+        """Return whether the active role has its own encoder states, by training or an adapter."""
         return self.trainable or self.adapters.active_reaches("encoder.")
 
     def _encode(self, prompts: TokenBatch) -> Tensor:
@@ -263,7 +263,7 @@ class EncoderDecoderModel(LanguageModel):
 
 
 def _cached_prompt(keys: Tensor, values: Tensor, bias: Tensor) -> AttendPrompt:
-    """Return attention to a prompt whose keys and values are at hand."""
+    """Return attention to a prompt whose keys and values are already computed."""
 
     def attend(module: Any, queries: Tensor) -> Tensor:
         return grouped_attention(module, queries, keys, values, bias)

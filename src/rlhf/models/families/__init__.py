@@ -1,7 +1,7 @@
 """The families of models, by the `model_type` of their configuration.
 
-A family is one class in one file, which says how a layer computes; training, prefill and decoding
-follow. One of your own is registered from outside, before its first checkpoint is loaded:
+A family is one class in one file that defines how a layer computes; training, prefill and decoding
+follow from it. Register your own from outside, before loading its first checkpoint:
 
     FAMILIES["my_type"] = MyFamily
 

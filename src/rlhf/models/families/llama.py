@@ -1,4 +1,4 @@
-"""LLaMA (Touvron et al. 2023): rotary positions, RMSNorm before each part, a gated feed forward."""
+"""LLaMA (Touvron et al. 2023): rotary positions, RMSNorm before each part, gated feed-forward."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from rlhf.models.decoder_only import DecoderOnlyModel, Places
 
 
 class Llama(DecoderOnlyModel):
-    """LLaMA 1 to 3, and what has its `model_type`."""
+    """LLaMA 1 to 3, and other models with its `model_type`."""
 
     name = "LLaMA"
     adapter_modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

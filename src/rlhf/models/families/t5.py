@@ -34,7 +34,7 @@ class T5(EncoderDecoderModel):
 
     @override
     def position_bias(self, length: int, columns: int, first: int | Tensor) -> Tensor:
-        attention = self.layers[0].layer[0].SelfAttention  # all layers have the first one's
+        attention = self.layers[0].layer[0].SelfAttention  # all layers use the first one's bias
         return attention.compute_bias(length, columns, past_seen_tokens=first)
 
     @override
@@ -70,7 +70,7 @@ class T5(EncoderDecoderModel):
     @classmethod
     @override
     def head_is_tied(cls, config: PretrainedConfig) -> bool:
-        # transformers 5 sets tie_word_embeddings always, and unties what a checkpoint has twice:
+        # transformers 5 always sets tie_word_embeddings, and unties what a checkpoint stores twice:
         # v1.1 and Flan, whose outputs are not scaled.
         return bool(config.scale_decoder_outputs)
 
@@ -78,8 +78,8 @@ class T5(EncoderDecoderModel):
     @override
     def saved_fields(cls, config: PretrainedConfig) -> dict[str, Any]:
         # T5Config derives scale_decoder_outputs from tie_word_embeddings when it is read, but
-        # transformers 5 always writes tie_word_embeddings=true: a v1.1 or Flan model saved so
-        # would come back with scaled outputs.
+        # transformers 5 always writes tie_word_embeddings=true: a v1.1 or Flan model saved that way
+        # would load with scaled outputs.
         return {} if config.scale_decoder_outputs else {"tie_word_embeddings": False}
 
     @classmethod
@@ -87,6 +87,6 @@ class T5(EncoderDecoderModel):
     def shape(cls, config: PretrainedConfig) -> Shape:
         encoder, heads = int(config.num_layers), int(config.num_heads)
         decoder = int(config.num_decoder_layers or encoder)
-        # The position bias keeps what the softmax was made from and the softmax (measured).
+        # The position bias keeps both the input and the output of the softmax (measured).
         cached = 2 * decoder * heads * int(config.d_kv)
         return Shape(encoder, decoder, kept_matrices=2 * heads, cached=cached)
