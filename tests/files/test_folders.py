@@ -1,6 +1,7 @@
 """Run folders after kills, damage and full disks: the same command goes on, nobody else gets in."""
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -485,3 +486,16 @@ def test_processes_are_told_apart() -> None:
     assert Process(me.host, me.machine, me.pid, me.started + 1).lives() is False
     assert Process(me.host, "elsewhere", me.pid, me.started).lives() is None
     assert owners._started(2**30) is None
+
+
+def test_a_run_from_before_a_field_existed_goes_on_with_its_default(tmp_path: Path) -> None:
+    config = toy_config(tmp_path / "run")
+    with pytest.raises(StoppedBySignal):
+        LastTrainer(config, callbacks=[stop_at(3)]).train()
+    file = tmp_path / "run" / RUN_FILE
+    identity = json.loads(file.read_text())
+    assert identity["fields"].pop("max_grad_norm") == config.max_grad_norm == 1.0
+    file.write_text(json.dumps(identity))
+    with pytest.raises(InputError, match=r"max_grad_norm: changed from 1\.0 to 0\.5"):
+        LastTrainer(toy_config(tmp_path / "run", max_grad_norm=0.5)).train()
+    assert LastTrainer(config).train()["finished"]

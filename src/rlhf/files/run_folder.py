@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import StageConfig, config_to_yaml, result_fields
+from rlhf.config.describe import leaf_fields
 from rlhf.errors import InputError
 from rlhf.files import storage
 from rlhf.files.disk import remove_unfinished, settle
@@ -233,10 +234,11 @@ def _refuse_changes(
             f"output_dir: {folder} holds a run of {earlier.get('stage')}, not of {now['stage']}; "
             "choose another output_dir"
         )
-    old, new = earlier.get("fields", {}), now["fields"]
+    # A field that did not exist when the run began acted as its default does.
+    old, new = _defaults(type(config)) | earlier.get("fields", {}), now["fields"]
     changed = [
         name
-        for name in {**old, **new}
+        for name in {**earlier.get("fields", {}), **new}
         if _addresses(old.get(name)) != _addresses(new.get(name)) and not _is_moved(name, old, new)
     ]
     if changed:
@@ -252,6 +254,14 @@ def _refuse_changes(
                 "output_dir, or empty the folder",
             ]
         )
+
+
+def _defaults(cls: type[StageConfig]) -> dict[str, Any]:
+    return {
+        name: field.get_default(call_default_factory=True)
+        for name, field in leaf_fields(cls)
+        if not field.is_required()
+    }
 
 
 def _is_moved(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
