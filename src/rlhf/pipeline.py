@@ -26,7 +26,7 @@ from rlhf.untrusted import read_json
 
 
 def run_pipeline(config: PipelineConfig) -> RunResult:
-    """Runs SFT (if there are demonstrations), reward model, PPO and inference.
+    """Run SFT (if there are demonstrations), reward model, PPO and inference.
 
     Writes a folder per stage, `config.yaml` and `metrics.json`. Every file of every stage is
     checked before the first model is loaded. Without `eval_dataset` a share of the preference
@@ -53,7 +53,7 @@ def _run(config: PipelineConfig) -> RunResult:
 
 
 def run_stages(config: PipelineConfig, start: float) -> RunResult:
-    """Runs all stages on checked inputs, for a caller that holds the lease of the output folder.
+    """Run all stages on checked inputs; the caller holds the lease of the output folder.
 
     Args:
         config: What was checked.
@@ -81,14 +81,14 @@ def run_stages(config: PipelineConfig, start: float) -> RunResult:
 
 
 def free_memory() -> None:
-    """Gives back what a finished stage held, for the next one's models."""
+    """Free what a finished stage held, for the models of the next one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def check_inputs(config: PipelineConfig) -> list[str]:
-    """Reads every file of every stage and checks the limits; loads no weights.
+    """Read every file of every stage and check the limits, without loading weights.
 
     Returns:
         What reading came upon, for people.
@@ -131,7 +131,7 @@ def _check_inputs(config: PipelineConfig) -> list[str]:
 
 
 def on_the_given_base(config: PipelineConfig, stage: str) -> Any:
-    """A stage's configuration before any stage has run: on the base that the user gave."""
+    """Return a stage's configuration on the base that the user gave, before any stage has run."""
     stage_config = config.stage_config(stage)
     made_later = f"{config.stage_dir('sft')}/merged"
     if stage_config.base_model in (None, made_later):
@@ -140,7 +140,7 @@ def on_the_given_base(config: PipelineConfig, stage: str) -> Any:
 
 
 def hold_out_rows(config: PipelineConfig) -> PipelineConfig:
-    """Splits the preference rows into OUT/data if there is no `eval_dataset`.
+    """Split the preference rows into OUT/data if there is no `eval_dataset`.
 
     Reads nothing inside the `read_once(keep_lines=True)` of a run.
 

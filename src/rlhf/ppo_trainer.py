@@ -128,7 +128,7 @@ def read_ppo_inputs(
     *,
     reward_model_exists: bool = True,
 ) -> PPOInputs:
-    """Reads and checks everything that can be checked without weights.
+    """Read and check everything that can be checked without weights.
 
     Args:
         config: The stage's configuration.
@@ -170,7 +170,7 @@ def check_estimator(config: PPOConfig) -> None:
 
 
 def other_base(config: PPOConfig) -> str | None:
-    """The reward model's base where it is not the policy's; needs no weights."""
+    """Return the reward model's base if it is not the policy's; needs no weights."""
     record = read_record(config.reward_model_path) if config.reward_model_path else None
     if record is None or record.base_model == config.base_model:
         return None
@@ -242,7 +242,7 @@ class PPOTrainer(Trainer):
         )
 
     def describe(self) -> list[str]:
-        """Steps, and what was read."""
+        """Return lines on the steps and on what was read."""
         return [*super().describe(), *self.lines]
 
     def make_step(self) -> dict[str, float]:

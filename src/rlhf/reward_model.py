@@ -107,7 +107,7 @@ def read_reward_model_inputs(
     tokenizer: PreTrainedTokenizerBase | None = None,
     trainer: "type[RewardModelTrainer] | None" = None,
 ) -> RewardModelInputs:
-    """Reads and checks everything that can be checked without weights.
+    """Read and check everything that can be checked without weights.
 
     Args:
         config: The stage's configuration.
@@ -188,7 +188,7 @@ class RewardModelTrainer(Trainer):
         self.reward = RewardModel(lm, adapter, head, record)
 
     def describe(self) -> list[str]:
-        """Steps, and what was read."""
+        """Return lines on the steps and on what was read."""
         return [*super().describe(), *self.inputs.lines]
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -226,7 +226,7 @@ class RewardModelTrainer(Trainer):
         return {f"reward_model/{name}": mean for name, mean in zip(names, means, strict=True)}
 
     def _backward(self, micro: Pairs, count: int) -> Tensor:
-        """Adds a micro-batch's part of the gradients; `count` is the pairs of the whole batch."""
+        """Add a micro-batch's part of the gradients; `count` is the pairs of the whole batch."""
         with self.reward.lm.using(self.reward.adapter):
             chosen, rejected = self.reward.raw_pair_scores(micro)
             losses = pairwise_loss(chosen, rejected, micro.margin, self.config.centering_coeff)
@@ -263,7 +263,7 @@ class RewardModelTrainer(Trainer):
         return result.metrics("eval/")
 
     def normalize(self) -> None:
-        """Makes the mean score of reference responses 0 (and the standard deviation 1)."""
+        """Make the mean score of reference responses 0 (and the standard deviation 1)."""
         if self.config.normalization == "none":
             return
         self.reward.normalize(0.0, 1.0)  # the constants are of raw scores, the second time too
@@ -273,7 +273,7 @@ class RewardModelTrainer(Trainer):
         self.reward.normalize(float(scores.mean()), spread if scales else 1.0)
 
     def export(self) -> dict[str, float]:
-        """Normalizes and writes the reward model."""
+        """Normalize and write the reward model."""
         self.normalize()
         reward, folder = self.reward, self.output_path
         reward.save(folder)
@@ -326,7 +326,7 @@ class RewardModelTrainer(Trainer):
 def make_record(
     config: RewardModelConfig, lm: LanguageModel, renderer: PromptRenderer
 ) -> RewardRecord:
-    """What `reward_model.json` says before the normalization is known."""
+    """Return what `reward_model.json` says before the normalization is known."""
     try:
         installed = version("rlhf-ppo")
     except PackageNotFoundError:

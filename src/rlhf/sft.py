@@ -70,11 +70,11 @@ class Demonstrations:
         return self.prompts.lengths + self.responses.lengths
 
     def select_rows(self, rows: Sequence[int]) -> "Demonstrations":
-        """The given rows, trimmed to the longest of them."""
+        """Return the given rows, trimmed to the longest of them."""
         return Demonstrations(self.prompts.select_rows(rows), self.responses.select_rows(rows))
 
     def to(self, device: torch.device | str) -> "Demonstrations":
-        """The same rows on another device."""
+        """Return the same rows on another device."""
         return Demonstrations(self.prompts.to(device), self.responses.to(device))
 
 
@@ -115,7 +115,7 @@ def read_sft_inputs(
     tokenizer: PreTrainedTokenizerBase | None = None,
     trainer: "type[SFTTrainer] | None" = None,
 ) -> SFTInputs:
-    """Reads and checks everything that can be checked without weights.
+    """Read and check everything that can be checked without weights.
 
     Args:
         config: The stage's configuration.
@@ -193,11 +193,11 @@ class SFTTrainer(Trainer):
         )
 
     def describe(self) -> list[str]:
-        """Steps, and what was read."""
+        """Return lines on the steps and on what was read."""
         return [*super().describe(), *self.inputs.lines]
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """The adapter, or all weights."""
+        """Return the adapter, or all weights."""
         named = self.lm.named_trainable(self.adapter)
         rate, norm = self.config.effective_learning_rate, self.config.max_grad_norm
         return [ParameterGroup("policy", named, rate, norm)]
@@ -212,7 +212,7 @@ class SFTTrainer(Trainer):
         return {"sft/loss": loss, **norms}
 
     def next_batch(self) -> Demonstrations:
-        """The rows of this step; where a row has several references, another one each epoch."""
+        """Return the rows of this step; of several references, another one each epoch."""
         size, rows = self.config.batch_size, self.num_rows
         numbers = rows_for_step(rows, size, self.step_index, self.config.seed)
         chosen, responses = [], []
@@ -292,7 +292,7 @@ class SFTTrainer(Trainer):
         )
 
     def export(self) -> dict[str, float]:
-        """Writes adapter/ and merged/, and says what merging cost."""
+        """Write adapter/ and merged/, and return what merging cost."""
         folder, rows = self.output_path, self.inputs.held_out or self.inputs.train
         some = rows[: self.config.effective_micro_batch_size]
         probe = self.tokenize(some, [row.references[0] for row in some])

@@ -140,7 +140,7 @@ class VertexConfig(Schema):
     @field_validator("labels", mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        """A flag can only bring text."""
+        """Turn the text that a flag gives into a value."""
         try:
             labels = parse_json(value) if isinstance(value, str) else value
         except (ValueError, RecursionError):
@@ -197,7 +197,7 @@ class VertexConfig(Schema):
         return []
 
     def _region_problems(self) -> list[str]:
-        """A key and a TensorBoard serve only jobs of their own region."""
+        """Check that a key and a TensorBoard are in the region of the jobs."""
         problems = []
         gpus = self.tuning_location or self.location
         key = _place("encryption_spec_key_name", self.encryption_spec_key_name)

@@ -56,7 +56,7 @@ class Models:
 def load_models(
     config: InferenceConfig, source: PolicySource, generator: Generator | None = None
 ) -> Models:
-    """Loads the policy, its base and the reward model, as few models as there can be.
+    """Load the policy, its base and the reward model as few models as possible.
 
     Args:
         config: With `base_model` filled in.
