@@ -233,9 +233,7 @@ class _Remote:
                 return version  # made by a request whose response was lost
             alive = None if holder is None else holder.lives()
             if alive and holder is not None and holder.is_this_process():
-                alive = (
-                    holder.token in _OURS
-                )  # otherwise left behind when the store was unreachable
+                alive = holder.token in _OURS  # else left behind when the store was away
             if alive or (seen and version != seen):
                 raise _refusal(self._folder, holder)
             if not seen:
