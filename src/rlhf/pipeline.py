@@ -1,7 +1,7 @@
-"""All stages, one after the other: demonstrations, preferences and prompts in, a tuned model out.
+"""All stages in order: demonstrations, preferences and prompts in, a tuned model out.
 
-Nothing but order and folders: each stage reads what the earlier ones left on disk, so a run that
-was stopped goes on where it was, stage by stage.
+This is only about order and folders: each stage reads what the earlier ones left on disk, so an
+interrupted run resumes stage by stage.
 """
 
 import gc
@@ -31,11 +31,11 @@ def run_pipeline(config: PipelineConfig) -> RunResult:
     Writes a folder per stage, `config.yaml` and `metrics.json`. Every file of every stage is
     checked before the first model is loaded. Without `eval_dataset` a share of the preference
     rows is held out by prompt: it evaluates the reward model and goes to inference, and neither
-    reward model nor PPO train on it. Finished stages are not run again.
+    the reward model nor PPO trains on it. Finished stages do not run again.
 
     Raises:
-        InputError: Anything wrong with files, configuration or checkpoints.
-        StoppedBySignal: After SIGTERM or SIGINT, with everything so far saved.
+        InputError: If anything is wrong with files, configuration or checkpoints.
+        StoppedBySignal: After SIGTERM or SIGINT, once everything so far is saved.
     """
     # Without `eval_dataset` the lines of the preference rows are written again, in two parts.
     with read_once(keep_lines=config.eval_dataset is None and not config.dry_run):
@@ -71,7 +71,7 @@ def run_stages(config: PipelineConfig, start: float) -> RunResult:
         say(f"pipeline: stage {number} of {len(config.stages())}: {stage}")
         metrics[stage] = dict(call(STAGES[stage].run, config.stage_config(stage)).metrics)
         free_memory()
-    if finished and earlier is not None:  # nothing was done, so nothing is to be written
+    if finished and earlier is not None:  # nothing was done, so there is nothing to write
         return RunResult(config.output_dir, earlier)
     metrics["seconds"] = time.monotonic() - start
     write_text(output.path / RESULT_FILE, to_json(metrics))
@@ -91,7 +91,7 @@ def check_inputs(config: PipelineConfig) -> list[str]:
     """Read every file of every stage and check the limits, without loading weights.
 
     Returns:
-        What reading came upon, for people.
+        What to report about the files that were read.
 
     Raises:
         InputError: All problems of all stages, rows first, then limits.
@@ -142,7 +142,7 @@ def on_the_given_base(config: PipelineConfig, stage: str) -> Any:
 def hold_out_rows(config: PipelineConfig) -> PipelineConfig:
     """Split the preference rows into OUT/data if there is no `eval_dataset`.
 
-    Reads nothing inside the `read_once(keep_lines=True)` of a run.
+    Inside the `read_once(keep_lines=True)` of a run no file is read again.
 
     Returns:
         The configuration that reads the two files, or the given one.
@@ -183,7 +183,7 @@ def _finished(folder: str) -> bool:
 
 
 def _dry_run(config: PipelineConfig, lines: list[str]) -> None:
-    """Do every stage's own dry run; say of the others what they read and where they write."""
+    """Do each stage's own dry run; for the others, report what they read and where they write."""
     rest: list[str] = []
     for stage in config.stages():
         record = STAGES[stage]

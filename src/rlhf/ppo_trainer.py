@@ -50,9 +50,9 @@ from rlhf.training.inputs import StageInputs
 from rlhf.training.running import run_training
 from rlhf.training.trainer import Callback, ParameterGroup, Trainer
 
-# A minibatch whose mean probability ratio is beyond this has left the region PPO is about.
+# A minibatch whose mean probability ratio exceeds this has left the trust region of PPO.
 RATIO_LIMIT = 10.0
-# Entries of `objectives.KL`: what rewards are charged with, and what is logged beside it.
+# Entries of `objectives.KL`: charged in the rewards, and logged as well.
 CHARGED_KL, LOGGED_KL = "k1", "k3"
 EVALUATION_ROWS = 256
 SAMPLES_PER_STEP = 4
@@ -79,7 +79,7 @@ def train_ppo(
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RunResult:
-    """Tunes a policy against a reward model, or against any function of texts.
+    """Tune a policy against a reward model, or against any function of texts.
 
     Args:
         config: The stage's configuration.
@@ -107,7 +107,7 @@ def train_ppo(
 
 
 def dry_run_in_pipeline(config: PPOConfig) -> RunResult:
-    """Say what `train_ppo` would do, also where the reward model is not trained yet.
+    """Report what `train_ppo` would do, even if the reward model is not trained yet.
 
     Raises:
         InputError: Bad data, configuration or checkpoints.
@@ -135,11 +135,11 @@ def read_ppo_inputs(
         reward_fn: A function of texts instead of `config.reward_model_path`.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        trainer: What will train; `PPOTrainer` unless it is a class made from it.
-        reward_model_exists: Whether `config.reward_model_path` is to be checked.
+        trainer: What will train; `PPOTrainer` unless it is a subclass.
+        reward_model_exists: Whether to check `config.reward_model_path`.
 
     Raises:
-        InputError: All that is wrong, rows first, then limits.
+        InputError: Everything that is wrong, rows first, then limits.
     """
     if (reward_fn is None) == (config.reward_model_path is None):
         raise InputError("reward_model_path: give it or a reward_fn, one of the two")
@@ -161,10 +161,10 @@ def read_ppo_inputs(
 
 
 def check_estimator(config: PPOConfig) -> None:
-    """Look for what the configuration names.
+    """Check that the advantage estimator that the configuration names exists.
 
     Raises:
-        InputError: There is no such advantage estimator.
+        InputError: If it does not.
     """
     objectives.find_estimator(config.advantage)
 
@@ -178,14 +178,14 @@ def other_base(config: PPOConfig) -> str | None:
 
 
 class PPOTrainer(Trainer):
-    """PPO, one rollout of `batch_size` responses with all its epochs per step.
+    """Trainer of PPO: each step is one rollout of `batch_size` responses with all its epochs.
 
     Args:
         config: The stage's configuration.
         reward_fn: A function of texts instead of `config.reward_model_path`.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        inputs: What `read_ppo_inputs` returned; read anew if not given.
+        inputs: What `read_ppo_inputs` returned; read here if not given.
         callbacks: Called after every step.
         generator: What decodes the rollouts; our own engine by default.
     """
@@ -242,7 +242,7 @@ class PPOTrainer(Trainer):
         )
 
     def describe(self) -> list[str]:
-        """Return lines on the steps and on what was read."""
+        """Return lines about the steps and the data."""
         return [*super().describe(), *self.lines]
 
     def make_step(self) -> dict[str, float]:
@@ -274,7 +274,7 @@ class PPOTrainer(Trainer):
 
         Args:
             rows: Prompts.
-            evaluation: Draw the numbers of evaluations, always the same, not the step's.
+            evaluation: Use the random numbers of evaluations, always the same, not the step's.
 
         Raises:
             NumericalError: If the policy's logits were NaN or infinite.
@@ -306,7 +306,7 @@ class PPOTrainer(Trainer):
         )
 
     def score(self, rollout: Rollout) -> Tensor:
-        """(B,) fp32 scores of the scorer, with what a missing EOS costs."""
+        """Return (B,) fp32 scores, with what a missing EOS costs."""
         stop_point()
         texts = (rollout.prompt_texts, rollout.texts, self.config.effective_micro_batch_size)
         finished = rollout.finished.tolist()
@@ -398,7 +398,7 @@ class PPOTrainer(Trainer):
         return evaluation_metrics(rollout, stats, self.config.kl_coeff)
 
     def _warn_of_deviations(self, metrics: Mapping[str, float]) -> None:
-        """Say once each where the update does not see the policy that sampled."""
+        """Warn, once each, if the update does not see the policy that sampled."""
         exact = self.policy.lm.dtype == torch.float32
         for name, warning in deviation_warnings(metrics, exact=exact).items():
             if self.is_main and name not in self._warned:

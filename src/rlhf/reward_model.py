@@ -48,15 +48,15 @@ SAMPLES_PER_EVALUATION = 4
 
 @dataclass(frozen=True)
 class RewardModelInputs:
-    """Validated data of a run, read before any weights.
+    """Validated data of a run, read before any weights are loaded.
 
     Attributes:
         tokenizer: Of the base.
-        renderer: Makes prompts' texts.
+        renderer: Renders the prompts.
         train: Pairs to learn from.
-        held_out: Pairs to evaluate on; may be empty where there is a single prompt.
+        held_out: Pairs to evaluate on; may be empty if there is a single prompt.
         demonstrations: Reference responses for the normalization, if given.
-        lines: What reading came upon, for people.
+        lines: What to report about the data that was read.
         run: The output folder.
     """
 
@@ -76,7 +76,7 @@ def train_reward_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RunResult:
-    """Trains a reward model and writes it to `config.output_dir`.
+    """Train a reward model and write it to `config.output_dir`.
 
     The folder gets adapter/ (merged/ where all weights are trained), head.safetensors, tokenizer
     and reward_model.json; LLaMA also sequence_classifier/ for plain transformers, raw scores.
@@ -113,10 +113,10 @@ def read_reward_model_inputs(
         config: The stage's configuration.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        trainer: What will train; `RewardModelTrainer` unless it is a class made from it.
+        trainer: What will train; `RewardModelTrainer` unless it is a subclass.
 
     Raises:
-        InputError: All that is wrong, rows first, then limits.
+        InputError: Everything that is wrong, rows first, then limits.
     """
     inputs = StageInputs(config, model, tokenizer)
     pairs = inputs.read("preference_dataset")
@@ -134,17 +134,17 @@ def read_reward_model_inputs(
 
 
 class RewardModelTrainer(Trainer):
-    """Learns to score the preferred response of a pair above the other one.
+    """Trainer that learns to score the preferred response of a pair above the other.
 
     Args:
         config: The stage's configuration.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        inputs: What `read_reward_model_inputs` returned; read anew if not given.
+        inputs: What `read_reward_model_inputs` returned; read here if not given.
         callbacks: Called after every step.
 
     Attributes:
-        reward: The reward model; its scores are raw until `export` has normalized them.
+        reward: The reward model, whose scores are raw until `export` has normalized them.
     """
 
     stage: ClassVar[str] = "reward_model"
@@ -188,11 +188,11 @@ class RewardModelTrainer(Trainer):
         self.reward = RewardModel(lm, adapter, head, record)
 
     def describe(self) -> list[str]:
-        """Return lines on the steps and on what was read."""
+        """Return lines about the steps and the data."""
         return [*super().describe(), *self.inputs.lines]
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Adapter (or all weights) and head, clipped together."""
+        """Return adapter (or all weights) and head, clipped together."""
         lm, head = self.reward.lm, self.reward.head
         named = [*lm.named_trainable(self.reward.adapter)]
         named += [(f"head.{name}", parameter) for name, parameter in head.named_parameters()]
@@ -200,7 +200,7 @@ class RewardModelTrainer(Trainer):
         return [ParameterGroup("reward_model", named, rate, norm)]
 
     def make_step(self) -> dict[str, float]:
-        """One optimizer step on `batch_size` pairs."""
+        """Make one optimizer step on `batch_size` pairs."""
         size, seed = self.config.batch_size, self.config.seed
         rows = rows_for_step(self.num_rows, size, self.step_index, seed)
         pairs = Pairs.from_rows([self.inputs.train[row] for row in rows], self.reward.codec)
@@ -211,7 +211,7 @@ class RewardModelTrainer(Trainer):
         return metrics
 
     def accumulate_gradients(self, pairs: Pairs) -> dict[str, float]:
-        """Gradients of the mean loss over the pairs, micro-batch by micro-batch.
+        """Add gradients of the mean loss over the pairs, by micro-batches.
 
         Returns:
             Mean loss, accuracy, margin and score of the pairs.
@@ -237,7 +237,7 @@ class RewardModelTrainer(Trainer):
         return torch.stack([losses.detach(), correct, difference, level]).sum(1)
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy, log loss and calibration of the raw scores on held-out pairs."""
+        """Return accuracy, log loss and calibration of the raw scores on held-out pairs."""
         held_out = self.inputs.held_out
         if not held_out:
             return {}
@@ -266,7 +266,7 @@ class RewardModelTrainer(Trainer):
         """Make the mean score of reference responses 0 (and the standard deviation 1)."""
         if self.config.normalization == "none":
             return
-        self.reward.normalize(0.0, 1.0)  # the constants are of raw scores, the second time too
+        self.reward.normalize(0.0, 1.0)  # the constants apply to raw scores, also if called again
         scores = self._reference_scores().double()
         spread = float(scores.std(correction=0))
         scales = self.config.normalization == "mean_std" and spread > 0
@@ -279,7 +279,7 @@ class RewardModelTrainer(Trainer):
         reward.save(folder)
         classifier = folder / "sequence_classifier"
         if save_sequence_classifier(reward.lm, reward.adapter, reward.head, classifier):
-            # Its scores are raw; with its limits it reads what the reward model reads.
+            # Its scores are raw; the record gives it the reward model's own limits.
             replace(reward.record, shift=0.0, scale=1.0).write(classifier)
         metrics = {
             "reward_model/shift": reward.record.shift,
@@ -290,7 +290,7 @@ class RewardModelTrainer(Trainer):
         return metrics
 
     def _reference_scores(self) -> Tensor:
-        """(N,) raw scores of demonstrations, or of both candidates of training pairs."""
+        """Return (N,) raw scores of demonstrations, or of both candidates of training pairs."""
         data: Sequence[Any] = self.inputs.demonstrations or self.inputs.train
         chosen = sorted(
             permutation(len(data), "normalization", self.config.seed)[:NORMALIZATION_ROWS]

@@ -27,7 +27,7 @@ from rlhf.training.running import run_training
 from rlhf.training.trainer import Callback, ParameterGroup, Trainer
 
 ADAPTER = "sft"
-# With ten evaluations a run, more would cost more than the training of a small data set.
+# With ten evaluations per run, more rows would cost more than training on a small data set.
 EVALUATION_ROWS = 256
 SAMPLES_PER_EVALUATION = 4
 CARD_METRICS = ("steps", "sft/loss", "eval/loss", "eval/perplexity")
@@ -35,13 +35,13 @@ CARD_METRICS = ("steps", "sft/loss", "eval/loss", "eval/perplexity")
 
 @dataclass(frozen=True)
 class SFTInputs:
-    """Validated data of a run, read before any weights.
+    """Validated data of a run, read before any weights are loaded.
 
     Attributes:
         tokenizer: Of the base.
         train: Demonstrations to learn from.
         held_out: Demonstrations to evaluate on, if given.
-        lines: What reading came upon, for people.
+        lines: What to report about the data that was read.
         run: The output folder.
     """
 
@@ -85,7 +85,7 @@ def train_sft(
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RunResult:
-    """Fine-tunes a model on demonstrations and writes it to `config.output_dir`.
+    """Fine-tune a model on demonstrations and write it to `config.output_dir`.
 
     The folder gets merged/, the whole model for plain transformers, and with LoRA adapter/.
 
@@ -121,10 +121,10 @@ def read_sft_inputs(
         config: The stage's configuration.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        trainer: What will train; `SFTTrainer` unless it is a class made from it.
+        trainer: What will train; `SFTTrainer` unless it is a subclass.
 
     Raises:
-        InputError: All that is wrong, rows first, then limits.
+        InputError: Everything that is wrong, rows first, then limits.
     """
     inputs = StageInputs(config, model, tokenizer)
     train = inputs.read("dataset")
@@ -135,13 +135,13 @@ def read_sft_inputs(
 
 
 class SFTTrainer(Trainer):
-    """Learns to give the demonstrated responses.
+    """Trainer that learns to give the demonstrated responses.
 
     Args:
         config: The stage's configuration.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        inputs: What `read_sft_inputs` returned; read anew if not given.
+        inputs: What `read_sft_inputs` returned; read here if not given.
         callbacks: Called after every step.
         generator: What decodes the samples; our own engine by default.
 
@@ -193,7 +193,7 @@ class SFTTrainer(Trainer):
         )
 
     def describe(self) -> list[str]:
-        """Return lines on the steps and on what was read."""
+        """Return lines about the steps and the data."""
         return [*super().describe(), *self.inputs.lines]
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -203,7 +203,7 @@ class SFTTrainer(Trainer):
         return [ParameterGroup("policy", named, rate, norm)]
 
     def make_step(self) -> dict[str, float]:
-        """One optimizer step on `batch_size` demonstrations."""
+        """Make one optimizer step on `batch_size` demonstrations."""
         batch = self.next_batch()
         with self.phase("update"):
             loss = self.accumulate_gradients(batch)
@@ -212,7 +212,7 @@ class SFTTrainer(Trainer):
         return {"sft/loss": loss, **norms}
 
     def next_batch(self) -> Demonstrations:
-        """Return the rows of this step; of several references, another one each epoch."""
+        """Return the rows of this step; each epoch uses another of several references."""
         size, rows = self.config.batch_size, self.num_rows
         numbers = rows_for_step(rows, size, self.step_index, self.config.seed)
         chosen, responses = [], []
@@ -223,7 +223,7 @@ class SFTTrainer(Trainer):
         return self.tokenize(chosen, responses)
 
     def tokenize(self, rows: Sequence[PromptRow], responses: Sequence[str]) -> Demonstrations:
-        """Texts to ids, on the model's device."""
+        """Convert texts to ids, on the model's device."""
         batch = Demonstrations(
             self.codec.prompts([row.prompt for row in rows]),
             self.codec.responses(responses),
@@ -231,7 +231,7 @@ class SFTTrainer(Trainer):
         return batch.to(self.lm.device)
 
     def accumulate_gradients(self, batch: Demonstrations) -> float:
-        """Gradients of the mean over the batch's response tokens, micro-batch by micro-batch.
+        """Add gradients of the mean over the batch's response tokens, by micro-batches.
 
         Returns:
             Mean negative log-likelihood per response token, nats.
@@ -247,12 +247,12 @@ class SFTTrainer(Trainer):
         return self.reduce(total).item() / count
 
     def negative_log_likelihood(self, batch: Demonstrations) -> Tensor:
-        """Sum over all response tokens, EOS included, nats."""
+        """Return the sum over all response tokens, EOS included, in nats."""
         states = self.lm.response_states(batch.prompts, batch.responses)
         return -self.lm.token_logprobs(states, batch.responses).logprobs.sum()
 
     def evaluate(self) -> dict[str, float]:
-        """Loss and perplexity on the first held-out rows; a few greedy samples in any case."""
+        """Return loss and perplexity on the first held-out rows; log a few greedy samples."""
         with self.lm.inference(), self.lm.using(self.adapter):
             held_out = self.inputs.held_out
             rows = held_out if held_out is not None else self.inputs.train

@@ -74,7 +74,7 @@ def load_config(
 def config_to_yaml(config: Schema) -> str:
     """Write a configuration as YAML, the defaults that depend on others as numbers.
 
-    Addresses stand in it without their passwords and tokens: it is copied and published.
+    Addresses lose their passwords and tokens, because the file is copied and published.
     """
     return to_yaml(_without_secrets(config.resolved()))
 

@@ -95,7 +95,7 @@ class PipelineConfig(TrainingConfig):
         return cls.model_validate(data | {"output_dir": self.stage_dir(stage)})
 
     def resolved(self) -> dict[str, Any]:
-        """Return plain data; defaults that depend on a stage stand in the stage's own folder."""
+        """Return plain data; defaults that depend on a stage are in the stage's own folder."""
         return self.model_dump(mode="json")
 
 

@@ -212,7 +212,7 @@ def restore_best(output_path: Path, checkpoint: Checkpoint) -> bool:
     if expected is None or (found is not None and found.step >= expected["step"]):
         return True
     if expected["step"] != checkpoint.step:
-        logger.warning("%s is lost: training starts anew to find it again", output_path / BEST)
+        logger.warning("%s is lost: training starts over to find it again", output_path / BEST)
         return False
     save_best(output_path, checkpoint.model, Best(**expected))
     return True
