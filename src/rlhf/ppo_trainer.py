@@ -1,7 +1,6 @@
 """KL-penalized proximal policy optimization (Schulman et al. 2017; Ziegler et al. 2019)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,21 +12,12 @@ from rlhf.config import PPOConfig
 from rlhf.console import say, show
 from rlhf.data.batching import chunks, micro_batches, permutation, rows_for_step
 from rlhf.data.prompt_codec import PromptCodec
-from rlhf.data.prompts import PromptRenderer
-from rlhf.data.reading import PromptData
 from rlhf.data.schema import PromptRow
-from rlhf.errors import InputError
-from rlhf.files.local_copy import recorded_base
-from rlhf.files.run_folder import Run
 from rlhf.files.storage import exists
-from rlhf.models.content import weights_fingerprint
 from rlhf.models.generation import Generator, TorchGenerator, rollout_uniforms
 from rlhf.models.reward_model import (
     RewardModel,
-    check_reward_model,
-    limit_lines,
 )
-from rlhf.models.reward_record import read_record
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.models.scorers import RewardFunction
 from rlhf.ppo.deviations import deviation_warnings
@@ -40,13 +30,13 @@ from rlhf.ppo.experience import (
     rollout_metrics,
     rollout_samples,
 )
+from rlhf.ppo.inputs import PPOInputs, other_base, read_ppo_inputs
 from rlhf.ppo.roles import load_bases, make_critic, make_policy, make_reference, make_scorer
 from rlhf.ppo.update import Minibatch, UpdateLog, add_gradients
 from rlhf.reports.dry_run import dry_run_report
 from rlhf.reports.model_card import write_card
 from rlhf.signals import stop_point
 from rlhf.stages import RunResult
-from rlhf.training.inputs import StageInputs
 from rlhf.training.running import run_training
 from rlhf.training.trainer import Callback, ParameterGroup, Trainer
 
@@ -57,18 +47,6 @@ CHARGED_KL, LOGGED_KL = "k1", "k3"
 EVALUATION_ROWS = 256
 SAMPLES_PER_STEP = 4
 CARD_METRICS = ("ppo/score", "ppo/kl", "ppo/response_length", "eval/")
-
-
-@dataclass(frozen=True)
-class PPOInputs:
-    """Validated data of a run, read before any model is loaded."""
-
-    tokenizer: PreTrainedTokenizerBase
-    renderer: PromptRenderer
-    prompts: PromptData
-    eval_prompts: PromptData | None
-    lines: Sequence[str]
-    run: Run
 
 
 def train_ppo(
@@ -93,7 +71,9 @@ def train_ppo(
         InputError: Bad data, configuration or checkpoints.
         StoppedBySignal: After saving, when SIGTERM or SIGINT came.
     """
-    inputs = read_ppo_inputs(config, reward_fn, model, tokenizer)
+    inputs = read_ppo_inputs(
+        config, PPOTrainer, reward_fn=reward_fn, model=model, tokenizer=tokenizer
+    )
     return run_training(
         inputs.run,
         config,
@@ -114,67 +94,9 @@ def dry_run_in_pipeline(config: PPOConfig) -> RunResult:
     """
     if config.reward_model_path is None or exists(config.reward_model_path):
         return train_ppo(config)
-    inputs = read_ppo_inputs(config, reward_model_exists=False)
+    inputs = read_ppo_inputs(config, PPOTrainer, reward_model_exists=False)
     show(dry_run_report("ppo", config, len(inputs.prompts), inputs.lines))
     return RunResult(config.output_dir, {})
-
-
-def read_ppo_inputs(
-    config: PPOConfig,
-    reward_fn: RewardFunction | None = None,
-    model: Any = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    trainer: "type[PPOTrainer] | None" = None,
-    *,
-    reward_model_exists: bool = True,
-) -> PPOInputs:
-    """Read and check everything that can be checked without weights.
-
-    Args:
-        config: The stage's configuration.
-        reward_fn: A function of texts instead of `config.reward_model_path`.
-        model: A transformers model instead of `config.base_model`.
-        tokenizer: Its tokenizer.
-        trainer: What will train; `PPOTrainer` unless it is a subclass.
-        reward_model_exists: Whether to check `config.reward_model_path`.
-
-    Raises:
-        InputError: Everything that is wrong, rows first, then limits.
-    """
-    if (reward_fn is None) == (config.reward_model_path is None):
-        raise InputError("reward_model_path: give it or a reward_fn, one of the two")
-    check_estimator(config)
-    inputs = StageInputs(config, model, tokenizer)
-    prompts = inputs.read("prompt_dataset")
-    eval_prompts = inputs.read("eval_dataset")
-    scorer = weights_fingerprint(config.reward_model_path) if config.reward_model_path else ""
-    run = inputs.finish(
-        reward_model_path=scorer, optimizer=(trainer or PPOTrainer).optimizer_settings()
-    )
-    assert prompts is not None
-    if config.reward_model_path and reward_model_exists:
-        check_reward_model(
-            config.reward_model_path, inputs.renderer, prompts.report.conversations > 0
-        )
-        inputs.lines += limit_lines(config.reward_model_path, config)
-    return PPOInputs(inputs.tokenizer, inputs.renderer, prompts, eval_prompts, inputs.lines, run)
-
-
-def check_estimator(config: PPOConfig) -> None:
-    """Check that the advantage estimator that the configuration names exists.
-
-    Raises:
-        InputError: If it does not.
-    """
-    objectives.find_estimator(config.advantage)
-
-
-def other_base(config: PPOConfig) -> str | None:
-    """Return the reward model's base if it is not the policy's; needs no weights."""
-    record = read_record(config.reward_model_path) if config.reward_model_path else None
-    if record is None or record.base_model == config.base_model:
-        return None
-    return recorded_base(record.base_model, f"reward_model_path: {config.reward_model_path}")
 
 
 class PPOTrainer(Trainer):
@@ -210,7 +132,9 @@ class PPOTrainer(Trainer):
         callbacks: Sequence[Callback] = (),
         generator: Generator | None = None,
     ) -> None:
-        inputs = inputs or read_ppo_inputs(config, reward_fn, model, tokenizer, type(self))
+        inputs = inputs or read_ppo_inputs(
+            config, type(self), reward_fn=reward_fn, model=model, tokenizer=tokenizer
+        )
         super().__init__(config, num_rows=len(inputs.prompts), run=inputs.run, callbacks=callbacks)
         self.generator = generator or TorchGenerator(config.effective_rollout_batch_size)
         self.lines = inputs.lines

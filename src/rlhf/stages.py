@@ -146,7 +146,7 @@ STAGES: dict[str, Stage] = {
             help="Tune a policy with PPO against a reward model.",
             run="rlhf:train_ppo",
             dry_run="rlhf.ppo_trainer:dry_run_in_pipeline",
-            check="rlhf.ppo_trainer:check_estimator",
+            check="rlhf.ppo.inputs:check_estimator",
             reads=(Reads("prompt_dataset", "prompt"), Reads("eval_dataset", "prompt")),
             card=Card(
                 "Policy trained by PPO against a reward model",
