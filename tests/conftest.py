@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from support.cases import Case, make_case
 from support.object_store import ObjectStore, running_store
 from support.tiny import make_tokenizer
 from support.tiny import tiny_model as make_model
@@ -121,6 +122,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def tiny_checkpoint(arch: str, checkpoints: dict[str, Path]) -> Path:
     """A folder that plain transformers can load; do not write into it."""
     return checkpoints[arch]
+
+
+@pytest.fixture(scope="module")
+def cases(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Case]:
+    """A policy, a reward model and rows on disk, of each family; do not write into them."""
+    return {
+        arch: make_case(arch, base, tmp_path_factory.mktemp(f"case-{arch}"))
+        for arch, base in checkpoints.items()
+    }
 
 
 @pytest.fixture

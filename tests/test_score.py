@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from support.cases import Case, make_case, read
+from support.cases import Case, read
 from support.tiny import make_tokenizer
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -31,16 +31,6 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "the cat", "chosen": " sat", "rejected": " [summary"},
     {"input_text": "the cat", "prediction": ""},
 ]
-
-
-@pytest.fixture(scope="module")
-def cases(
-    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Case]:
-    return {
-        arch: make_case(arch, base, tmp_path_factory.mktemp(f"case-{arch}"))
-        for arch, base in checkpoints.items()
-    }
 
 
 @pytest.fixture

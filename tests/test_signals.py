@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.cases import Case, make_case
+from support.cases import Case
 from support.ppo import count_letters
 from support.tiny import make_tokenizer, tiny_model
 
@@ -210,14 +210,6 @@ def test_a_second_ctrl_c_ends_without_saving(tmp_path: Path, monkeypatch: Any) -
 
 
 # The command, where no stage has begun its loop or has left it
-
-
-@pytest.fixture(scope="module")
-def cases(
-    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Case]:
-    folder = tmp_path_factory.mktemp("cases")
-    return {arch: make_case(arch, base, folder / arch) for arch, base in checkpoints.items()}
 
 
 def command(name: str, case: Case, folder: Path) -> list[str]:

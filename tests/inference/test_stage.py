@@ -12,7 +12,7 @@ import fsspec
 import pytest
 import torch
 from rouge_score import rouge_scorer
-from support.cases import PROMPT_LIMIT, RESPONSE_LIMIT, ROWS, Case, load_base, make_case, read
+from support.cases import PROMPT_LIMIT, RESPONSE_LIMIT, ROWS, Case, load_base, read
 from support.tiny import make_tokenizer, tiny_model
 
 from rlhf.config import InferenceConfig
@@ -28,16 +28,6 @@ from rlhf.inference.report import samples_markdown
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.policy_folder import find_policy
 from rlhf.models.reward_model import load_reward_model
-
-
-@pytest.fixture(scope="module")
-def cases(
-    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Case]:
-    return {
-        arch: make_case(arch, base, tmp_path_factory.mktemp(f"case-{arch}"))
-        for arch, base in checkpoints.items()
-    }
 
 
 @pytest.fixture
