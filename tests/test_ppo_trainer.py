@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rlhf.data.prompts import PromptRenderer
 from rlhf.errors import InputError
 from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.families import FAMILIES
-from rlhf.models.generation import TorchGenerator
+from rlhf.models.generation import generate_in_chunks
 from rlhf.models.heads import ScalarHead
 from rlhf.models.reward_model import RewardModel
 from rlhf.models.reward_record import RewardRecord
@@ -326,7 +327,7 @@ def test_micro_batches_change_no_experience(arch: str, tmp_path: Path) -> None:
 def test_rollout_chunks_change_no_response(arch: str, tmp_path: Path) -> None:
     trainer = make_trainer(arch, tmp_path)
     whole = trainer.rollout(trainer.next_prompts())
-    trainer.generator = TorchGenerator(3)
+    trainer.generator = partial(generate_in_chunks, chunk_size=3)
     assert trainer.rollout(trainer.next_prompts()).texts == whole.texts
 
 

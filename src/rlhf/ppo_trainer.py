@@ -1,6 +1,7 @@
 """KL-penalized proximal policy optimization (Schulman et al. 2017; Ziegler et al. 2019)."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +15,7 @@ from rlhf.data.batching import chunks, micro_batches, permutation, rows_for_step
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.schema import PromptRow
 from rlhf.files.storage import exists
-from rlhf.models.generation import Generator, TorchGenerator, rollout_uniforms
+from rlhf.models.generation import Generator, generate_in_chunks, rollout_uniforms
 from rlhf.models.reward_model import (
     RewardModel,
 )
@@ -76,7 +77,6 @@ def train_ppo(
     )
     return run_training(
         inputs.run,
-        config,
         lambda: PPOTrainer(
             config, reward_fn=reward_fn, model=model, inputs=inputs, callbacks=callbacks
         ),
@@ -136,7 +136,9 @@ class PPOTrainer(Trainer):
             config, type(self), reward_fn=reward_fn, model=model, tokenizer=tokenizer
         )
         super().__init__(config, num_rows=len(inputs.prompts), run=inputs.run, callbacks=callbacks)
-        self.generator = generator or TorchGenerator(config.effective_rollout_batch_size)
+        self.generator: Generator = generator or partial(
+            generate_in_chunks, chunk_size=config.effective_rollout_batch_size
+        )
         self.lines = inputs.lines
         self._warned: set[str] = set()
         self.prompts = inputs.prompts

@@ -94,7 +94,6 @@ def train_reward_model(
     inputs = read_reward_model_inputs(config, model=model, tokenizer=tokenizer)
     return run_training(
         inputs.run,
-        config,
         lambda: RewardModelTrainer(config, model=model, inputs=inputs, callbacks=callbacks),
         report=lambda: dry_run_report("reward_model", config, len(inputs.train), inputs.lines),
     )

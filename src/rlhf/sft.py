@@ -15,7 +15,7 @@ from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.reading import PromptData
 from rlhf.data.schema import PromptRow
 from rlhf.files.run_folder import Run
-from rlhf.models.generation import Generator, TorchGenerator
+from rlhf.models.generation import Generator, generate
 from rlhf.models.loading import load_language_model
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.reports.dry_run import dry_run_report
@@ -102,7 +102,6 @@ def train_sft(
     inputs = read_sft_inputs(config, model=model, tokenizer=tokenizer)
     return run_training(
         inputs.run,
-        config,
         lambda: SFTTrainer(config, model=model, inputs=inputs, callbacks=callbacks),
         report=lambda: dry_run_report("sft", config, len(inputs.train), inputs.lines),
     )
@@ -167,7 +166,7 @@ class SFTTrainer(Trainer):
         callbacks: Sequence[Callback] = (),
         generator: Generator | None = None,
     ) -> None:
-        self.generator = generator or TorchGenerator()
+        self.generator = generator or generate
         self.inputs = inputs or read_sft_inputs(
             config, model=model, tokenizer=tokenizer, trainer=type(self)
         )

@@ -18,7 +18,7 @@ from rlhf.data.schema import PromptRow
 from rlhf.errors import InputError
 from rlhf.inference.predictions import FinishReason, Prediction
 from rlhf.models.content import tokenizer_fingerprint
-from rlhf.models.generation import Generation, Generator, TorchGenerator, rollout_uniforms
+from rlhf.models.generation import Generation, Generator, generate, rollout_uniforms
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
 from rlhf.models.policy_folder import PolicySource
@@ -89,7 +89,7 @@ def load_models(
         config.target_sequence_length,
         truncation_side=config.truncation_side,
     )
-    return Models(tuned, adapter, base, codec, scorer, generator or TorchGenerator())
+    return Models(tuned, adapter, base, codec, scorer, generator or generate)
 
 
 def _check_same_language(tuned: LanguageModel, base: LanguageModel) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from rlhf.config import InferenceConfig
 from rlhf.console import say, show
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.reading import PreferenceData, PromptData, load_preferences, load_prompts, read_once
+from rlhf.data.reading import PreferenceData, PromptData, read_once
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.evaluation import evaluate_preferences
 from rlhf.files.disk import rename
@@ -29,7 +29,8 @@ from rlhf.models.policy_folder import PolicySource, find_policy
 from rlhf.models.reward_model import check_reward_model, limit_lines
 from rlhf.reports.dry_run import dry_run_report
 from rlhf.signals import SignalGuard, StopRequested, stop_point
-from rlhf.stages import RunResult
+from rlhf.stages import STAGES, RunResult
+from rlhf.training.inputs import read_data
 from rlhf.training.tracking import ProgressLine, Trackers
 
 STAGE = "inference"
@@ -162,16 +163,14 @@ def _read_inputs(config: InferenceConfig, source: PolicySource) -> _Inputs:
         else load_tokenizer(config.base_model, config.revision)
     )
     renderer = PromptRenderer.for_tokenizer(tokenizer, config.instruction)
-    rows: dict[str, Any] = {"renderer": renderer, "on_bad_rows": config.on_bad_rows}
     problems: list[str] = []
     prompts = preferences = None
     try:
         with read_once():
-            prompts = load_prompts(config.eval_dataset, name="eval_dataset", **rows)
+            every_row, with_candidates = STAGES[STAGE].reads
+            prompts = read_data(every_row, config, renderer)
             if config.reward_model_path is not None:
-                preferences = load_preferences(
-                    config.eval_dataset, name="eval_dataset", candidates_optional=True, **rows
-                )
+                preferences = read_data(with_candidates, config, renderer)
     except InputError as error:
         problems += error.problems
     problems += check_limits(

@@ -6,7 +6,6 @@ depend on batch composition, chunks or the number of processes.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -58,7 +57,10 @@ class Generator(Protocol):
         uniforms: Tensor | None = None,
         min_response_length: int = 0,
     ) -> Generation:
-        """Return one response per prompt, in the order of the prompts; see `generate`."""
+        """Return one response per prompt, in the order of the prompts.
+
+        `generate`, and `generate_in_chunks` with its chunk size, are our own engine.
+        """
         ...
 
 
@@ -230,38 +232,3 @@ def generate_in_chunks(
     )
     back = back.to(finished.device)
     return Generation(responses, finished[back], logprobs[back])
-
-
-@dataclass(frozen=True)
-class TorchGenerator:
-    """The engine of this module; see `Generator`.
-
-    Attributes:
-        chunk_size: Most prompts to decode at once, so that the KV cache fits; None decodes all of
-            them together, in the given order.
-    """
-
-    chunk_size: int | None = None
-
-    def __call__(
-        self,
-        lm: LanguageModel,
-        prompts: TokenBatch,
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        uniforms: Tensor | None = None,
-        min_response_length: int = 0,
-    ) -> Generation:
-        """Return one response per prompt, in the order of the prompts; see `generate`."""
-        decode = generate
-        if self.chunk_size is not None:
-            decode = partial(generate_in_chunks, chunk_size=self.chunk_size)
-        return decode(
-            lm,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            uniforms=uniforms,
-            min_response_length=min_response_length,
-        )

@@ -31,9 +31,7 @@ _LOADERS: dict[RowKind, Callable[..., PromptData | PreferenceData]] = {
 }
 
 
-def read_data(
-    reads: Reads, config: StageConfig, renderer: PromptRenderer
-) -> PromptData | PreferenceData | None:
+def read_data(reads: Reads, config: StageConfig, renderer: PromptRenderer) -> Any:
     """Read one of a stage's files as its stage record says.
 
     Args:
@@ -42,7 +40,7 @@ def read_data(
         renderer: Renders the prompts' text.
 
     Returns:
-        The data; None if the field is not set.
+        `PromptData` or `PreferenceData`; None if the field is not set.
 
     Raises:
         InputError: Bad files or rows.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from rlhf.config import TrainingConfig
 from rlhf.console import say, show
 from rlhf.files.run_folder import Run, Status
 from rlhf.stages import RunResult
@@ -11,7 +10,6 @@ from rlhf.training.trainer import Trainer
 
 def run_training(
     run: Run,
-    config: TrainingConfig,
     make_trainer: Callable[[], Trainer],
     *,
     report: Callable[[], str],
@@ -20,7 +18,6 @@ def run_training(
 
     Args:
         run: The output folder, which is held as long as the trainer exists.
-        config: The stage's configuration.
         make_trainer: Loads the models and returns the trainer.
         report: Returns what a dry run prints.
 
@@ -28,6 +25,7 @@ def run_training(
         InputError: Another process is writing to the folder, or a checkpoint is bad.
         StoppedBySignal: After saving, when SIGTERM or SIGINT came.
     """
+    config = run.config
     if config.dry_run:
         show(report())
         return RunResult(config.output_dir, {})

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -25,7 +26,7 @@ from rlhf.console import say
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.schema import PromptText
 from rlhf.errors import InputError, StoppedBySignal
-from rlhf.models.generation import Generator, TorchGenerator, rollout_uniforms
+from rlhf.models.generation import Generator, generate_in_chunks, rollout_uniforms
 from rlhf.models.loading import check_limits, load_language_model, read_model_config
 from rlhf.process import exit_code, quiet_third_parties
 
@@ -64,7 +65,7 @@ class Predictor:
         )
         self.lm = load_language_model(config, trainable=False)
         self.limit = response_limit
-        self.generator = generator or TorchGenerator(ROWS_AT_ONCE)
+        self.generator = generator or partial(generate_in_chunks, chunk_size=ROWS_AT_ONCE)
         self.codec = PromptCodec(self.lm.tokenizer, self.lm.layout, prompt_limit, response_limit)
         self._one_at_a_time = threading.Lock()
 
