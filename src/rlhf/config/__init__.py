@@ -19,9 +19,9 @@ from rlhf.config.common import (
 from rlhf.config.describe import leaf_fields
 from rlhf.config.loading import load, to_yaml
 from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.ppo import PPOConfig
 from rlhf.config.stages import (
     InferenceConfig,
-    PPOConfig,
     RewardModelConfig,
     ScoreConfig,
     SFTConfig,

@@ -1,0 +1,26 @@
+"""Parts that the fields of several stages have in common."""
+
+from typing import Any
+
+from rlhf.config.common import option
+
+PATHS = "JSON Lines: a path, a glob, a gs:// address, or a list of these"
+
+
+def compile_decode() -> Any:
+    """Declare the field of compiled decoding."""
+    return option(
+        False,
+        "Decode with one compiled step (torch.compile; a CUDA graph on a GPU) instead of layer by "
+        "layer: about a minute to compile, then fewer kernel launches. Needs Triton on a GPU, "
+        "a C++ compiler on a CPU. Batches and prompts are padded to their limits, finished rows "
+        "stay in the batch, and the cache is never freed. Rounding differs, so bfloat16 draws "
+        "other samples from the same distribution.",
+    )
+
+
+def tuned_base(pipeline: Any) -> dict[str, Any]:
+    """Return the base of the stages after SFT: its result, or what the user gave."""
+    if "sft" not in pipeline.stages():
+        return {}
+    return {"base_model": f"{pipeline.stage_dir('sft')}/merged", "revision": None}
