@@ -1,0 +1,30 @@
+"""The formulas of RLHF as pure tensor functions; nothing here knows about models.
+
+Shape letters: B batch, R response tokens. A mask is (B, R) bool, true on the response tokens that
+count. Losses are *sums*: the caller divides by the count of the whole minibatch, so that neither
+micro-batching, padding nor the number of processes changes a result.
+"""
+
+from rlhf.objectives.advantages import ADVANTAGES, Estimator, find_estimator, gae
+from rlhf.objectives.kl import KL, AdaptiveKL, kl_k1, kl_k3
+from rlhf.objectives.losses import ClippedLoss, explained_variance, policy_loss, value_loss
+from rlhf.objectives.preferences import pairwise_loss
+from rlhf.objectives.rewards import token_rewards, whiten
+
+__all__ = [
+    "ADVANTAGES",
+    "KL",
+    "AdaptiveKL",
+    "ClippedLoss",
+    "Estimator",
+    "explained_variance",
+    "find_estimator",
+    "gae",
+    "kl_k1",
+    "kl_k3",
+    "pairwise_loss",
+    "policy_loss",
+    "token_rewards",
+    "value_loss",
+    "whiten",
+]
