@@ -108,9 +108,13 @@ def markdown(results: Mapping[str, Any]) -> str:
     """Return all tables, and a description of the machine."""
     blocks = [describe(results["machine"])]
     for title, header, rows in tables(results):
-        lines = [f"### {title}", "", _line(header), _line(["---"] * len(header)), *map(_line, rows)]
-        blocks.append("\n".join(lines))
+        blocks.append("\n".join([f"### {title}", "", *table_lines(header, rows)]))
     return "\n\n".join(blocks) + "\n"
+
+
+def table_lines(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table in Markdown."""
+    return [_line(header), _line(["---"] * len(header)), *map(_line, rows)]
 
 
 def describe(machine: Mapping[str, Any]) -> str:
