@@ -95,11 +95,20 @@ def test_all_problems_are_reported_at_once():
         ({"train_steps": 5, "warmup_steps": 5}, "warmup_steps"),
         ({"missing_eos_penalty": 1, "missing_eos_score": -1}, "missing_eos_score"),
         ({"min_response_length": 65}, "min_response_length"),
+        ({"advantage": "rloo", "responses_per_prompt": 1}, "rloo compares"),
+        ({"advantage": "grpo", "responses_per_prompt": 1}, "responses_per_prompt to 2"),
+        ({"advantage": "reinforce_pp_baseline", "responses_per_prompt": 1}, "per_prompt"),
     ],
 )
 def test_fields_that_do_not_fit_together(fields, named):
     [problem] = problems_of(PPOConfig, PPO | fields)
     assert named in problem
+
+
+def test_some_estimators_take_a_single_response_per_prompt():
+    for name in ("gae", "reinforce_pp"):
+        assert ppo(advantage=name, responses_per_prompt=1).responses_per_prompt == 1
+    assert ppo(advantage="rloo").effective_responses_per_prompt == 4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "nan", True, [1], None, ""])

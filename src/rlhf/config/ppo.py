@@ -14,6 +14,9 @@ from rlhf.config.common import (
 )
 from rlhf.config.shared import PATHS, compile_decode, tuned_base
 
+# Estimators that compare the responses to one prompt.
+COMPARING = frozenset({"rloo", "grpo", "reinforce_pp_baseline"})
+
 
 class PPOConfig(TrainingConfig):
     """Proximal policy optimization against a reward model (Schulman et al. 2017)."""
@@ -89,8 +92,20 @@ class PPOConfig(TrainingConfig):
         ge=1e-3,
         le=1e3,
     )
-    advantage: NonEmpty = option("gae", "Advantage estimator: gae, or one registered in Python.")
-    gamma: float = option(1.0, "Discount per token.", gt=0, le=1)
+    advantage: NonEmpty = option(
+        "gae",
+        "Advantage estimator: gae, which trains a critic; rloo (Ahmadian et al. 2024), grpo (Shao "
+        "et al. 2024), reinforce_pp or reinforce_pp_baseline (Hu 2025), which need none; or one "
+        "registered in Python.",
+    )
+    grpo_std: bool = option(
+        True,
+        "Whether grpo divides by the standard deviation of a prompt's rewards; Dr. GRPO (Liu et "
+        "al. 2025) does not.",
+    )
+    gamma: float = option(
+        1.0, "Discount per token of gae, reinforce_pp and reinforce_pp_baseline.", gt=0, le=1
+    )
     gae_lambda: float = option(
         0.95, "Lambda of generalized advantage estimation (Schulman et al. 2015).", ge=0, le=1
     )
@@ -167,6 +182,11 @@ class PPOConfig(TrainingConfig):
             problems.append(
                 f"num_minibatches: {self.num_minibatches} does not divide "
                 f"batch_size {self.batch_size}{prompts}"
+            )
+        if self.advantage in COMPARING and per_prompt == 1:
+            problems.append(
+                f"advantage, responses_per_prompt: {self.advantage} compares the responses to one "
+                "prompt; set responses_per_prompt to 2 or more, or leave it out for 4"
             )
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             problems.append("missing_eos_penalty, missing_eos_score: give one of them, not both")

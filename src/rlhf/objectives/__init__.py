@@ -5,7 +5,15 @@ count. Losses are *sums*: the caller divides by the count of the whole minibatch
 micro-batching, padding nor the number of processes changes a result.
 """
 
-from rlhf.objectives.advantages import ADVANTAGES, Estimator, find_estimator, gae
+from rlhf.objectives.advantages import (
+    ADVANTAGES,
+    Estimator,
+    find_estimator,
+    gae,
+    grpo,
+    rewards_to_come,
+    rloo,
+)
 from rlhf.objectives.kl import KL, AdaptiveKL, kl_k1, kl_k3
 from rlhf.objectives.losses import ClippedLoss, explained_variance, policy_loss, value_loss
 from rlhf.objectives.preferences import pairwise_loss
@@ -20,10 +28,13 @@ __all__ = [
     "explained_variance",
     "find_estimator",
     "gae",
+    "grpo",
     "kl_k1",
     "kl_k3",
     "pairwise_loss",
     "policy_loss",
+    "rewards_to_come",
+    "rloo",
     "token_rewards",
     "value_loss",
     "whiten",
