@@ -158,8 +158,12 @@ def test_every_metric_of_inference_is_explained(tmp_path: Path) -> None:
 
     text = (ROOT / "docs" / "metrics.md").read_text()
     row = Prediction("in", "a b", "a c", "a b", 1.0, 0.5, 0.1, 0.1, 3, 2, 2, "eos", "eos")
-    for name in prediction_metrics([row] * 3):
-        plain = re.sub(r"^baseline_|_(low|high)$", "", name)
+    row = dataclasses.replace(
+        row, best_of_n="a", best_of_n_reward=2.0, best_of_n_tokens=2, best_of_n_finish_reason="eos"
+    )
+    for name in prediction_metrics([row] * 3, best_of=4):
+        plain = name if name == "best_of_n_kl_bound" else re.sub(r"^best_of_n_", "", name)
+        plain = re.sub(r"^baseline_|_(low|high)$", "", plain)
         plain = re.sub(r"^tokens_.*", "tokens_mean", plain)
         assert f"`{plain}`" in text or plain == "rows", name
 

@@ -30,6 +30,7 @@ LARGEST_INTEGER = 10**18
 # Bounds that no sensible run comes near, so that a slip of the keyboard is not a run without end.
 MOST_ROWS = MOST_TOKENS = 2**20
 MOST_STEPS = 10**9
+MOST_SAMPLES = 2**12
 LARGEST_WEIGHT = 1e6
 SMALLEST_RATE = 1e-30
 # Names that accelerate knows.
@@ -168,7 +169,8 @@ class StageConfig(Schema):
     )
     batch_size: int = option(
         64,
-        "Rows per training step (demonstrations, pairs or episodes); in inference, per batch.",
+        "Rows per training step (demonstrations, pairs or episodes); in inference, rows per batch "
+        "and responses of one model decoded at once.",
         ge=1,
         le=MOST_ROWS,
     )

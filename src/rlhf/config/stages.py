@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 from rlhf.config.common import (
     LARGEST_WEIGHT,
     MOST_ROWS,
+    MOST_SAMPLES,
     MOST_TOKENS,
     Device,
     NonEmpty,
@@ -100,7 +101,7 @@ class InferenceConfig(StageConfig):
         "greedy", "How responses are generated."
     )
     temperature: float = option(
-        1.0, "Divides the logits under temperature_sampling.", ge=1e-3, le=1e3
+        1.0, "Divides the logits under temperature_sampling and for best_of.", ge=1e-3, le=1e3
     )
     min_response_length: int = option(
         0,
@@ -108,10 +109,27 @@ class InferenceConfig(StageConfig):
         ge=0,
         le=MOST_TOKENS,
     )
+    best_of: int = option(
+        1,
+        "Also sample this many responses of the untuned model per row, at `temperature`, and "
+        "compare the one that the reward model likes best; 1: off. At most batch_size responses "
+        "are in memory at once. Needs reward_model_path.",
+        ge=1,
+        le=MOST_SAMPLES,
+    )
     compile_decode: bool = compile_decode()
     extra_metrics: list[NonEmpty] = option(
         [], "Folders of local `evaluate` modules to compute as well."
     )
+
+    def cross_problems(self) -> list[str]:
+        """Say what is wrong between fields that are each valid, one line each."""
+        problems = super().cross_problems()
+        if self.best_of > 1 and self.reward_model_path is None:
+            problems.append(
+                "best_of: needs reward_model_path, the reward model that chooses among the samples"
+            )
+        return problems
 
     @classmethod
     def handed_over(cls, pipeline: Any) -> dict[str, Any]:

@@ -8,9 +8,12 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def _order_of_epoch(num_rows: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(num_rows, generator=seeded_generator("data order", seed, epoch))
 
 
-def chunks(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def chunks(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Yield consecutive slices of at most `size` rows."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]

@@ -29,8 +29,6 @@ from rlhf.objectives import kl_k1, kl_k3
 
 Answer = tuple[str, FinishReason]  # a response's text and how it ended
 
-_DIGITS = 6  # of rewards and nats on disk; fp32 has no more
-
 
 @dataclass(frozen=True)
 class Models:
@@ -146,7 +144,7 @@ def predict_rows(
     kl = kl_k1(own, reference).sum(1).tolist()
     k3 = kl_k3(own, reference).sum(1).tolist()
     texts, baselines = _texts(models, after), _texts(models, before)
-    ends, old_ends = _finish_reasons(after), _finish_reasons(before)
+    ends, old_ends = finish_reasons(after), finish_reasons(before)
     answers = [zip(texts, ends, strict=True), zip(baselines, old_ends, strict=True)]
     rewards = _rewards(models.scorer, rows, list(zip(*answers, strict=True)), config.batch_size)
     counts = prompts.lengths.tolist()
@@ -159,8 +157,8 @@ def predict_rows(
             reference=_reference(row.references),
             reward=rewards[i][0],
             baseline_reward=rewards[i][1],
-            kl=round(kl[i], _DIGITS),
-            kl_k3=round(k3[i], _DIGITS),
+            kl=round_figure(kl[i]),
+            kl_k3=round_figure(k3[i]),
             prompt_tokens=counts[i],
             tokens=lengths[i],
             baseline_tokens=old_lengths[i],
@@ -175,8 +173,14 @@ def _texts(models: Models, generation: Generation) -> list[str]:
     return models.codec.decode_rows(generation.responses.tolists())
 
 
-def _finish_reasons(generation: Generation) -> list[FinishReason]:
+def finish_reasons(generation: Generation) -> list[FinishReason]:
+    """Say how each response ended."""
     return ["eos" if finished else "length" for finished in generation.finished.tolist()]
+
+
+def round_figure(value: float) -> float:
+    """Return a reward or nats as on disk, to 6 digits: fp32 has no more."""
+    return round(value, 6)
 
 
 def _reference(references: Sequence[str]) -> str | list[str] | None:
@@ -199,5 +203,5 @@ def _rewards(
         batch_size,
         finished=[end == "eos" for _, (_, end) in different],
     ).tolist()
-    reward = {key: round(score, _DIGITS) for key, score in zip(different, scores, strict=True)}
+    reward = {key: round_figure(score) for key, score in zip(different, scores, strict=True)}
     return [(reward[i, after], reward[i, before]) for i, (after, before) in enumerate(answers)]

@@ -15,6 +15,23 @@ FinishReason = Literal["eos", "length"]
 
 
 @dataclass(frozen=True)
+class Response:
+    """One of the responses to a row.
+
+    Attributes:
+        text: Its text.
+        tokens: Its tokens, end of sequence included.
+        finish_reason: "eos" if it ended by itself, "length" if the limit cut it off.
+        reward: What the reward model gives it; None without one.
+    """
+
+    text: str
+    tokens: int
+    finish_reason: FinishReason
+    reward: float | None
+
+
+@dataclass(frozen=True)
 class Prediction:
     """One line of predictions.jsonl.
 
@@ -32,6 +49,11 @@ class Prediction:
         baseline_tokens: Tokens of the baseline.
         finish_reason: "eos" if the response ended by itself, "length" if the limit cut it off.
         baseline_finish_reason: The same for the baseline.
+        best_of_n: That of `best_of` samples of the untuned model which the reward model likes
+            best; None, as are the next three, if there are none.
+        best_of_n_reward: Its reward.
+        best_of_n_tokens: Its tokens.
+        best_of_n_finish_reason: How it ended.
     """
 
     input_text: str
@@ -47,6 +69,23 @@ class Prediction:
     baseline_tokens: int
     finish_reason: FinishReason
     baseline_finish_reason: FinishReason
+    best_of_n: str | None = None
+    best_of_n_reward: float | None = None
+    best_of_n_tokens: int | None = None
+    best_of_n_finish_reason: FinishReason | None = None
+
+    @property
+    def responses(self) -> dict[str, Response]:
+        """The responses by the prefix of their metrics: tuned, untuned, and best of n if made."""
+        untuned = self.baseline, self.baseline_tokens, self.baseline_finish_reason
+        found = {
+            "": Response(self.prediction, self.tokens, self.finish_reason, self.reward),
+            "baseline_": Response(*untuned, self.baseline_reward),
+        }
+        text, tokens, reason = self.best_of_n, self.best_of_n_tokens, self.best_of_n_finish_reason
+        if text is not None and tokens is not None and reason is not None:
+            found["best_of_n_"] = Response(text, tokens, reason, self.best_of_n_reward)
+        return found
 
     @property
     def references(self) -> list[str]:

@@ -18,8 +18,9 @@ from rlhf.files.run_folder import Run, Status, prepare_output
 from rlhf.files.text import write_text
 from rlhf.hardware import pick_device
 from rlhf.inference.before_and_after import Models, load_models, predict_rows
+from rlhf.inference.best_of import add_best
 from rlhf.inference.local_metrics import module_metrics
-from rlhf.inference.metrics import prediction_metrics
+from rlhf.inference.metrics import prediction_metrics, responses_by_prefix
 from rlhf.inference.predictions import Prediction, PredictionFile, read_predictions, write_sums
 from rlhf.inference.report import report_markdown, samples_markdown, summary_lines
 from rlhf.models.content import weights_fingerprint
@@ -133,13 +134,14 @@ def with_policy_settings(config: InferenceConfig, source: PolicySource) -> Infer
     Settings that differ from the policy's are kept, with a warning.
     """
     found: dict[str, Any] = {}
+    sampled = config.sampling_strategy == "temperature_sampling" or config.best_of > 1
     for name in INHERITED:
         trained, here = source.settings.get(name), getattr(config, name)
         if trained is None or trained == here:
             continue
         if name not in config.model_fields_set:
             found[name] = trained
-        elif name != "temperature" or config.sampling_strategy == "temperature_sampling":
+        elif name != "temperature" or sampled:
             say(f"{STAGE}: {name} is {here!r}, but the policy was trained with {trained!r}")
     if config.base_model is None and source.base_model is not None:
         base = recorded_base(source.base_model, f"policy_path: {config.policy_path}")
@@ -222,12 +224,19 @@ def _description(config: InferenceConfig, inputs: _Inputs) -> list[str]:
             f"full model {inputs.source.folder}; before: {config.base_model}, "
             "loaded as a second model"
         )
+    best_of = []
+    if config.best_of > 1:
+        best_of.append(
+            f"{STAGE}: also the best of {config.best_of} samples of the untuned model under the "
+            f"reward model, at temperature {config.temperature:g}"
+        )
     return [
         *(line for report in reports for line in report.lines()),
         f"{STAGE}: {len(inputs.prompts)} rows, {config.batch_size} at once, {sampling}, prompts up "
         f"to {config.prompt_sequence_length} and responses up to "
         f"{config.target_sequence_length} tokens; output in {config.output_dir}",
         f"{STAGE}: {policy}; reward model: {config.reward_model_path or 'none'}",
+        *best_of,
         *limit_lines(config.reward_model_path, config),
     ]
 
@@ -266,6 +275,8 @@ def _predict(
             stop_point()
             rows = prompts[file.count : file.count + config.batch_size]
             predictions = predict_rows(models, config, rows, start=file.count)
+            if config.best_of > 1:
+                predictions = add_best(predictions, models, config, rows, start=file.count)
             file.append(predictions)
             progress.update(file.count, _means(predictions), log=True)
             if time.monotonic() - uploaded > _SECONDS_BETWEEN_UPLOADS:
@@ -318,13 +329,11 @@ def _finish(config: InferenceConfig, run: Run, further: Mapping[str, Any]) -> In
     path = run.output.path
     predictions = list(read_predictions(path / PARTIAL))
     metrics: dict[str, Any] = {"stage": STAGE}
-    metrics |= prediction_metrics(predictions, seed=config.seed)
+    metrics |= prediction_metrics(predictions, seed=config.seed, best_of=config.best_of)
     references = [row.references for row in predictions]
     for module in config.extra_metrics:
-        for prefix, texts in (
-            ("", [row.prediction for row in predictions]),
-            ("baseline_", [row.baseline for row in predictions]),
-        ):
+        for prefix, responses in responses_by_prefix(predictions).items():
+            texts = [response.text for response in responses]
             figures = module_metrics(module, texts, references)
             metrics |= {prefix + name: figure for name, figure in figures.items()}
     metrics |= further
