@@ -3,7 +3,8 @@
     python assets.py FOLDER SPEC        SPEC: JSON, see `rounds.make_assets`
 
 FOLDER gets model/ (which both transformers 4.44 and 5 can load), prompts.jsonl and pairs.jsonl for
-us, batches.json and pairs.json with the same as token ids for peers, and reward-SIDE/ for each of
+us, batches.json and pairs.json with the same as token ids for peers (each prompt once, responses
+to the same prompt next to each other), and reward-SIDE/ for each of
 our sides that needs a reward model.
 """
 
@@ -123,16 +124,29 @@ class Texts:
         return self.codec.prompt_ids(PromptText(text, ((0, len(text)),)))
 
 
-def write_batches(folder: Path, texts: Texts, lengths: Lengths, batch: int, steps: int) -> None:
-    """Write prompts, in the order of our trainer's steps, and the lengths of their responses."""
-    drawn = lengths.draw(steps * batch, SEED)
-    order = [rows_for_step(len(drawn), batch, step, SEED) for step in range(steps)]
-    prompts = [texts.prompt(prompt) for prompt, _ in drawn]
-    _write_rows(folder / "prompts.jsonl", [{"input_text": prompt} for prompt in prompts])
+def write_batches(
+    folder: Path, texts: Texts, lengths: Lengths, prompts: int, per_prompt: int, steps: int
+) -> None:
+    """Write prompts, in the order of our trainer's steps, and the lengths of their responses.
+
+    Args:
+        folder: Where to write.
+        texts: Source of texts.
+        lengths: Lengths of prompts and responses.
+        prompts: Prompts of a step.
+        per_prompt: Responses to each of them.
+        steps: Steps until they repeat.
+    """
+    drawn = lengths.draw(steps * prompts * per_prompt, SEED)
+    groups = [drawn[start : start + per_prompt] for start in range(0, len(drawn), per_prompt)]
+    rendered = [texts.prompt(group[0][0]) for group in groups]
+    _write_rows(folder / "prompts.jsonl", [{"input_text": text} for text in rendered])
+    order = [rows_for_step(len(groups), prompts, step, SEED) for step in range(steps)]
     batches = [
         {
-            "prompts": [texts.prompt_ids(prompts[row]) for row in rows],
-            "lengths": [drawn[row][1] for row in rows],
+            "texts": [rendered[row] for row in rows],
+            "prompts": [texts.prompt_ids(rendered[row]) for row in rows],
+            "lengths": [response for row in rows for _, response in groups[row]],
         }
         for rows in order
     ]
@@ -184,7 +198,9 @@ def main(folder: Path, spec: dict[str, Any]) -> None:
     tokenizer = save_model(model, folder / "model", spec["device"])
     layout = FAMILIES[model.arch].prompt_layout(tokenizer)
     texts = Texts(PromptCodec(tokenizer, layout, lengths.prompt, lengths.response))
-    write_batches(folder, texts, lengths, spec["batch"], spec["steps"])
+    per_prompt = spec["responses_per_prompt"]
+    prompts = spec["batch"] // per_prompt
+    write_batches(folder, texts, lengths, prompts, per_prompt, spec["steps"])
     if spec["pairs"]:
         write_pairs(folder, texts, lengths, spec["batch"])
     for name, lora in spec["reward_models"].items():

@@ -17,14 +17,14 @@ class Side:
         environment: Name of the environment it runs in.
         options: Options for the worker.
         target: Target speed relative to its peer.
-        peer: The side to compare with; None for the comparison's baseline.
+        memory: Target of its peak memory, at most this share of the peer's.
     """
 
     module: str
     environment: str = OURS
     options: Mapping[str, Any] = field(default_factory=dict)
     target: float | None = None
-    peer: str | None = None
+    memory: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,14 @@ class Comparison:
 
     Attributes:
         model: Name in shapes.MODELS.
-        batch: Rows per round.
+        batch: Rows per round; of PPO and RLOO, responses.
         lengths: Lengths of prompts and responses.
         sides: Sides by name.
         baseline: The peer's side; None if there is none.
         group: "main" or "scaling".
         devices: Devices it runs on.
         rounds: Maximum number of rounds; None for as many as requested.
+        responses_per_prompt: Responses to each prompt; divides the batch.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Comparison:
     group: str = "main"
     devices: tuple[str, ...] = ("cpu", "cuda")
     rounds: int | None = None
+    responses_per_prompt: int = 1
 
 
 SHORT = Lengths(128, 48)
@@ -60,18 +62,27 @@ LARGE = Lengths(512, 64)
 LLAMA_LORA = {"rank": 8, "target_modules": ["q_proj", "v_proj"]}
 T5_LORA = {"rank": 8, "target_modules": ["q", "v"]}
 
+_TRL_PPO = Side("workers.trl_ppo", "trl-1.12.0")
+_TRL_T5_PPO = Side("workers.trl_t5_ppo", "trl-0.11.4")
 
-def ppo(target: float | None = None, reward: str = "model", **config: Any) -> Side:
+
+def ppo(
+    target: float | None = None,
+    reward: str = "model",
+    memory: float | None = None,
+    **config: Any,
+) -> Side:
     """Return our PPO with some configuration fields; `reward` is "model" or "function"."""
-    return Side("workers.ours_ppo", options={"reward": reward, "config": config}, target=target)
+    options = {"reward": reward, "config": config}
+    return Side("workers.ours_ppo", options=options, target=target, memory=memory)
 
 
-def _ppo_llama(model: str) -> Comparison:
+def _ppo_llama(model: str, target: float) -> Comparison:
     like = {"dtype": "float32", "critic": "adapter", "lora": LLAMA_LORA, "kl_coeff": 0.1}
     sides = {
-        "TRL 1.12.0": Side("workers.trl_ppo", "trl-1.12.0"),
+        "TRL 1.12.0": _TRL_PPO,
         "like_for_like": ppo(1.5, **like),
-        "defaults": ppo(4.0),
+        "defaults": ppo(target, memory=0.4),
         "critic_head": ppo(critic="head"),
     }
     return Comparison(model, 16, SHORT, sides, "TRL 1.12.0")
@@ -143,23 +154,51 @@ def _on_gpu() -> dict[str, Comparison]:
 
 
 _T5_PPO = {
-    "TRL 0.11.4": Side("workers.trl_t5_ppo", "trl-0.11.4"),
+    "TRL 0.11.4": _TRL_T5_PPO,
     "like_for_like": ppo(reward="function", dtype="float32", critic="head", lora=T5_LORA),
     "defaults": ppo(3.0, reward="function"),
     "lora_decoder": ppo(6.0, reward="function", lora={"where": "decoder"}),
 }
 
+
+def _groups() -> dict[str, Comparison]:
+    """Return our sides with 4 responses per prompt against peers that answer as often."""
+
+    def against(name: str, peer: Side, lengths: Lengths = LONG, **sides: Side) -> Comparison:
+        model = "t5_small" if peer is _TRL_T5_PPO else "llama_15m"
+        return Comparison(model, 16, lengths, {name: peer, **sides}, name, responses_per_prompt=4)
+
+    def ours(target: float, **config: Any) -> Side:
+        return ppo(target, memory=0.4, responses_per_prompt=4, **config)
+
+    rloo = Side("workers.trl_rloo", "trl-1.16.0")
+    return {
+        "groups_ppo_llama_15m": against("TRL 1.12.0", _TRL_PPO, defaults=ours(6.0)),
+        "groups_ppo_llama_15m_real_lengths": against(
+            "TRL 1.12.0", _TRL_PPO, REAL, defaults=ours(6.0)
+        ),
+        "groups_rloo_llama_15m": against("TRL 1.16.0", rloo, rloo=ours(6.0, advantage="rloo")),
+        "groups_ppo_t5_small": against(
+            "TRL 0.11.4",
+            _TRL_T5_PPO,
+            defaults=ours(4.0, reward="function"),
+            lora_decoder=ours(8.0, reward="function", lora={"where": "decoder"}),
+        ),
+    }
+
+
 COMPARISONS: dict[str, Comparison] = {
-    "ppo_llama_15m": _ppo_llama("llama_15m"),
-    "ppo_llama_38m": _ppo_llama("llama_38m"),
+    "ppo_llama_15m": _ppo_llama("llama_15m", 2.5),
+    "ppo_llama_38m": _ppo_llama("llama_38m", 4.0),
     "ppo_llama_15m_real_lengths": Comparison(
         "llama_15m",
         16,
         REAL,
-        {"TRL 1.12.0": Side("workers.trl_ppo", "trl-1.12.0"), "defaults": ppo(5.0)},
+        {"TRL 1.12.0": _TRL_PPO, "defaults": ppo(5.0)},
         "TRL 1.12.0",
     ),
     "ppo_t5_small": Comparison("t5_small", 16, SHORT, _T5_PPO, "TRL 0.11.4"),
+    **_groups(),
     "reward_llama_15m_448": _reward(8, LONG, 1.7, 3.0),
     "reward_llama_15m_128": _reward(16, SHORT, None, None),
     "generate_llama_15m": _generate("llama_15m"),
@@ -174,5 +213,6 @@ COMPARISONS: dict[str, Comparison] = {
 def quick(comparison: Comparison) -> Comparison:
     """Return the same sides at sizes that only show whether they run."""
     arch = MODELS[comparison.model].arch
+    batch = max(4, 2 * comparison.responses_per_prompt)
     lengths = replace(comparison.lengths, prompt=24, response=8)
-    return replace(comparison, model=f"{arch}_toy", batch=4, lengths=lengths, rounds=1)
+    return replace(comparison, model=f"{arch}_toy", batch=batch, lengths=lengths, rounds=1)

@@ -4,7 +4,7 @@ Counted like torch.utils.flop_counter, two per multiply-add, over real tokens on
 
 - every role reads prompt and response once per pass, through all layers;
 - the LM head is applied to response positions only;
-- what two responses share (a prompt, T5's encoder output) is computed once;
+- what responses to the same prompt share (the prompt, T5's encoder output) is computed once;
 - a prompt attends to itself, and a response to the prompt and itself, all counted as full squares,
   although a causal kernel may skip half of a square;
 - a frozen matrix costs as much backward as forward (the gradient of its input) unless its input
@@ -21,6 +21,7 @@ from shapes import T5, Llama, Model
 
 Matrices = Mapping[str, tuple[int, int]]
 Row = tuple[int, int]  # tokens of prompt and response
+Group = tuple[int, Sequence[int]]  # tokens of a prompt and of each response to it
 
 
 @dataclass(frozen=True)
@@ -110,21 +111,21 @@ def pass_over(
 
 def ppo_phases(
     model: Model,
-    rows: Iterable[Row],
+    groups: Iterable[Group],
     lora: Lora,
     *,
-    critic: str,
+    critic: str | None,
     scorer: Lora | None,
     reference: bool,
     epochs: int,
 ) -> dict[str, float]:
-    """Return the FLOPs of each phase of a PPO iteration over `rows`.
+    """Return the FLOPs of each phase of an iteration of PPO or RLOO.
 
     Args:
         model: Model sizes.
-        rows: Lengths of all prompts and responses.
+        groups: Lengths of all prompts and the responses to each.
         lora: Adapters of policy and critic.
-        critic: "adapter", or "head" on the policy's trunk.
+        critic: "adapter", or "head" on the policy's trunk; None without one.
         scorer: The reward model's adapter on the same base; None for a function.
         reference: Whether there is a KL penalty to the reference.
         epochs: Passes over the rollout.
@@ -132,17 +133,17 @@ def ppo_phases(
     phases = dict.fromkeys(("rollout", "score", "experience", "update"), 0.0)
     # An encoder that no role changes already read the prompts in the rollout.
     encode = lora.encoder
-    for prompt, response in rows:
-        policy = pass_over(model, prompt, [response], lora, encode=encode)
-        phases["rollout"] += pass_over(model, prompt, [response], lora, decoding=True).forward
+    for prompt, responses in groups:
+        policy = pass_over(model, prompt, responses, lora, encode=encode)
+        phases["rollout"] += pass_over(model, prompt, responses, lora, decoding=True).forward
         phases["experience"] += policy.forward
         phases["update"] += epochs * policy.training
         if scorer is not None:
-            phases["score"] += pass_over(model, prompt, [response], scorer, head=False).forward
+            phases["score"] += pass_over(model, prompt, responses, scorer, head=False).forward
         if reference:
-            phases["experience"] += pass_over(model, prompt, [response], encode=encode).forward
+            phases["experience"] += pass_over(model, prompt, responses, encode=encode).forward
         if critic == "adapter":
-            values = pass_over(model, prompt, [response], lora, head=False, encode=encode)
+            values = pass_over(model, prompt, responses, lora, head=False, encode=encode)
             phases["experience"] += values.forward
             phases["update"] += epochs * values.training
     return phases

@@ -140,12 +140,13 @@ def _figures(side: Mapping[str, Any], peer: Mapping[str, Any]) -> Row:
     if not side["rounds"]:
         return [f"failed: {side.get('error', '')}", *[""] * 5]
     target = "" if side["target"] is None else f"{side['target']:g}x"
-    memory, ratio = _peak(side), ""
+    memory, ratio, wanted = _peak(side), "", side.get("memory")
     speed: Sequence[str] = ("", "")
     if side is not peer and peer["rounds"]:
         speed = [f"{value:.2f}x" for value in speedups(side, peer)]
         if memory and _peak(peer):
             ratio = f"{memory / _peak(peer):.2f}x"
+            ratio += "" if wanted is None else f" (target {wanted:g}x)"
     note = f" (then failed: {side['error']})" if "error" in side else ""
     return [_range(side) + note, *speed, target, _memory(memory), ratio]
 

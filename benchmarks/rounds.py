@@ -32,7 +32,7 @@ class Worker:
     Args:
         side: The side to start.
         spec: Input for the side: `folder` of assets, `side` (its name), `model`, `batch`,
-            `lengths`, `device`, `threads`, `options`.
+            `responses_per_prompt`, `lengths`, `device`, `threads`, `options`.
         log: File for its output.
 
     Raises:
@@ -183,6 +183,7 @@ def compare(
     lengths = asdict(comparison.lengths)
     spec = {"folder": str(folder), "model": comparison.model, "batch": comparison.batch}
     spec |= {"lengths": lengths, "device": device, "threads": threads}
+    spec |= {"responses_per_prompt": comparison.responses_per_prompt}
     make_assets(comparison, folder, spec | {"steps": rounds + 1})
     with Contest(comparison, spec) as contest:
         for name in contest.working():
@@ -208,9 +209,11 @@ def entry(comparison: Comparison, sides: Mapping[str, Mapping[str, Any]]) -> dic
         "baseline": comparison.baseline,
         "model": comparison.model,
         "batch": comparison.batch,
+        "responses_per_prompt": comparison.responses_per_prompt,
         "lengths": asdict(comparison.lengths),
         "sides": {
-            name: {"target": side.target, "ours": is_ours(side), **sides[name]}
+            name: {"target": side.target, "memory": side.memory, "ours": is_ours(side)}
+            | dict(sides[name])
             for name, side in comparison.sides.items()
         },
     }

@@ -95,12 +95,30 @@ def test_a_prompt_that_two_responses_share_is_read_once() -> None:
 def test_ppo_phases_follow_the_configuration() -> None:
     def phases(**changes: object) -> dict[str, float]:
         fields = {"critic": "adapter", "scorer": None, "reference": True, "epochs": 4} | changes
-        return flops.ppo_phases(LLAMA, [(100, 10)], flops.Lora(8), **fields)
+        return flops.ppo_phases(LLAMA, [(100, [10])], flops.Lora(8), **fields)
 
     assert phases()["score"] == 0 < phases(scorer=flops.Lora(8))["score"]
     assert phases(epochs=2)["update"] == phases()["update"] / 2
     assert phases(critic="head")["update"] < 0.6 * phases()["update"]
+    assert phases(critic=None)["update"] == phases(critic="head")["update"]
     assert phases(reference=False)["experience"] < phases()["experience"]
+
+
+@pytest.mark.parametrize("model", [LLAMA, ENCODER_DECODER], ids=["llama", "t5"])
+def test_ppo_reads_a_prompt_once_per_group(model: Llama | T5) -> None:
+    def phases(*groups: tuple[int, list[int]]) -> dict[str, float]:
+        return flops.ppo_phases(
+            model, groups, flops.Lora(8), critic="adapter", scorer=flops.Lora(8), reference=True,
+            epochs=4,
+        )  # fmt: skip
+
+    together, alone = phases((100, [1] * 4)), phases(*[(100, [1])] * 4)
+    for name, count in together.items():
+        assert count < 0.3 * alone[name]  # a quarter, and the responses
+    # Responses to different prompts share nothing.
+    assert phases((30, [5, 6]), (40, [7]))["update"] == pytest.approx(
+        phases((30, [5, 6]))["update"] + phases((40, [7]))["update"]
+    )
 
 
 def test_decoding_reads_weights_at_every_step() -> None:
@@ -219,6 +237,10 @@ def test_every_comparison_is_complete(name: str) -> None:
     assert comparison.model in MODELS
     for side in comparison.sides.values():
         assert (FOLDER / f"{side.module.replace('.', '/')}.py").is_file()
+        per_prompt = side.options.get("config", {}).get("responses_per_prompt", 1)
+        assert not side.module.endswith("ours_ppo") or per_prompt == comparison.responses_per_prompt
+    assert comparison.batch % comparison.responses_per_prompt == 0
+    assert quick(comparison).batch % comparison.responses_per_prompt == 0
     assert quick(comparison).model in MODELS
 
 
@@ -242,7 +264,7 @@ def results() -> dict[str, object]:
         "baseline": "peer",
         "sides": {
             "peer": a_side([8.0, 9.0, 20.0], 2048),
-            "ours": a_side([4.0, 2.0, 3.0], 512, target=4.0, ours=True, facts=facts),
+            "ours": a_side([4.0, 2.0, 3.0], 512, target=4.0, memory=0.4, ours=True, facts=facts),
             "lost": {"rounds": [], "error": "no luck", "target": 3.0, "ours": True},
         },
     }
@@ -259,7 +281,7 @@ def test_tables_say_what_was_measured(results: dict[str, object]) -> None:
     assert "an abacus (beads), 2 threads: matrix products 100 GFLOP/s in float32 and 400" in text
     assert "| race | peer | 9 (8 to 20) |  |  |  | 2.00 GiB |  |" in text
     # Medians 9 and 3; rounds 2, 4.5 and 6.7 times as fast; 512 of 2048 MiB.
-    assert "|  | ours | 3 (2 to 4) | 3.00x | 4.50x | 4x | 0.50 GiB | 0.25x |" in text
+    assert "|  | ours | 3 (2 to 4) | 3.00x | 4.50x | 4x | 0.50 GiB | 0.25x (target 0.4x) |" in text
     assert "|  | lost | failed: no luck |  |  |  |  |  |" in text
     # 50 GFLOP in a median of 1.5 s at 100 GFLOP/s; a quarter of each round is in no phase.
     assert "| race | ours | rollout | 0.75 s | 25 % |  |  |  |" in text

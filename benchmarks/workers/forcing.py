@@ -1,10 +1,15 @@
-"""Fixed response lengths for a peer, using a hook that transformers provides."""
+"""What peers need to do the same work: fixed response lengths, and prompts answered repeatedly."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import LogitsProcessor
+
+
+def repeated(prompts: Sequence[list[int]], times: int) -> list[list[int]]:
+    """Repeat each prompt, copies next to each other."""
+    return [ids for ids in prompts for _ in range(times)]
 
 
 class ForcedLengths(LogitsProcessor):

@@ -40,6 +40,8 @@ def main(spec: dict[str, Any], session: Session) -> None:
     )
     batches = read_batches(folder)
     trainer = ppo_trainer.PPOTrainer(config, reward_fn=None if scorer.is_dir() else count_words)
+    ids = trainer.codec.prompts([row.prompt for row in trainer.next_prompts()]).tolists()
+    assert ids == batches[0]["prompts"]  # those that the peer reads, once per group
     eos = trainer.policy.lm.layout.eos_id
     force_lengths([batch["lengths"] for batch in batches] if lengths["real"] else None, eos)
     facts = {
@@ -107,17 +109,18 @@ def iteration_flops(
 ) -> dict[str, float]:
     """Return the FLOPs of the phases, averaged over the batches; the first is the warm-up's."""
     config, measured = trainer.config, batches[1:] or batches
-    rows = [
-        (len(prompt), length)
+    per_prompt = config.effective_responses_per_prompt
+    groups = [
+        (len(prompt), batch["lengths"][number * per_prompt : (number + 1) * per_prompt])
         for batch in measured
-        for prompt, length in zip(batch["prompts"], batch["lengths"], strict=True)
+        for number, prompt in enumerate(batch["prompts"])
     ]
     lora = flops_lora(config.lora)
     phases = flops.ppo_phases(
         MODELS[model],
-        rows,
+        groups,
         lora,
-        critic=config.critic,
+        critic=None if trainer.critic is None else config.critic,
         scorer=lora if isinstance(trainer.scorer, RewardModel) else None,
         reference=config.kl_coeff > 0,
         epochs=config.ppo_epochs,

@@ -23,7 +23,7 @@ from transformers import (
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 from worker import Session
-from workers.forcing import ForcedLengths
+from workers.forcing import ForcedLengths, repeated
 
 
 class Rounds(TrainerCallback):
@@ -38,15 +38,24 @@ class Rounds(TrainerCallback):
 
 
 class Batches:
-    """The comparison's batches in order, left-padded, in place of TRL's loader."""
+    """The comparison's batches in order, left-padded, in place of TRL's loader.
 
-    def __init__(self, batches: list[dict[str, Any]], tokenizer: Any) -> None:
+    Args:
+        batches: Prompts of each step.
+        repeats: Responses per prompt; the prompt is repeated for each, since TRL's PPO has no
+            groups.
+        tokenizer: Pads.
+    """
+
+    def __init__(self, batches: list[dict[str, Any]], repeats: int, tokenizer: Any) -> None:
         self._batches = batches
+        self._repeats = repeats
         self._tokenizer = tokenizer
 
     def __iter__(self) -> Any:
         for batch in self._batches:
-            yield self._tokenizer.pad({"input_ids": batch["prompts"]}, return_tensors="pt")
+            ids = repeated(batch["prompts"], self._repeats)
+            yield self._tokenizer.pad({"input_ids": ids}, return_tensors="pt")
 
 
 def main(spec: dict[str, Any], session: Session) -> None:
@@ -93,7 +102,7 @@ def main(spec: dict[str, Any], session: Session) -> None:
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]),
         callbacks=[Rounds(session)],
     )
-    trainer.dataloader = Batches(batches, tokenizer)
+    trainer.dataloader = Batches(batches, spec["responses_per_prompt"], tokenizer)
     told = [batch["lengths"] for batch in batches]
     if lengths["real"]:
         force_lengths(trainer.policy_model, told, tokenizer)

@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerFast
 from trl import AutoModelForSeq2SeqLMWithValueHead, PPOConfig, PPOTrainer
 
 from worker import Session
-from workers.forcing import ForcedLengths
+from workers.forcing import ForcedLengths, repeated
 
 
 def main(spec: dict[str, Any], session: Session) -> None:
@@ -48,7 +48,8 @@ def main(spec: dict[str, Any], session: Session) -> None:
     }
     number = 0
     while True:
-        queries = [torch.tensor(ids) for ids in steps[number % len(steps)]["prompts"]]
+        prompts = steps[number % len(steps)]["prompts"]
+        queries = [torch.tensor(ids) for ids in repeated(prompts, spec["responses_per_prompt"])]
         number += 1
         responses = trainer.generate(queries, batch_size=batch, **settings)
         # Decoding starts from one token, which TRL counts as part of the response.
