@@ -8,6 +8,8 @@
 Data, base, settings and figures are the quickstart's (`rlhf.quickstart`): gold reward over the
 held-out prompts, in standard deviations of the untuned policy's. Per family and seed one reward
 model is trained, which all methods share, and every method samples equally many responses.
+Seconds are the process's CPU seconds in training steps, which other processes hardly disturb. Best
+of n trains nothing: it samples n times whenever it is used, and its KL is an upper bound.
 
 Each finished run is one line of the results file. Runs that have their line are skipped, so the
 command may be stopped and repeated, or run twice at once with other families, seeds or methods.
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -114,28 +116,33 @@ class Method:
 class Curve:
     """A callback of the trainer: gold reward and KL on held-out prompts, a few times.
 
-    The seconds are those of the training steps, so that looking at the policy costs none.
+    Only the training steps cost seconds, not these looks.
 
     Args:
         setting: Where the held-out rows are.
 
     Attributes:
         points: Per look its `step`, `seconds`, `gold` reward, `score` and `kl`.
-        seconds: Total of all steps.
+        seconds: CPU seconds of all steps.
+        wall_seconds: The same by the clock.
     """
 
     def __init__(self, setting: Setting) -> None:
         self._path = setting.folder / "data" / "eval.jsonl"
         self.points: list[Figures] = []
-        self.seconds = 0.0
+        self.seconds = self.wall_seconds = 0.0
+        self._mark = time.process_time()
 
     def __call__(
         self, trainer: Any, step: int, metrics: Mapping[str, float], _: Sequence[Any]
     ) -> None:
         """Look at the policy if it is time to."""
-        self.seconds += metrics["time/step"]
+        # The first step's includes loading, and several threads add up.
+        self.seconds += min(time.process_time() - self._mark, metrics["time/step"])
+        self.wall_seconds += metrics["time/step"]
         if step % max(1, trainer.total_steps // CURVE_POINTS) == 0:
             self.points.append({"step": step, "seconds": self.seconds} | self._look(trainer))
+        self._mark = time.process_time()
 
     def _look(self, trainer: PPOTrainer) -> Figures:
         renderer = PromptRenderer.for_tokenizer(trainer.policy.lm.tokenizer)
@@ -160,7 +167,8 @@ def reinforce(setting: Setting, folder: str, fields: Mapping[str, Any]) -> Figur
     config = setting.stage("ppo", folder, **fields)
     train_ppo(config, callbacks=[curve])
     seen = {"steps": config.train_steps, "responses": config.train_steps * config.batch_size}
-    figures = evaluate(setting, folder) | seen | {"seconds": curve.seconds}
+    seen |= {"seconds": curve.seconds, "wall_seconds": curve.wall_seconds}
+    figures = evaluate(setting, folder) | seen
     before, spread = figures["gold_reward_before"], figures["gold_reward_std_before"]
     for point in curve.points:
         point["gold_gain"] = (point.pop("gold") - before) / spread
@@ -178,12 +186,31 @@ def evaluate(setting: Setting, folder: str) -> Figures:
     return summarize(list(read_predictions(Path(result.predictions))), result.metrics, rows)
 
 
+def best_of(setting: Setting, folder: str, fields: Mapping[str, Any]) -> Figures:
+    """Let the reward model choose among samples of the untuned policy."""
+    base = setting.config().base_model
+    config = setting.stage("inference", folder, base_model=base, policy_path=base, **fields)
+    start = time.process_time()
+    result = run_inference(config)
+    spent = time.process_time() - start
+    chosen = [
+        replace(row, prediction=row.best_of_n, tokens=row.best_of_n_tokens)
+        for row in read_predictions(Path(result.predictions))
+    ]
+    metrics = dict(result.metrics)
+    metrics |= {name: metrics[f"best_of_n_{name}"] for name in ("reward", "rougeL")}
+    metrics |= {"kl": metrics["best_of_n_kl_bound"]}
+    rows = corpus.read_rows(setting.folder / "data" / "eval.jsonl")
+    return summarize(chosen, metrics, rows) | {"inference_seconds": spent}
+
+
 METHODS: dict[str, Method] = {
     **{f"ppo_n{n}": Method(reinforce, {"responses_per_prompt": n}) for n in (1, 4, 8)},
     **{
         name: Method(reinforce, {"advantage": name, "responses_per_prompt": 4})
         for name in ("rloo", "grpo", "reinforce_pp", "reinforce_pp_baseline")
     },
+    "best_of_16": Method(best_of, {"best_of": 16}),
 }
 
 
@@ -265,7 +292,7 @@ def read(path: Path) -> list[Figures]:
     return [json.loads(line) for line in lines]
 
 
-HEADER = ["family", "method", "seeds", "gold reward, sd", "proxy reward", "KL, nats", "seconds"]
+HEADER = ["family", "method", "seeds", "gold reward, sd", "proxy reward", "KL, nats", "CPU seconds"]
 
 
 def rows(found: Iterable[Figures]) -> list[list[str]]:
@@ -284,7 +311,7 @@ def rows(found: Iterable[Figures]) -> list[list[str]]:
     return result
 
 
-CURVE_HEADER = ["family", "method", "gold reward (KL) at seconds, mean over seeds"]
+CURVE_HEADER = ["family", "method", "gold reward (KL) at CPU seconds, mean over seeds"]
 
 
 def curve_rows(found: Iterable[Figures]) -> list[list[str]]:
@@ -306,7 +333,9 @@ def curve_rows(found: Iterable[Figures]) -> list[list[str]]:
 
 
 def _mean(lines: Sequence[Figures], name: str, form: str, *, spread: bool = False) -> str:
-    values = [line[name] for line in lines]
+    values = [line[name] for line in lines if name in line]
+    if not values:
+        return ""
     text = format(statistics.fmean(values), form)
     if spread and len(values) > 1:
         text += f" ({min(values):{form}} to {max(values):{form}})"
