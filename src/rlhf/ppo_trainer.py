@@ -33,7 +33,7 @@ from rlhf.ppo.experience import (
 )
 from rlhf.ppo.inputs import PPOInputs, other_base, read_ppo_inputs
 from rlhf.ppo.roles import load_bases, make_critic, make_policy, make_reference, make_scorer
-from rlhf.ppo.update import Minibatch, UpdateLog, add_gradients
+from rlhf.ppo.update import Minibatch, UpdateLog, add_gradients, count_divisors
 from rlhf.reports.dry_run import dry_run_report
 from rlhf.reports.model_card import write_card
 from rlhf.signals import stop_point
@@ -43,8 +43,6 @@ from rlhf.training.trainer import Callback, ParameterGroup, Trainer
 
 # A minibatch whose mean probability ratio exceeds this has left the trust region of PPO.
 RATIO_LIMIT = 10.0
-# Entries of `objectives.KL`: charged in the rewards, and logged as well.
-CHARGED_KL, LOGGED_KL = "k1", "k3"
 EVALUATION_ROWS = 256
 SAMPLES_PER_STEP = 4
 CARD_METRICS = ("ppo/score", "ppo/kl", "ppo/response_length", "eval/")
@@ -232,7 +230,7 @@ class PPOTrainer(Trainer):
         )
 
     def score(self, rollout: Rollout) -> Tensor:
-        """Return (B,) fp32 scores, with what a missing EOS costs."""
+        """Return (B,) fp32 scores, clipped, with what length and a missing EOS cost."""
         stop_point()
         texts = (rollout.prompt_texts, rollout.texts, self.config.effective_micro_batch_size)
         finished = rollout.finished.tolist()
@@ -241,11 +239,8 @@ class PPOTrainer(Trainer):
         else:
             scores = self.scorer.score(*texts, finished=finished)
         scores = scores.to(self.device)
-        if self.config.missing_eos_penalty is not None:
-            scores = scores - self.config.missing_eos_penalty * ~rollout.finished
-        if self.config.missing_eos_score is not None:
-            scores = torch.where(rollout.finished, scores, self.config.missing_eos_score)
-        return scores
+        lengths = rollout.responses.lengths
+        return objectives.shaped_scores(scores, lengths, rollout.finished, self.config)
 
     @torch.no_grad()
     def make_experience(self, rollout: Rollout, scores: Tensor) -> tuple[Experience, RolloutStats]:
@@ -256,9 +251,9 @@ class PPOTrainer(Trainer):
         """
         config, mask = self.config, rollout.responses.mask
         found = evaluate_rollout(rollout, self.policy, self.reference, self.critic, config)
-        kl = found.kl(CHARGED_KL)
+        charged = found.kl(config.kl_estimator if config.kl_placement == "reward" else None)
         rewards = objectives.token_rewards(
-            scores, kl, rollout.responses.lengths, self.kl_controller.value
+            scores, charged, rollout.responses.lengths, self.kl_controller.value
         )
         if config.whiten_rewards:
             rewards = objectives.whiten(rewards, mask, shift_mean=False, reduce=self.reduce)
@@ -277,7 +272,7 @@ class PPOTrainer(Trainer):
             advantages,
             returns,
         )
-        return experience, RolloutStats(scores, kl, found.kl(LOGGED_KL), found.entropy)
+        return experience, found.stats(scores)
 
     @property
     def updates_per_step(self) -> int:
@@ -286,7 +281,9 @@ class PPOTrainer(Trainer):
 
     def optimize(self, experience: Experience) -> dict[str, float]:
         """Make all epochs over the rollout; end early when the policy has moved too far."""
-        config, log = self.config, UpdateLog(critic=self.critic is not None)
+        config = self.config
+        kl_loss = config.kl_placement == "loss" and self.reference is not None
+        log = UpdateLog(critic=self.critic is not None, kl_loss=kl_loss)
         size = len(experience) // config.num_minibatches
         for epoch in range(config.ppo_epochs):
             order = permutation(len(experience), "minibatches", config.seed, self.step_index, epoch)
@@ -303,15 +300,17 @@ class PPOTrainer(Trainer):
         return log.metrics(stopped_early=False)
 
     def accumulate_gradients(self, minibatch: Experience) -> Minibatch:
-        """Add the gradients of the mean loss over the minibatch's tokens, by micro-batches."""
-        local = minibatch.responses.lengths.sum()
-        count = int(self.reduce(local))
-        total = Minibatch(tokens=count)
-        for rows in micro_batches(minibatch.tokens, *self.config.micro_batch_limits):
+        """Add the gradients of the minibatch's mean loss (`loss_average`), by micro-batches."""
+        config, kl_coeff = self.config, self.kl_controller.value
+        divisors = count_divisors(minibatch, config, self.reduce)
+        total = Minibatch(tokens=divisors.tokens)
+        for rows in micro_batches(minibatch.tokens, *config.micro_batch_limits):
             stop_point()
             micro = minibatch.select_rows(rows)
-            total = total + add_gradients(micro, count, self.policy, self.critic, self.config)
-        self.count_tokens(int(local + minibatch.prompts.lengths.sum()))
+            roles = (self.policy, self.critic)
+            total = total + add_gradients(micro, divisors, *roles, config, kl_coeff)
+        read = minibatch.responses.lengths.sum() + minibatch.prompts.lengths.sum()
+        self.count_tokens(int(read))
         return total.reduced(self.reduce)
 
     def evaluate(self) -> dict[str, float]:
@@ -320,7 +319,8 @@ class PPOTrainer(Trainer):
             return {}
         count = min(len(self.eval_prompts), EVALUATION_ROWS)
         rollout = self.rollout([self.eval_prompts[i] for i in range(count)], evaluation=True)
-        _, stats = self.make_experience(rollout, self.score(rollout))
+        found = evaluate_rollout(rollout, self.policy, self.reference, None, self.config)
+        stats = found.stats(self.score(rollout))
         return evaluation_metrics(rollout, stats, self.config.kl_coeff)
 
     def _warn_of_deviations(self, metrics: Mapping[str, float]) -> None:

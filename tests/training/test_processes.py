@@ -140,12 +140,12 @@ def test_ppo_whitens_with_the_moments_of_all(
 
 
 def test_statistics_of_a_minibatch_add_up() -> None:
-    local = Minibatch(10, 1.0, 2.0, 0.25, 0.5, 0.125, 4.0, 0.75)
+    local = Minibatch(10, 1.0, 2.0, 3.0, 0.25, 0.5, 0.125, 4.0, 0.75)
 
     def reduce(values: Tensor, how: str = "sum") -> Tensor:
         return {"sum": values * 2, "max": values + 5}[how]
 
-    assert local.reduced(reduce) == Minibatch(10, 2.0, 4.0, 0.5, 1.0, 0.25, 8.0, 5.75)
+    assert local.reduced(reduce) == Minibatch(10, 2.0, 4.0, 6.0, 0.5, 1.0, 0.25, 8.0, 5.75)
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -42,6 +42,16 @@ class PPOConfig(TrainingConfig):
         ge=0,
         le=LARGEST_WEIGHT,
     )
+    kl_placement: Literal["reward", "loss"] = option(
+        "reward",
+        "reward: the KL penalty is part of each token's reward (Ziegler et al. 2019); loss: it is "
+        "a term of the loss (Shao et al. 2024), which ignores how a token changes later KL.",
+    )
+    kl_estimator: NonEmpty = option(
+        "k1",
+        "Estimator of the KL penalty, k1, k2 or k3 (Schulman 2020), or one registered in Python. "
+        "Unbiased: k1 as a reward, k2 in the loss; docs/estimators.md says what others pull to.",
+    )
     kl_target: float | None = option(
         None,
         "KL to aim for by adapting kl_coeff, nats per response (Ziegler et al. 2019). "
@@ -110,6 +120,18 @@ class PPOConfig(TrainingConfig):
         0.95, "Lambda of generalized advantage estimation (Schulman et al. 2015).", ge=0, le=1
     )
     clip_range: float = option(0.2, "Clip range of the probability ratio.", gt=0, le=LARGEST_WEIGHT)
+    clip_range_high: float | None = option(
+        None,
+        "Clip range above 1, where it differs (DAPO, Yu et al. 2025). Default: clip_range.",
+        gt=0,
+        le=LARGEST_WEIGHT,
+    )
+    loss_average: Literal["token", "sequence", "constant"] = option(
+        "token",
+        "Losses are averaged over the tokens of a minibatch (token), over the means of its "
+        "responses (sequence; Shao et al. 2024), or summed and divided by responses times "
+        "target_sequence_length, whatever the lengths (constant; Dr. GRPO, Liu et al. 2025).",
+    )
     value_clip_range: float = option(
         0.2, "Clip range of the change in a value.", gt=0, le=LARGEST_WEIGHT
     )
@@ -128,6 +150,23 @@ class PPOConfig(TrainingConfig):
     )
     whiten_rewards: bool = option(
         False, "Scale token rewards to unit variance without shifting them."
+    )
+    reward_clip: float | None = option(
+        None,
+        "Clip scores to at most this much above or below 0 (Zheng et al. 2023, §5.3.1). "
+        "Default: no clip.",
+        gt=0,
+        le=LARGEST_WEIGHT,
+    )
+    length_penalty: float = option(
+        0.0,
+        "Subtracted from the score for each token of a response beyond length_penalty_start "
+        "(as the overlong punishment of DAPO, Yu et al. 2025, §3.4).",
+        ge=0,
+        le=LARGEST_WEIGHT,
+    )
+    length_penalty_start: int = option(
+        0, "Tokens of a response, EOS included, that cost nothing.", ge=0, le=MOST_TOKENS
     )
     missing_eos_penalty: float | None = option(
         None,
@@ -152,6 +191,11 @@ class PPOConfig(TrainingConfig):
     def effective_responses_per_prompt(self) -> int:
         """`responses_per_prompt`, or its default."""
         return self.responses_per_prompt or (1 if self.advantage == "gae" else 4)
+
+    @property
+    def effective_clip_range_high(self) -> float:
+        """`clip_range_high`, or its default."""
+        return self.clip_range if self.clip_range_high is None else self.clip_range_high
 
     @property
     def effective_rollout_batch_size(self) -> int:
@@ -195,6 +239,23 @@ class PPOConfig(TrainingConfig):
                 "kl_target, kl_coeff: a kl_coeff of 0 charges no KL, so there is nothing to adapt; "
                 "give the kl_coeff to start from, or leave kl_target out"
             )
+        if self.kl_placement == "loss" and self.kl_estimator == "k1":
+            problems.append(
+                "kl_placement, kl_estimator: the gradient of k1 in the loss is 0 on average, so it "
+                "would not hold the policy near the reference; use kl_estimator k2 (unbiased) or "
+                "k3, or kl_placement reward"
+            )
+        if self.length_penalty_start and not self.length_penalty:
+            problems.append(
+                "length_penalty_start: does nothing without length_penalty, the cost of each token "
+                "beyond it"
+            )
+        elif self.length_penalty and self.length_penalty_start >= self.target_sequence_length:
+            problems.append(
+                f"length_penalty_start: no response is longer than target_sequence_length "
+                f"{self.target_sequence_length}, so that {self.length_penalty_start} would never "
+                "cost anything"
+            )
         if self.min_response_length > self.target_sequence_length:
             problems.append(
                 f"min_response_length: {self.min_response_length} is more than "
@@ -206,6 +267,7 @@ class PPOConfig(TrainingConfig):
         """Return plain data in which numbers that depend on others are given, not left out."""
         return super().resolved() | {
             "critic_learning_rate": self.effective_critic_learning_rate,
+            "clip_range_high": self.effective_clip_range_high,
             "responses_per_prompt": self.effective_responses_per_prompt,
         }
 

@@ -14,10 +14,16 @@ from rlhf.objectives.advantages import (
     rewards_to_come,
     rloo,
 )
-from rlhf.objectives.kl import KL, AdaptiveKL, kl_k1, kl_k3
-from rlhf.objectives.losses import ClippedLoss, explained_variance, policy_loss, value_loss
+from rlhf.objectives.kl import KL, AdaptiveKL, find_kl, kl_k1, kl_k2, kl_k3, kl_loss
+from rlhf.objectives.losses import (
+    ClippedLoss,
+    explained_variance,
+    loss_weights,
+    policy_loss,
+    value_loss,
+)
 from rlhf.objectives.preferences import pairwise_loss
-from rlhf.objectives.rewards import token_rewards, whiten
+from rlhf.objectives.rewards import shaped_scores, token_rewards, whiten
 
 __all__ = [
     "ADVANTAGES",
@@ -27,14 +33,19 @@ __all__ = [
     "Estimator",
     "explained_variance",
     "find_estimator",
+    "find_kl",
     "gae",
     "grpo",
     "kl_k1",
+    "kl_k2",
     "kl_k3",
+    "kl_loss",
+    "loss_weights",
     "pairwise_loss",
     "policy_loss",
     "rewards_to_come",
     "rloo",
+    "shaped_scores",
     "token_rewards",
     "value_loss",
     "whiten",

@@ -88,7 +88,7 @@ def _above_group(totals: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
 def rloo(totals: Tensor, groups: Tensor) -> Tensor:
     """Return each reward less the mean of the *others* in its group, R_i − Σ_{j≠i} R_j/(n−1).
 
-    Ahmadian et al. 2024 (arXiv 2402.14740), eq. 8, after Kool et al. 2019. The baseline does not
+    Ahmadian et al. 2024 (arXiv 2402.14740), after Kool et al. 2019. The baseline does not
     depend on response i, so that the gradient is unbiased. Alone in its group, a response is 0.
 
     Args:

@@ -11,7 +11,7 @@ class ClippedLoss:
     """A clipped loss over a micro-batch.
 
     Attributes:
-        total: Scalar, summed over tokens.
+        total: Scalar, weighted sum over tokens.
         clipped: Scalar, number of tokens where the clip removed the gradient.
     """
 
@@ -19,31 +19,58 @@ class ClippedLoss:
     clipped: Tensor
 
 
-def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float
-) -> ClippedLoss:
-    """Return PPO's clipped surrogate, negated: −min(ρA, clip(ρ, 1−ε, 1+ε)A).
+def loss_weights(mask: Tensor, average: str, limit: int) -> Tensor:
+    """Return each token's weight in the losses, by `PPOConfig.loss_average`; 0 past the end.
 
-    Schulman et al. 2017, eq. 7, with ρ = π/π_old.
+    token: 1, to be divided by the tokens of the minibatch. sequence: 1/length, to be divided by its
+    responses (Shao et al. 2024, eq. 3). constant: 1/limit, divided by its responses too, so that
+    neither a response's length nor the others' changes a token's weight (Liu et al. 2025,
+    "Dr. GRPO").
+
+    Args:
+        mask: (B, R) bool.
+        average: token, sequence or constant.
+        limit: Most tokens of a response, `PPOConfig.target_sequence_length`.
+    """
+    if average == "sequence":
+        return mask / mask.sum(1, keepdim=True)
+    return mask / limit if average == "constant" else mask.float()
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    clip_range: float,
+    clip_range_high: float | None = None,
+) -> ClippedLoss:
+    """Return PPO's clipped surrogate, negated: −min(ρA, clip(ρ, 1−ε, 1+ε)A), summed with weights.
+
+    Schulman et al. 2017, eq. 7, with ρ = π/π_old. The clip above 1 may differ (Yu et al. 2025,
+    arXiv 2503.14476, §3.1, "Clip-Higher").
 
     Args:
         logprobs: (B, R) of the policy being trained.
         old_logprobs: (B, R) of the policy that sampled.
         advantages: (B, R).
-        mask: (B, R) bool.
+        weights: (B, R) weight of each token, 0 past the end; a mask counts as 0 and 1.
         clip_range: ε.
+        clip_range_high: ε above 1; None for the same.
     """
-    ratio = torch.exp((logprobs - old_logprobs) * mask)
+    counts = weights != 0
+    ratio = torch.exp((logprobs - old_logprobs) * counts)
+    high = clip_range if clip_range_high is None else clip_range_high
     plain = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    clipped = -ratio.clamp(1 - clip_range, 1 + high) * advantages
     return ClippedLoss(
-        total=(torch.maximum(plain, clipped) * mask).sum(),
-        clipped=((clipped > plain) & mask).sum(),
+        total=(torch.maximum(plain, clipped) * weights).sum(),
+        clipped=((clipped > plain) & counts).sum(),
     )
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip_range: float
+    values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip_range: float
 ) -> ClippedLoss:
     """Return the clipped squared error, ½·max((V−R)², (clip(V, V_old−ε, V_old+ε)−R)²).
 
@@ -53,14 +80,14 @@ def value_loss(
         values: (B, R) of the critic being trained.
         old_values: (B, R) at rollout time.
         returns: (B, R) targets.
-        mask: (B, R) bool.
+        weights: (B, R) weight of each token, 0 past the end; a mask counts as 0 and 1.
         clip_range: ε, in score units.
     """
     near = old_values + (values - old_values).clamp(-clip_range, clip_range)
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
     return ClippedLoss(
-        total=0.5 * (torch.maximum(plain, clipped) * mask).sum(),
-        clipped=((clipped > plain) & mask).sum(),
+        total=0.5 * (torch.maximum(plain, clipped) * weights).sum(),
+        clipped=((clipped > plain) & (weights != 0)).sum(),
     )
 
 

@@ -5,6 +5,35 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rlhf.config import PPOConfig
+
+
+def shaped_scores(scores: Tensor, lengths: Tensor, finished: Tensor, config: PPOConfig) -> Tensor:
+    """Clip scores, charge for length, and apply the rules of a missing EOS, in this order.
+
+    A `missing_eos_score` is final: it replaces the score with all that was done to it.
+
+    Args:
+        scores: (B,) from the scorer.
+        lengths: (B,) response lengths, EOS included.
+        finished: (B,) bool, whether the response ended with EOS.
+        config: The fields `reward_clip`, `length_penalty` (with its start), `missing_eos_penalty`
+            and `missing_eos_score`.
+
+    Returns:
+        (B,) scores.
+    """
+    if config.reward_clip is not None:
+        scores = scores.clamp(-config.reward_clip, config.reward_clip)
+    if config.length_penalty:
+        beyond = (lengths - config.length_penalty_start).clamp(min=0)
+        scores = scores - config.length_penalty * beyond
+    if config.missing_eos_penalty is not None:
+        scores = scores - config.missing_eos_penalty * ~finished
+    if config.missing_eos_score is not None:
+        scores = torch.where(finished, scores, config.missing_eos_score)
+    return scores
+
 
 def token_rewards(scores: Tensor, kl: Tensor, lengths: Tensor, kl_coeff: float) -> Tensor:
     """Return the reward of each token: −kl_coeff·KL everywhere, plus the score on the last token.

@@ -128,11 +128,15 @@ class Evaluation:
     ref_logprobs: Tensor | None
     values: Tensor | None
 
-    def kl(self, estimator: str) -> Tensor:
-        """Return the per-token KL by an entry of `objectives.KL`; 0 without a reference."""
-        if self.ref_logprobs is None:
+    def kl(self, estimator: str | None) -> Tensor:
+        """Return the per-token KL by an entry of `objectives.KL`; 0 for None or no reference."""
+        if self.ref_logprobs is None or estimator is None:
             return torch.zeros_like(self.logprobs)
         return objectives.KL[estimator](self.logprobs, self.ref_logprobs)
+
+    def stats(self, scores: Tensor) -> RolloutStats:
+        """Return what is logged, with the (B,) scores: KL by k1 and k3, whichever is charged."""
+        return RolloutStats(scores, self.kl("k1"), self.kl("k3"), self.entropy)
 
 
 @torch.no_grad()

@@ -76,12 +76,13 @@ def read_ppo_inputs(
 
 
 def check_estimator(config: PPOConfig) -> None:
-    """Check that the advantage estimator that the configuration names exists.
+    """Check that the estimators that the configuration names, of advantages and KL, exist.
 
     Raises:
-        InputError: If it does not.
+        InputError: If one does not.
     """
     objectives.find_estimator(config.advantage)
+    objectives.find_kl(config.kl_estimator)
 
 
 def other_base(config: PPOConfig) -> str | None:

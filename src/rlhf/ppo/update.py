@@ -11,18 +11,22 @@ from rlhf.config import PPOConfig
 from rlhf.ppo.experience import Experience
 from rlhf.ppo.roles import Critic, Role
 
-# Means over tokens: the parts from micro-batches and processes are summed.
-_SUMS = ("policy_loss", "value_loss", "policy_clipped", "value_clipped", "kl", "ratio")
+# Means: the parts from micro-batches and processes are summed.
+_SUMS = ("policy_loss", "value_loss", "kl_loss", "policy_clipped", "value_clipped", "kl", "ratio")
 
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Statistics of one minibatch, as means over its tokens, so that its parts can be summed.
+    """Statistics of one minibatch, as means, so that its parts can be summed.
+
+    Losses are means by `loss_average`, all else means over tokens.
 
     Attributes:
         tokens: Response tokens of the minibatch.
         policy_loss: Clipped surrogate.
         value_loss: Clipped squared error; 0 without a critic.
+        kl_loss: KL to the reference as a loss, without its coefficient; 0 if it is charged in the
+            rewards.
         policy_clipped: Share of tokens whose ratio was clipped.
         value_clipped: Share of tokens whose value was clipped; 0 without a critic.
         kl: KL to the policy that sampled, nats per token.
@@ -33,6 +37,7 @@ class Minibatch:
     tokens: int
     policy_loss: float = 0.0
     value_loss: float = 0.0
+    kl_loss: float = 0.0
     policy_clipped: float = 0.0
     value_clipped: float = 0.0
     kl: float = 0.0
@@ -55,22 +60,53 @@ class Minibatch:
         return Minibatch(tokens=self.tokens, ratio_deviation=float(deviation), **sums)
 
 
+@dataclass(frozen=True)
+class Divisors:
+    """What a minibatch's sums are divided by, over all processes.
+
+    Attributes:
+        tokens: Response tokens, for means over tokens.
+        losses: What losses are divided by: tokens or responses, see `objectives.loss_weights`.
+    """
+
+    tokens: int
+    losses: int
+
+
+def count_divisors(
+    minibatch: Experience, config: PPOConfig, reduce: Callable[..., Tensor]
+) -> Divisors:
+    """Count a minibatch; `reduce` is `Trainer.reduce`."""
+    tokens = minibatch.responses.lengths.sum()
+    responses = torch.full_like(tokens, len(minibatch.responses))
+    total = reduce(torch.stack([tokens, responses])).tolist()
+    return Divisors(tokens=total[0], losses=total[0 if config.loss_average == "token" else 1])
+
+
 def add_gradients(
-    micro: Experience, count: int, policy: Role, critic: Critic | None, config: PPOConfig
+    micro: Experience,
+    divisors: Divisors,
+    policy: Role,
+    critic: Critic | None,
+    config: PPOConfig,
+    kl_coeff: float,
 ) -> Minibatch:
     """Add a micro-batch's share to the gradients.
 
     Args:
         micro: Rows of a minibatch.
-        count: Response tokens of the whole minibatch, over all processes.
+        divisors: Those of the whole minibatch.
         policy: Role being trained.
         critic: Role that values states; None if the estimator needs none.
         config: Clip ranges, coefficients, temperature and constraint.
+        kl_coeff: Weight of the KL to the reference in the loss; not used with `kl_placement` reward
+            or without a reference.
 
     Returns:
         The micro-batch's share of the minibatch's statistics.
     """
-    mask, value = micro.responses.mask, None
+    mask, value, kl = micro.responses.mask, None, None
+    weights = objectives.loss_weights(mask, config.loss_average, config.target_sequence_length)
     with policy.active() as lm:
         states = lm.response_states(micro.prompts, micro.responses)
         new = lm.token_logprobs(
@@ -81,39 +117,50 @@ def add_gradients(
             entropy=config.entropy_coef != 0,
         )
         surrogate = objectives.policy_loss(
-            new.logprobs, micro.logprobs, micro.advantages, mask, config.clip_range
+            new.logprobs,
+            micro.logprobs,
+            micro.advantages,
+            weights,
+            config.clip_range,
+            config.effective_clip_range_high,
         )
-        loss = surrogate.total - config.entropy_coef * new.entropy.sum()
+        loss = surrogate.total - config.entropy_coef * (new.entropy * weights).sum()
+        if config.kl_placement == "loss" and micro.ref_logprobs is not None:
+            kl = objectives.kl_loss(
+                new.logprobs, micro.logprobs, micro.ref_logprobs, weights, config.kl_estimator
+            )
+            loss = loss + kl_coeff * kl
         if critic is not None and critic.on_policy_trunk:
-            value = _value_loss(critic, states, micro, config)
+            value = _value_loss(critic, states, micro, weights, config)
             loss = loss + config.vf_coef * value.total
-        (loss / count).backward()
+        (loss / divisors.losses).backward()
     if critic is not None and not critic.on_policy_trunk:
         with critic.role.active() as lm:
             states = lm.response_states(micro.prompts, micro.responses)
-            value = _value_loss(critic, states, micro, config)
-            (config.vf_coef * value.total / count).backward()
+            value = _value_loss(critic, states, micro, weights, config)
+            (config.vf_coef * value.total / divisors.losses).backward()
     log_ratio = (new.logprobs.detach() - micro.logprobs)[mask]
     return Minibatch(
-        tokens=count,
-        policy_loss=surrogate.total.item() / count,
-        value_loss=0.0 if value is None else value.total.item() / count,
-        policy_clipped=float(surrogate.clipped) / count,
-        value_clipped=0.0 if value is None else float(value.clipped) / count,
+        tokens=divisors.tokens,
+        policy_loss=surrogate.total.item() / divisors.losses,
+        value_loss=0.0 if value is None else value.total.item() / divisors.losses,
+        kl_loss=0.0 if kl is None else kl.item() / divisors.losses,
+        policy_clipped=float(surrogate.clipped) / divisors.tokens,
+        value_clipped=0.0 if value is None else float(value.clipped) / divisors.tokens,
         # KL(old‖new) on samples from old: k3 with the roles swapped.
-        kl=float((torch.expm1(log_ratio) - log_ratio).sum()) / count,
-        ratio=float(log_ratio.exp().sum()) / count,
+        kl=float((torch.expm1(log_ratio) - log_ratio).sum()) / divisors.tokens,
+        ratio=float(log_ratio.exp().sum()) / divisors.tokens,
         ratio_deviation=float(torch.expm1(log_ratio).abs().max()),
     )
 
 
 def _value_loss(
-    critic: Critic, states: Tensor, micro: Experience, config: PPOConfig
+    critic: Critic, states: Tensor, micro: Experience, weights: Tensor, config: PPOConfig
 ) -> objectives.ClippedLoss:
     assert micro.values is not None
     assert micro.returns is not None
-    values, mask = critic.values(states), micro.responses.mask
-    return objectives.value_loss(values, micro.values, micro.returns, mask, config.value_clip_range)
+    values, limit = critic.values(states), config.value_clip_range
+    return objectives.value_loss(values, micro.values, micro.returns, weights, limit)
 
 
 class UpdateLog:
@@ -121,13 +168,15 @@ class UpdateLog:
 
     Args:
         critic: Whether there is a critic, whose metrics are then reported.
+        kl_loss: Whether the KL to the reference is a loss, which is then reported.
 
     Attributes:
         norms: Gradient norms of the updates made.
     """
 
-    def __init__(self, *, critic: bool) -> None:
-        self._critic = critic
+    def __init__(self, *, critic: bool, kl_loss: bool) -> None:
+        self._left_out = {"value_loss": not critic, "value_clipped": not critic}
+        self._left_out["kl_loss"] = not kl_loss
         self._minibatches: list[Minibatch] = []
         self.norms: list[dict[str, float]] = []
 
@@ -143,10 +192,11 @@ class UpdateLog:
             for name, shown in {
                 "policy_loss": "policy_loss",
                 "value_loss": "value_loss",
+                "kl_loss": "kl_loss",
                 "policy_clipped": "policy_clip_fraction",
                 "value_clipped": "value_clip_fraction",
             }.items()
-            if self._critic or not name.startswith("value")
+            if not self._left_out.get(name)
         }
         metrics |= {
             "ppo/kl_to_rollout": self._minibatches[-1].kl,
