@@ -8,6 +8,7 @@ import pytest
 import rlhf
 from rlhf.cli import main
 from rlhf.config import (
+    DPOConfig,
     InferenceConfig,
     PipelineConfig,
     PPOConfig,
@@ -22,6 +23,7 @@ COMMANDS = {
     "sft": (SFTConfig, "train_sft"),
     "reward-model": (RewardModelConfig, "train_reward_model"),
     "ppo": (PPOConfig, "train_ppo"),
+    "dpo": (DPOConfig, "train_dpo"),
     "infer": (InferenceConfig, "run_inference"),
     "run": (PipelineConfig, "run_pipeline"),
     "score": (ScoreConfig, "run_score"),
@@ -48,7 +50,7 @@ def test_help_lists_every_field_with_type_default_and_meaning(command, capsys, m
     monkeypatch.setenv("COLUMNS", "200")
     assert main([command, "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    sections = ("sft", "reward_model", "ppo", "inference") if command == "run" else ()
+    sections = ("sft", "reward_model", "ppo", "dpo", "inference") if command == "run" else ()
     for name, field in leaf_fields(COMMANDS[command][0]):
         if name in sections:
             assert f"--{name}.FIELD" in text

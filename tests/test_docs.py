@@ -152,6 +152,21 @@ def test_every_metric_of_ppo_is_explained(tmp_path: Path) -> None:
         assert f"`{shown}" in text, name
 
 
+def test_every_metric_of_dpo_is_explained(workplace: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    config = rlhf.DPOConfig(
+        base_model=str(workplace / "llama"), output_dir=str(tmp_path / "dpo"), train_steps=1,
+        preference_dataset=str(workplace / "preferences.jsonl"), prompt_sequence_length=64,
+        target_sequence_length=8,
+    )  # fmt: skip
+    metrics = rlhf.train_dpo(config).metrics
+    assert "eval/margin" in metrics
+    for name in metrics:
+        shown = re.sub(r"^(time/|train/grad_norm_).*", r"\1", name)
+        shown = re.sub(r"longer_accuracy_(low|high)$", "longer_accuracy", shown)
+        assert f"`{shown}" in text or "/" not in name or shown == "eval/pairs", name
+
+
 def test_every_metric_of_inference_is_explained(tmp_path: Path) -> None:
     from rlhf.inference.metrics import prediction_metrics
     from rlhf.inference.predictions import Prediction

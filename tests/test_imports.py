@@ -28,7 +28,7 @@ LAYERS = [
     {"training"},
     {"ppo"},
     {"inference"},
-    {"sft", "reward_model", "ppo_trainer", "score"},
+    {"sft", "reward_model", "ppo_trainer", "dpo", "score"},
     {"pipeline"},
     {"rlhf"},  # the package itself, which names the API and loads it when it is asked for
     {"quickstart", "vertex"},

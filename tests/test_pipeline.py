@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.config import PipelineConfig
+from rlhf.config import InferenceConfig, PipelineConfig
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.files.lease import lease
+from rlhf.inference import run_inference
 from rlhf.pipeline import on_the_given_base, run_pipeline
 from rlhf.ppo_trainer import train_ppo
 from rlhf.reward_model import train_reward_model
@@ -83,6 +84,34 @@ def test_every_stage_leaves_its_folder_and_the_pipeline_its_figures(values, tiny
     for stage in ("reward_model", "policy"):
         assert yaml.safe_load((out / stage / "config.yaml").read_text())["base_model"] == base
     assert len((out / "inference" / "predictions.jsonl").read_text().splitlines()) == 18
+
+
+def test_dpo_is_tuned_beside_ppo_where_it_is_asked_for(values, tiny_checkpoint):
+    plain = run(values, base_model=str(tiny_checkpoint), output_dir=values["output_dir"] + "-plain")
+    result = run(values, base_model=str(tiny_checkpoint), dpo={"beta": 0.5})
+    out = Path(result.output_dir)
+    assert list(result.metrics) == ["sft", "reward_model", "ppo", "dpo", "inference", "seconds"]
+    config = yaml.safe_load((out / "dpo" / "config.yaml").read_text())
+    assert config["base_model"] == str(out / "sft" / "merged")
+    assert config["beta"] == 0.5
+    assert result.metrics["dpo"]["eval/pairs"] == 6  # eval rows with candidates
+    predictions = Path("inference") / "predictions.jsonl"
+    assert (out / predictions).read_bytes() == (Path(plain.output_dir) / predictions).read_bytes()
+    inference = InferenceConfig(
+        policy_path=str(out / "dpo"),
+        eval_dataset=values["eval_dataset"],
+        reward_model_path=str(out / "reward_model"),
+        output_dir=str(out / "inference-dpo"),
+    )
+    assert run_inference(inference).metrics["rows"] == 18
+    assert run(values, base_model=str(tiny_checkpoint), dpo={"beta": 0.5}).metrics == result.metrics
+
+
+def test_rows_that_are_held_out_for_inference_are_not_learned_by_dpo(values):
+    out = Path(run(values, eval_dataset=None, sft_dataset=None, dpo={"train_steps": 1}).output_dir)
+    config = yaml.safe_load((out / "dpo" / "config.yaml").read_text())
+    assert config["preference_dataset"] == str(out / "data" / "preferences.jsonl")
+    assert config["eval_dataset"] == str(out / "data" / "held_out.jsonl")
 
 
 def test_a_finished_pipeline_is_left_alone_and_a_changed_one_is_refused(values, monkeypatch):

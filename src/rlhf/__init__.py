@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlhf.config import (
+        DPOConfig,
         InferenceConfig,
         LoRAConfig,
         PipelineConfig,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         SFTConfig,
         load_config,
     )
+    from rlhf.dpo import DPOTrainer, train_dpo
     from rlhf.errors import InputError, StoppedBySignal
     from rlhf.inference import run_inference
     from rlhf.pipeline import run_pipeline
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from rlhf.sft import SFTTrainer, train_sft
 
 _HOMES = {
+    "DPOConfig": "rlhf.config",
+    "DPOTrainer": "rlhf.dpo",
     "InferenceConfig": "rlhf.config",
     "InputError": "rlhf.errors",
     "LoRAConfig": "rlhf.config",
@@ -43,12 +47,15 @@ _HOMES = {
     "run_inference": "rlhf.inference",
     "run_pipeline": "rlhf.pipeline",
     "run_score": "rlhf.score",
+    "train_dpo": "rlhf.dpo",
     "train_ppo": "rlhf.ppo_trainer",
     "train_reward_model": "rlhf.reward_model",
     "train_sft": "rlhf.sft",
 }
 
 __all__ = [
+    "DPOConfig",
+    "DPOTrainer",
     "InferenceConfig",
     "InputError",
     "LoRAConfig",
@@ -65,6 +72,7 @@ __all__ = [
     "run_inference",
     "run_pipeline",
     "run_score",
+    "train_dpo",
     "train_ppo",
     "train_reward_model",
     "train_sft",

@@ -142,7 +142,8 @@ class PPOTrainer(Trainer):
         self.prompts = inputs.prompts
         self.eval_prompts = inputs.eval_prompts
         self.estimator = objectives.find_estimator(config.advantage)
-        bases = load_bases(config, model, inputs.tokenizer, reward_model=reward_fn is None)
+        frozen = config.kl_coeff > 0 or reward_fn is None
+        bases = load_bases(config, model, inputs.tokenizer, frozen=frozen)
         self.scorer = make_scorer(config, bases, reward_fn)
         self.policy = make_policy(config, bases)
         self.reference = make_reference(config, bases)

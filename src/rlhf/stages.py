@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf.config import (
+    DPOConfig,
     InferenceConfig,
     PPOConfig,
     RewardModelConfig,
@@ -153,6 +154,23 @@ STAGES: dict[str, Stage] = {
                 "It was rewarded by a model, not by people. A rising reward with a growing KL can "
                 "mean that the reward model is exploited: read samples before trusting the "
                 "figures.",
+            ),
+        ),
+        Stage(
+            config=DPOConfig,
+            command="dpo",
+            help="Tune a policy on preference pairs, without a reward model.",
+            run="rlhf:train_dpo",
+            dry_run="rlhf:train_dpo",
+            reads=(
+                Reads("preference_dataset", "preference"),
+                Reads("eval_dataset", "candidates"),
+            ),
+            card=Card(
+                "Policy trained by DPO on preference pairs",
+                "It learned to rank given responses and was never judged on its own. Responses far "
+                "from those of its training pairs may have become more likely too: read samples "
+                "before trusting the figures.",
             ),
         ),
         Stage(

@@ -241,6 +241,22 @@ def test_pipeline_fills_each_stage():
     assert {stage.seed for stage in (sft, reward, tuned, inference)} == {3}
 
 
+def test_dpo_runs_in_a_pipeline_that_has_its_section():
+    given = RUN | {"eval_dataset": "eval.jsonl", "sft_dataset": "demos.jsonl"}
+    plain = load_config(PipelineConfig, None, given)
+    for unasked in (plain, PipelineConfig.model_validate(plain.resolved())):  # has an empty section
+        assert unasked.stages() == ["sft", "reward_model", "ppo", "inference"]
+    config = load_config(PipelineConfig, None, given | {"dpo.loss": "ipo", "seed": 3})
+    assert config.stages() == ["sft", "reward_model", "ppo", "dpo", "inference"]
+    dpo = config.stage_config("dpo")
+    assert (dpo.base_model, dpo.output_dir) == ("out/sft/merged", "out/dpo")
+    assert (dpo.preference_dataset, dpo.eval_dataset) == ("pairs.jsonl", "eval.jsonl")
+    assert (dpo.loss, dpo.seed) == ("ipo", 3)
+    assert dpo.effective_learning_rate == BASE_LEARNING_RATES["dpo"]["lora"]
+    assert config.stage_config("inference").policy_path == "out/policy"
+    assert PipelineConfig.model_validate(config.resolved()).stages() == config.stages()
+
+
 def test_stages_of_a_pipeline_do_not_share_a_tensorboard_folder():
     fields = {"base_model": "b", "preference_dataset": "p.jsonl", "output_dir": "out"}
     config = PipelineConfig(**fields, tensorboard_dir="gs://b/logs", ppo={"tensorboard_dir": "own"})

@@ -39,6 +39,7 @@ def test_the_promised_configurations_are_there():
         "quickstart_llama",
         "tldr_flan_t5_small",
         "tldr_llama_1b_lora",
+        "tldr_llama_1b_ppo_and_dpo",
         "tldr_llama_7b_lora_single_gpu",
         "local_tldr",
         "local_tldr_t5",

@@ -11,7 +11,16 @@ from support.tiny import make_tokenizer, tiny_model
 from support.toy_trainer import stop_at
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from rlhf import PPOConfig, RewardModelConfig, SFTConfig, train_ppo, train_reward_model, train_sft
+from rlhf import (
+    DPOConfig,
+    PPOConfig,
+    RewardModelConfig,
+    SFTConfig,
+    train_dpo,
+    train_ppo,
+    train_reward_model,
+    train_sft,
+)
 from rlhf.config import LoRAConfig, StageConfig
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.models.loading import load_language_model
@@ -37,13 +46,15 @@ def train(stage: str, folder: Path, model: PreTrainedModel, arch: str, **options
     fields = COMMON | {"output_dir": str(folder / "out")} | options
     if stage == "sft":
         return train_sft(SFTConfig(dataset=str(rows), **fields), **objects)
+    if stage == "dpo":
+        return train_dpo(DPOConfig(preference_dataset=str(rows), **fields), **objects)
     if stage == "ppo":
         config = PPOConfig(prompt_dataset=str(rows), **fields)
         return train_ppo(config, reward_fn=lambda p, r: [float(len(text)) for text in r], **objects)
     return train_reward_model(RewardModelConfig(preference_dataset=str(rows), **fields), **objects)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "dpo"])
 @pytest.mark.parametrize(("held", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("rank", [2, 0])
 def test_it_trains_is_written_and_resumes(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf.config import LoRAConfig, PPOConfig, RewardModelConfig
+from rlhf.config import DPOConfig, LoRAConfig, PPOConfig, RewardModelConfig, SFTConfig
 from rlhf.models.memory import (
     count_parameters,
     memory_per_role,
@@ -48,6 +48,22 @@ def test_roles_share_one_base_with_lora_and_not_under_full_fine_tuning(tiny_lm):
     alone_roles = memory_per_role(tiny_lm.config, PPOConfig(**PPO, **alone))
     assert "frozen base" not in alone_roles
     assert alone_roles["critic"] == 16 * counts.head
+
+
+def test_the_reference_of_dpo_is_a_second_model_under_full_fine_tuning_only(tiny_lm):
+    counts = count_parameters(tiny_lm.config, LoRAConfig(rank=4))
+    common = {"output_dir": "out", "dtype": "float32", "device": "cpu"}
+    dpo = DPOConfig(**common, preference_dataset="rows", lora={"rank": 4})
+    shared = memory_per_role(tiny_lm.config, dpo)
+    assert shared["frozen base"] == 4 * counts.base
+    assert shared["policy adapter"] == 16 * counts.adapter
+    full = DPOConfig(**common, preference_dataset="rows", lora={"rank": 0})
+    separate = memory_per_role(tiny_lm.config, full)
+    assert separate["frozen base"] == 4 * counts.base
+    assert separate["trained weights"] == 16 * counts.base
+    # Both responses of a pair are in the pass, with their logits.
+    sft = memory_per_role(tiny_lm.config, SFTConfig(**common, dataset="rows", lora={"rank": 4}))
+    assert sft["activations"] < shared["activations"] <= 2 * sft["activations"]
 
 
 def test_cache_is_that_of_a_real_generation(tiny_lm):

@@ -14,9 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rlhf import (
+    DPOConfig,
     PPOConfig,
     RewardModelConfig,
     SFTConfig,
+    train_dpo,
     train_ppo,
     train_reward_model,
     train_sft,
@@ -139,7 +141,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward_model", "ppo", "dpo"])
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_stages_refuse_before_they_load(
     arch: str, stage: str, dry_run: bool, tiny_checkpoint: Path, tmp_path: Path
@@ -156,6 +158,7 @@ def test_stages_refuse_before_they_load(
         "reward_model": lambda: train_reward_model(
             RewardModelConfig(preference_dataset=str(rows), **common)
         ),
+        "dpo": lambda: train_dpo(DPOConfig(preference_dataset=str(rows), **common)),
         "ppo": lambda: train_ppo(
             PPOConfig(prompt_dataset=str(rows), **common),
             reward_fn=lambda prompts, responses: [0.0],

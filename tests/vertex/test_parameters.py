@@ -241,6 +241,7 @@ def test_tpus_are_refused_with_the_alternative(kind):
     [
         ({"sft_dataset": "gs://bkt/demos.jsonl"}, "sft_dataset"),
         ({"sft": {"dataset": "gs://bkt/demos.jsonl"}}, "sft_dataset"),
+        ({"dpo": {"beta": 0.2}}, "dpo"),
         ({"ppo": {"instruction": "Be brief."}}, "ppo.instruction"),
         ({"reward_model": {"prompt_sequence_length": 9}}, "reward_model.prompt_sequence_length"),
         ({"ppo": {"prompt_dataset": "gs://bkt/x.jsonl"}}, "ppo.prompt_dataset"),

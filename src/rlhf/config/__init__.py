@@ -17,6 +17,7 @@ from rlhf.config.common import (
     TrainingConfig,
 )
 from rlhf.config.describe import leaf_fields
+from rlhf.config.dpo import DPOConfig
 from rlhf.config.loading import load, to_yaml
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.ppo import PPOConfig
@@ -31,6 +32,7 @@ from rlhf.untrusted import without_secrets
 
 __all__ = [
     "BASE_LEARNING_RATES",
+    "DPOConfig",
     "InferenceConfig",
     "LoRAConfig",
     "PPOConfig",

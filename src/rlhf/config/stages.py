@@ -15,6 +15,7 @@ from rlhf.config.common import (
     TrainingConfig,
     option,
 )
+from rlhf.config.dpo import DPOConfig
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.shared import PATHS, compile_decode, tuned_base
 
@@ -91,7 +92,9 @@ class InferenceConfig(StageConfig):
         None, "The untuned model. Default: the one recorded in the policy's adapter."
     )
     policy_path: NonEmpty = option(
-        ..., "Folder written by `rlhf ppo` or `rlhf sft`, or the adapter/ or merged/ inside it."
+        ...,
+        "Folder written by `rlhf ppo`, `rlhf dpo` or `rlhf sft`, or the adapter/ or merged/ "
+        "inside it.",
     )
     eval_dataset: Paths = option(..., f"Rows with prompts, with or without references. {PATHS}.")
     reward_model_path: NonEmpty | None = option(
@@ -146,7 +149,7 @@ class InferenceConfig(StageConfig):
 
 # The stages of the pipeline by name, in the order in which they run.
 STAGE_CONFIGS: dict[str, type[StageConfig]] = {
-    cls.stage: cls for cls in (SFTConfig, RewardModelConfig, PPOConfig, InferenceConfig)
+    cls.stage: cls for cls in (SFTConfig, RewardModelConfig, PPOConfig, DPOConfig, InferenceConfig)
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from rlhf.config import (
+    DPOConfig,
     InferenceConfig,
     LoRAConfig,
     PPOConfig,
@@ -113,6 +114,8 @@ def _weights(config: StageConfig, counts: Counts, width: int) -> dict[str, int]:
         trained = {"trained weights": counts.base * TRAINED_BYTES}
         if isinstance(config, RewardModelConfig):
             return trained | {"reward head": head}
+        if isinstance(config, DPOConfig):  # the second, frozen copy is the reference
+            return frozen | trained
         if not isinstance(config, PPOConfig):
             return trained
         own = counts.base * TRAINED_BYTES if config.critic == "adapter" else 0
@@ -132,6 +135,8 @@ def _weights(config: StageConfig, counts: Counts, width: int) -> dict[str, int]:
         }
     if isinstance(config, RewardModelConfig):
         return frozen | {"reward adapter": adapter, "reward head": head}
+    if isinstance(config, DPOConfig):  # the reference is the base without the adapter
+        return frozen | {"policy adapter": adapter}
     return frozen | {"adapter": adapter}
 
 
@@ -154,7 +159,7 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
     encoder, decoder = shape.encoder_layers, shape.decoder_layers
     read = response if encoder else prompt + response
     rows, tokens = stage.micro_batch_limits
-    pair = isinstance(stage, RewardModelConfig)
+    pair = isinstance(stage, RewardModelConfig | DPOConfig)
     rows = max(1, min(rows, tokens // (prompt + (2 if pair else 1) * response)))
     if pair:
         rows *= 2  # both candidates of a pair, each counted with its own prompt: an upper bound

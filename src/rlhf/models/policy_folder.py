@@ -40,8 +40,8 @@ def find_policy(path: str) -> PolicySource:
     """Recognize a stage's folder, an adapter or a full model.
 
     Args:
-        path: Folder of `rlhf ppo` or `rlhf sft` (its adapter is used if it has one), their
-            adapter/ or merged/, a plain peft adapter, or any checkpoint; local or remote.
+        path: Folder of `rlhf ppo`, `rlhf dpo` or `rlhf sft` (its adapter is used if it has one),
+            their adapter/ or merged/, a plain peft adapter, or any checkpoint; local or remote.
 
     Raises:
         InputError: The folder does not exist, or is none of these.
@@ -56,8 +56,8 @@ def find_policy(path: str) -> PolicySource:
         if (candidate / "config.json").is_file():
             return _full(candidate, settings or _settings(candidate))
     raise InputError(
-        f"policy_path: {path} holds no policy; expected the folder of `rlhf ppo` or `rlhf sft`, "
-        "its adapter/ or merged/"
+        f"policy_path: {path} holds no policy; expected the folder of `rlhf ppo`, `rlhf dpo` "
+        "or `rlhf sft`, its adapter/ or merged/"
     )
 
 

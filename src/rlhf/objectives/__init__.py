@@ -22,7 +22,7 @@ from rlhf.objectives.losses import (
     policy_loss,
     value_loss,
 )
-from rlhf.objectives.preferences import pairwise_loss
+from rlhf.objectives.preferences import dpo_loss, ipo_loss, pairwise_loss
 from rlhf.objectives.rewards import shaped_scores, token_rewards, whiten
 
 __all__ = [
@@ -31,11 +31,13 @@ __all__ = [
     "AdaptiveKL",
     "ClippedLoss",
     "Estimator",
+    "dpo_loss",
     "explained_variance",
     "find_estimator",
     "find_kl",
     "gae",
     "grpo",
+    "ipo_loss",
     "kl_k1",
     "kl_k2",
     "kl_k3",

@@ -1,4 +1,4 @@
-"""The roles of PPO: policy, critic and reference, on as few models as possible.
+"""The roles of PPO (and DPO): policy, critic and reference, on as few models as possible.
 
 With LoRA they are all adapters (or none) on one frozen base. Under full fine-tuning each is its own
 model. Trainers see no difference.
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import PPOConfig
+from rlhf.config import PPOConfig, TrainingConfig
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
@@ -90,11 +90,11 @@ class Bases:
 
 
 def load_bases(
-    config: PPOConfig,
+    config: TrainingConfig,
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    reward_model: bool = True,
+    frozen: bool = True,
 ) -> Bases:
     """Load the policy's base, twice only if necessary.
 
@@ -102,24 +102,24 @@ def load_bases(
         config: The stage's configuration.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        reward_model: Whether a reward model may share the frozen base.
+        frozen: Whether any role needs a base that never changes.
     """
     if config.lora.rank > 0:
         lm = load_language_model(config, trainable=False, model=model, tokenizer=tokenizer)
         return Bases(lm, lm)
-    frozen = None
-    if config.kl_coeff > 0 or reward_model:
-        untouched = copy.deepcopy(model)
-        frozen = load_language_model(config, trainable=False, model=untouched, tokenizer=tokenizer)
+    untouched = None
+    if frozen:
+        copied = copy.deepcopy(model)
+        untouched = load_language_model(config, trainable=False, model=copied, tokenizer=tokenizer)
     policy = load_language_model(config, trainable=True, model=model, tokenizer=tokenizer)
-    return Bases(policy, frozen)
+    return Bases(policy, untouched)
 
 
-def make_policy(config: PPOConfig, bases: Bases) -> Role:
+def make_policy(config: TrainingConfig, bases: Bases) -> Role:
     """Make the policy: a fresh adapter, or the whole model."""
     if config.lora.rank == 0:
         return Role(bases.policy, None)
-    # PPO compares probabilities under the same network: no dropout anywhere.
+    # PPO and DPO compare probabilities under the same network: no dropout anywhere.
     lora = config.lora.model_copy(update={"dropout": 0.0})
     bases.policy.add_adapter("policy", lora, seed=config.seed)
     return Role(bases.policy, "policy")

@@ -168,6 +168,11 @@ def _not_in_the_pipeline(config: PipelineConfig) -> list[str]:
             "sft_dataset: the Vertex pipeline has no SFT stage; run `rlhf sft` first and give its "
             "merged/ folder as base_model"
         )
+    if "dpo" in config.stages():
+        problems.append(
+            "dpo: the Vertex pipeline has no DPO stage; run `rlhf dpo` on its own and leave the "
+            "section out"
+        )
     if config.eval_dataset is None and "eval_dataset" in config.section("inference"):
         problems.append(
             "inference.eval_dataset: the Vertex pipeline ends after PPO without an eval_dataset "
