@@ -54,10 +54,11 @@ def assert_halved(
     assert losses() == pytest.approx(loss, rel=1e-6)
 
 
-def test_ppo_divides_by_the_tokens_of_all(
-    arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("average", ["token", "sequence", "constant"])
+def test_ppo_divides_by_the_tokens_or_responses_of_all(
+    arch: str, average: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(arch, tmp_path)
+    trainer = make_trainer(arch, tmp_path, loss_average=average)
     experience = experience_of(trainer)
     losses = lambda: trainer.accumulate_gradients(experience).policy_loss  # noqa: E731
     assert_halved(trainer, experience, monkeypatch, losses)
