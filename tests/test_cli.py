@@ -175,7 +175,8 @@ def test_reward_fn_is_imported_from_the_current_folder(called, tmp_path, monkeyp
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     assert main([*PPO, "--reward_fn", "my_rewards:short"]) == 0
     [(_, config, options)] = called
-    assert options["reward_fn"](["a"], ["b"]) == [1.0]
+    assert list(options["reward_fn"]) == ["my_rewards:short"]
+    assert options["reward_fn"]["my_rewards:short"](["a"], ["b"]) == [1.0]
     assert config.reward_model_path is None
 
     for address, said in {
@@ -187,8 +188,10 @@ def test_reward_fn_is_imported_from_the_current_folder(called, tmp_path, monkeyp
     }.items():
         assert main([*PPO, "--reward_fn", address]) == 2
         assert said in capsys.readouterr().err
-    assert main([*SCORED, "--reward_fn", "my_rewards:short"]) == 2
-    assert "not both" in capsys.readouterr().err
+    both = ["--reward_fn", "my_rewards:short", "--reward_fn", "math:fsum"]
+    assert main([*SCORED, *both, "--rewards", "out/other"]) == 0
+    assert list(called[-1][2]["reward_fn"]) == ["my_rewards:short", "math:fsum"]
+    assert [entry.path for entry in called[-1][1].rewards] == ["out/other"]
     assert main(["sft", "--reward_fn", "my_rewards:short"]) == 2
 
 

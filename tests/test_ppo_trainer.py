@@ -44,11 +44,11 @@ def ragged_rollout(trainer: PPOTrainer) -> Rollout:
         [[20, 21, 0, 22, eos], [eos], [23, 0], [0, 0, eos], [30, 31, 32, 33, 34, 35],
          [40, eos], [0], [50, 51, 52, eos]]
     )  # fmt: skip
-    texts = [row.prompt for row in rows]
     finished = torch.tensor([eos in row for row in responses.tolists()])
     answers = trainer.codec.decode_rows(responses.tolists())
-    prompts, groups = trainer.codec.prompts(texts), torch.arange(len(texts))
-    return Rollout(texts, prompts, responses, finished, answers, groups)
+    prompts = trainer.codec.prompts([row.prompt for row in rows])
+    groups = torch.arange(len(rows))
+    return Rollout(rows, prompts, responses, finished, answers, groups)
 
 
 def load_weights(arch: str, folder: Path) -> PreTrainedModel:
@@ -409,13 +409,14 @@ def test_only_policy_and_critic_change(arch: str, critic: str, tmp_path: Path) -
         critic=critic,
     )  # fmt: skip
     trainer = PPOTrainer(config)
-    assert trainer.scorer.shares_base
+    reward = trainer.rewards.scorers["reward_model"]
+    assert reward.shares_base
     lm = trainer.policy.lm
     randomize_roles(trainer)
-    before = snapshot(lm.module, trainer.critic.head, trainer.scorer.head)
+    before = snapshot(lm.module, trainer.critic.head, reward.head)
     trainer.step()
     changed = {
-        n for n, p in snapshot(lm.module, trainer.critic.head, trainer.scorer.head).items()
+        n for n, p in snapshot(lm.module, trainer.critic.head, reward.head).items()
         if not torch.equal(p, before[n])
     }  # fmt: skip
     roles = {"policy"} | ({"value"} if critic == "adapter" else set())
@@ -459,7 +460,7 @@ def test_under_full_fine_tuning_the_critic_starts_as_the_reward_model_too(
     base = str(tmp_path / f"base-{arch}")
     if kind == "full":  # the same scores from weights that were all trained
         merged = PPOTrainer(make_config(tmp_path, base_model=base, reward_model_path=str(path)))
-        reward = merged.scorer
+        reward = merged.rewards.scorers["reward_model"]
         assert isinstance(reward, RewardModel)
         shutil.rmtree(path)
         save_merged(reward.lm, reward.adapter, path / "merged")
@@ -477,12 +478,13 @@ def test_under_full_fine_tuning_the_critic_starts_as_the_reward_model_too(
     with trainer.critic.role.active() as lm, torch.no_grad():
         states = lm.response_states(rollout.prompts, rollout.responses)
     last = states[torch.arange(len(states)), rollout.responses.lengths]
-    assert isinstance(trainer.scorer, RewardModel)
-    scores = trainer.scorer.score_tokens(rollout.prompts, rollout.responses)
+    reward = trainer.rewards.scorers["reward_model"]
+    assert isinstance(reward, RewardModel)
+    scores = reward.score_tokens(rollout.prompts, rollout.responses)
     assert scores.std() > 0.01
     torch.testing.assert_close(trainer.critic.head(last).detach(), scores, rtol=1e-4, atol=1e-4)
     trainer.step()  # trains a copy
-    again = trainer.scorer.score_tokens(rollout.prompts, rollout.responses)
+    again = reward.score_tokens(rollout.prompts, rollout.responses)
     assert torch.equal(again, scores)
 
 
@@ -503,12 +505,12 @@ def test_a_scorer_of_the_other_family(arch: str, tmp_path: Path) -> None:
         make_config(tmp_path, reward_model_path=str(path)),
         model=tiny_model(arch), tokenizer=make_tokenizer(arch),
     )  # fmt: skip
-    assert not trainer.scorer.shares_base
+    assert not trainer.rewards.scorers["reward_model"].shares_base
     rollout = ragged_rollout(trainer)
     scores = trainer.score(rollout)
     rows = zip(rollout.prompt_texts, rollout.texts, rollout.finished.tolist(), scores, strict=True)
     for prompt, text, ended, score in rows:
-        alone = trainer.scorer.score([prompt], [text], finished=[ended])
+        alone = trainer.rewards.scorers["reward_model"].score([prompt], [text], finished=[ended])
         assert float(score) == pytest.approx(float(alone[0]), abs=1e-5)
     trainer.step()
 
@@ -639,11 +641,9 @@ def test_a_bad_reward_function_is_named(
         trainer.step()
 
 
-def test_exactly_one_scorer(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="reward_model_path"):
+def test_a_run_without_any_reward_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="reward_model_path: give it, or rewards, or a reward_fn"):
         train_ppo(make_config(tmp_path))
-    with pytest.raises(InputError, match="reward_model_path"):
-        train_ppo(make_config(tmp_path, reward_model_path="x"), reward_fn=count_letters)
 
 
 # --- the whole stage -----------------------------------------------------------------------------

@@ -116,12 +116,13 @@ def iteration_flops(
         for number, prompt in enumerate(batch["prompts"])
     ]
     lora = flops_lora(config.lora)
+    scorers = trainer.rewards.scorers.values()
     phases = flops.ppo_phases(
         MODELS[model],
         groups,
         lora,
         critic=None if trainer.critic is None else config.critic,
-        scorer=lora if isinstance(trainer.scorer, RewardModel) else None,
+        scorer=lora if any(isinstance(one, RewardModel) for one in scorers) else None,
         reference=config.kl_coeff > 0,
         epochs=config.ppo_epochs,
     )

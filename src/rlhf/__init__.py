@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rlhf.errors import InputError, StoppedBySignal
     from rlhf.inference import run_inference
     from rlhf.pipeline import run_pipeline
+    from rlhf.ppo.rewards import Reward
     from rlhf.ppo_trainer import PPOTrainer, train_ppo
     from rlhf.reward_model import RewardModelTrainer, train_reward_model
     from rlhf.score import run_score
@@ -37,6 +38,7 @@ _HOMES = {
     "PPOConfig": "rlhf.config",
     "PPOTrainer": "rlhf.ppo_trainer",
     "PipelineConfig": "rlhf.config",
+    "Reward": "rlhf.ppo.rewards",
     "RewardModelConfig": "rlhf.config",
     "RewardModelTrainer": "rlhf.reward_model",
     "SFTConfig": "rlhf.config",
@@ -62,6 +64,7 @@ __all__ = [
     "PPOConfig",
     "PPOTrainer",
     "PipelineConfig",
+    "Reward",
     "RewardModelConfig",
     "RewardModelTrainer",
     "SFTConfig",

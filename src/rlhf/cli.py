@@ -70,15 +70,17 @@ def _ppo_command(stage: Stage) -> click.Command:
     @click.command(stage.command, cls=ConfigCommand, help=stage.help, context_settings=CONTEXT)
     @click.option(
         "--reward_fn",
-        metavar="MODULE:FUNCTION",
-        help="Python function (prompts, responses) -> numbers, instead of reward_model_path.",
+        metavar="MODULE:FUNCTION, repeatable",
+        multiple=True,
+        help="Python function (prompts, responses, columns...) -> numbers: a reward of weight 1, "
+        "or what an entry of rewards names, with its weight.",
     )
     @click.pass_context
-    def command(ctx: click.Context, /, reward_fn: str | None, **_: Any) -> None:
-        config = read_config(ctx, PPOConfig, () if reward_fn else ("reward_model_path",))
-        if reward_fn and config.reward_model_path:
-            raise InputError("reward_fn, reward_model_path: give one of them, not both")
-        call(stage.run, config, reward_fn=_imported(reward_fn) if reward_fn else None)
+    def command(ctx: click.Context, /, reward_fn: tuple[str, ...], **_: Any) -> None:
+        any_of = () if reward_fn else ("reward_model_path|rewards",)
+        config = read_config(ctx, PPOConfig, any_of)
+        functions = {address: _imported(address) for address in reward_fn}
+        call(stage.run, config, reward_fn=functions or None)
 
     return command
 

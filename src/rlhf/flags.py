@@ -147,7 +147,7 @@ def read_config(ctx: click.Context, cls: type[ConfigT], required: tuple[str, ...
     Args:
         ctx: Context of the command, decorated by `config_options`.
         cls: The schema.
-        required: Optional fields that this command cannot do without.
+        required: Optional fields that this command cannot do without; `a|b` for one of the two.
 
     Raises:
         InputError: All unknown flags and all problems of the fields.

@@ -16,11 +16,7 @@ from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.schema import PromptRow
 from rlhf.files.storage import exists
 from rlhf.models.generation import Generator, generate_in_chunks, rollout_uniforms
-from rlhf.models.reward_model import (
-    RewardModel,
-)
 from rlhf.models.saving import save_adapter, save_merged
-from rlhf.models.scorers import RewardFunction
 from rlhf.ppo.deviations import deviation_warnings
 from rlhf.ppo.experience import (
     Experience,
@@ -31,8 +27,9 @@ from rlhf.ppo.experience import (
     rollout_metrics,
     rollout_samples,
 )
-from rlhf.ppo.inputs import PPOInputs, other_base, read_ppo_inputs
-from rlhf.ppo.roles import load_bases, make_critic, make_policy, make_reference, make_scorer
+from rlhf.ppo.inputs import PPOInputs, other_bases, read_ppo_inputs
+from rlhf.ppo.rewards import RewardFunctions, load_rewards
+from rlhf.ppo.roles import load_bases, make_critic, make_policy, make_reference
 from rlhf.ppo.update import Minibatch, UpdateLog, add_gradients, count_divisors
 from rlhf.reports.dry_run import dry_run_report
 from rlhf.reports.model_card import write_card
@@ -51,17 +48,18 @@ CARD_METRICS = ("ppo/score", "ppo/kl", "ppo/response_length", "eval/")
 def train_ppo(
     config: PPOConfig,
     *,
-    reward_fn: RewardFunction | None = None,
+    reward_fn: RewardFunctions | None = None,
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> RunResult:
-    """Tune a policy against a reward model, or against any function of texts.
+    """Tune a policy against reward models, classifiers and functions of texts.
 
     Args:
         config: The stage's configuration.
-        reward_fn: Called with prompts and responses (texts), returns one number each; instead of
-            `config.reward_model_path`.
+        reward_fn: A function, or several (as `Reward` with weight and name). Called with prompts
+            and responses (texts) and the columns that it names, returns one number each; see
+            docs/rewards.md. Adds to the rewards of the configuration.
         model: A transformers model instead of `config.base_model`; it is changed in place.
         tokenizer: Its tokenizer.
         callbacks: Called after every step with trainer, step, metrics and samples.
@@ -79,7 +77,7 @@ def train_ppo(
             config, reward_fn=reward_fn, model=model, inputs=inputs, callbacks=callbacks
         ),
         report=lambda: dry_run_report(
-            "ppo", config, len(inputs.prompts), inputs.lines, reward_base=other_base(config)
+            "ppo", config, len(inputs.prompts), inputs.lines, reward_bases=other_bases(config)
         ),
     )
 
@@ -93,7 +91,8 @@ def dry_run_in_pipeline(config: PPOConfig) -> RunResult:
     if config.reward_model_path is None or exists(config.reward_model_path):
         return train_ppo(config)
     inputs = read_ppo_inputs(config, PPOTrainer, reward_model_exists=False)
-    show(dry_run_report("ppo", config, len(inputs.prompts), inputs.lines))
+    lines, bases = inputs.lines, other_bases(config)
+    show(dry_run_report("ppo", config, len(inputs.prompts), lines, reward_bases=bases))
     return RunResult(config.output_dir, {})
 
 
@@ -102,7 +101,7 @@ class PPOTrainer(Trainer):
 
     Args:
         config: The stage's configuration.
-        reward_fn: A function of texts instead of `config.reward_model_path`.
+        reward_fn: Functions of texts, besides the rewards of the configuration.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
         inputs: What `read_ppo_inputs` returned; read here if not given.
@@ -123,7 +122,7 @@ class PPOTrainer(Trainer):
         self,
         config: PPOConfig,
         *,
-        reward_fn: RewardFunction | None = None,
+        reward_fn: RewardFunctions | None = None,
         model: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         inputs: PPOInputs | None = None,
@@ -142,14 +141,16 @@ class PPOTrainer(Trainer):
         self.prompts = inputs.prompts
         self.eval_prompts = inputs.eval_prompts
         self.estimator = objectives.find_estimator(config.advantage)
-        frozen = config.kl_coeff > 0 or reward_fn is None
+        frozen = config.kl_coeff > 0 or bool(config.reward_models)
         bases = load_bases(config, model, inputs.tokenizer, frozen=frozen)
-        self.scorer = make_scorer(config, bases, reward_fn)
+        data = (inputs.prompts, inputs.eval_prompts)
+        self.rewards = load_rewards(inputs.rewards, config, bases.frozen, data)
         self.policy = make_policy(config, bases)
         self.reference = make_reference(config, bases)
         self.critic = None
         if self.estimator.needs_critic:
-            self.critic = make_critic(config, self.policy, self.scorer, model, inputs.tokenizer)
+            weighted = self.rewards.weighted_scorers
+            self.critic = make_critic(config, self.policy, weighted, model, inputs.tokenizer)
         lm = self.policy.lm
         if config.compile_decode:
             rows, width = config.effective_rollout_batch_size, config.prompt_sequence_length
@@ -175,13 +176,15 @@ class PPOTrainer(Trainer):
         with self.phase("rollout"):
             rollout = self.rollout(self.next_prompts())
         with self.phase("score"):
-            scores = self.score(rollout)
+            parts = self.reward_scores(rollout)
+            scores = self.total_score(rollout, parts)
         with self.phase("experience"):
             experience, stats = self.make_experience(rollout, scores)
         with self.phase("update"):
             updates = self.optimize(experience)
         coefficient = None if self.reference is None else self.kl_controller.value
         metrics = rollout_metrics(rollout, experience, stats, coefficient) | updates
+        metrics |= self.rewards.metrics(parts, "ppo")
         self.log_samples(rollout_samples(rollout, stats, SAMPLES_PER_STEP))
         self._warn_of_deviations(metrics)
         kl = self.reduce(stats.kl.sum(1).mean(), "mean")
@@ -221,7 +224,7 @@ class PPOTrainer(Trainer):
             )
         responses = [self.codec.decode(ids) for ids in generation.responses.tolists()]
         return Rollout(
-            texts,
+            rows,
             prompts,
             generation.responses,
             generation.finished,
@@ -232,15 +235,16 @@ class PPOTrainer(Trainer):
 
     def score(self, rollout: Rollout) -> Tensor:
         """Return (B,) fp32 scores, clipped, with what length and a missing EOS cost."""
+        return self.total_score(rollout, self.reward_scores(rollout))
+
+    def reward_scores(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Return the scores of each reward: name to (B,) fp32 on the CPU."""
         stop_point()
-        texts = (rollout.prompt_texts, rollout.texts, self.config.effective_micro_batch_size)
-        finished = rollout.finished.tolist()
-        if isinstance(self.scorer, RewardModel) and self.scorer.shares_base:
-            scores = self.scorer.score(*texts, finished=finished, read=rollout.prompts)
-        else:
-            scores = self.scorer.score(*texts, finished=finished)
-        scores = scores.to(self.device)
-        lengths = rollout.responses.lengths
+        return self.rewards.scores(rollout, self.config.effective_micro_batch_size)
+
+    def total_score(self, rollout: Rollout, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return (B,) fp32: the weighted sum of the rewards, shaped as `score` says."""
+        scores, lengths = self.rewards.total(parts).to(self.device), rollout.responses.lengths
         return objectives.shaped_scores(scores, lengths, rollout.finished, self.config)
 
     @torch.no_grad()
@@ -321,8 +325,10 @@ class PPOTrainer(Trainer):
         count = min(len(self.eval_prompts), EVALUATION_ROWS)
         rollout = self.rollout([self.eval_prompts[i] for i in range(count)], evaluation=True)
         found = evaluate_rollout(rollout, self.policy, self.reference, None, self.config)
-        stats = found.stats(self.score(rollout))
-        return evaluation_metrics(rollout, stats, self.config.kl_coeff)
+        parts = self.reward_scores(rollout)
+        stats = found.stats(self.total_score(rollout, parts))
+        metrics = evaluation_metrics(rollout, stats, self.config.kl_coeff)
+        return metrics | self.rewards.metrics(parts, "eval")
 
     def _warn_of_deviations(self, metrics: Mapping[str, float]) -> None:
         """Warn, once each, if the update does not see the policy that sampled."""

@@ -29,7 +29,7 @@ from rlhf.config import (
 from rlhf.config.describe import leaf_fields, type_name
 from rlhf.config.loading import parse_yaml, to_yaml
 from rlhf.errors import InputError
-from rlhf.models.scorers import RewardFn
+from rlhf.models.reward_functions import RewardFn
 from rlhf.untrusted import read_json
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

@@ -17,11 +17,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from rlhf.config import PPOConfig, RewardModelConfig, ScoreConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.data.prompt_codec import PromptCodec
-from rlhf.data.schema import PromptText
+from rlhf.data.schema import PromptRow, PromptText
 from rlhf.errors import InputError
+from rlhf.models.classifiers import SequenceClassifier
 from rlhf.models.families import FAMILIES
 from rlhf.models.reward_model import RewardModel, limit_lines, load_reward_model
-from rlhf.models.scorers import SequenceClassifier
 from rlhf.ppo.experience import Rollout
 from rlhf.ppo_trainer import PPOTrainer
 from rlhf.reward_model import train_reward_model
@@ -68,11 +68,11 @@ def sampled(trainer: PPOTrainer, rows: list[list[int]]) -> Rollout:
     ends = [next((i + 1 for i, id_ in enumerate(row) if id_ in eos), len(row)) for row in rows]
     rows = [row[:end] for row, end in zip(rows, ends, strict=True)]
     finished = torch.tensor([row[-1] in eos for row in rows])
-    texts = [trainer.prompts[i // 5 % len(INPUTS)].prompt for i in range(len(rows))]
-    prompts = trainer.codec.prompts(texts)
+    chosen = [trainer.prompts[i // 5 % len(INPUTS)] for i in range(len(rows))]
+    prompts = trainer.codec.prompts([row.prompt for row in chosen])
     answers = trainer.codec.decode_rows(rows)
     responses, groups = TokenBatch.from_lists(rows), torch.arange(len(rows))
-    return Rollout(texts, prompts, responses, finished, answers, groups)
+    return Rollout(chosen, prompts, responses, finished, answers, groups)
 
 
 def file_scores(reward: Path, rollout: Rollout, folder: Path) -> list[float]:
@@ -116,7 +116,7 @@ def test_one_text_has_one_score(
     its_base = base if scorer == "same base" else checkpoint(family, tmp_path / "other")
     reward = reward_model(family, its_base, tmp_path / "reward", scorer == "full")
     trainer = trainer_for(arch, tmp_path, base, tmp_path / "reward")
-    assert trainer.scorer.shares_base == (scorer == "same base")
+    assert trainer.rewards.scorers["reward_model"].shares_base == (scorer == "same base")
     rollout = sampled(trainer, rows_of(arch))
     scores = trainer.score(rollout)
     assert scores[0] == pytest.approx(float(scores[1]), abs=1e-5)
@@ -172,7 +172,7 @@ def test_any_sample_scores_as_its_text(
 ) -> None:
     trainer = trainers[arch]
     rollout = sampled(trainer, rows)
-    scorer = trainer.scorer
+    scorer = trainer.rewards.scorers["reward_model"]
     assert isinstance(scorer, RewardModel)
     ids = plain_ids(arch, rollout)
     expected = scorer.score_tokens(*map(TokenBatch.from_lists, ids), batch_size=1)
@@ -228,13 +228,14 @@ def test_other_limits_are_said_and_do_not_change_scores(arch: str, tmp_path: Pat
     ]
     text = PromptText("the cat and the dog ran " * 4, ((0, 96),))
     answer = "the cat 0123456789"
-    scorer = trainer.scorer
+    scorer = trainer.rewards.scorers["reward_model"]
     expected = scorer.score([text], [answer])
     codec = PromptCodec(
         trainer.codec.tokenizer, trainer.codec.layout, 40, 12, truncation_side="right"
     )
     prompts, responses = codec.prompts([text]), codec.responses([answer])
-    rollout = Rollout([text], prompts, responses, torch.tensor([True]), [answer], torch.zeros(1))
+    row, ended = PromptRow(text, text.text, [], "rows.jsonl:1"), torch.tensor([True])
+    rollout = Rollout([row], prompts, responses, ended, [answer], torch.tensor([0]))
     torch.testing.assert_close(trainer.score(rollout), expected, rtol=1e-5, atol=1e-5)
 
 

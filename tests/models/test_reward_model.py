@@ -20,15 +20,16 @@ from rlhf.data.batching import TokenBatch
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptText
 from rlhf.errors import InputError
+from rlhf.models.classifiers import SequenceClassifier
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.reward_functions import RewardFn
 from rlhf.models.reward_model import (
     RewardModel,
     check_reward_model,
     load_reward_model,
     value_from_reward,
 )
-from rlhf.models.scorers import RewardFn, SequenceClassifier
 from rlhf.models.sequence_classifier import save_sequence_classifier
 
 PROMPTS = ["the cat sat", "a post", "the dog ran to the cat and sat", "x", "to 12:30!"]
@@ -370,7 +371,10 @@ def test_other_prompting_is_refused(checkpoints: dict[str, Path], tmp_path: Path
     with pytest.raises(InputError, match="another chat template"):
         check_reward_model(str(tmp_path), chat)
     check_reward_model(str(tmp_path), chat, conversations=False)
-    check_reward_model(str(checkpoints["t5"]), chat)  # not ours: says nothing of its prompts
+    other = classifier_folder(tmp_path / "classifier", 0)
+    check_reward_model(str(other), chat)  # not ours: says nothing of its prompts
+    with pytest.raises(InputError, match="sequence classifier, got T5ForConditionalGeneration"):
+        check_reward_model(str(checkpoints["t5"]), chat)
     with pytest.raises(InputError, match="there is no folder"):
         check_reward_model(str(tmp_path / "nothing"), chat)
 
@@ -438,13 +442,11 @@ def test_foreign_classifier_does_not_depend_on_the_batch(tmp_path: Path, pad: in
         torch.testing.assert_close(scorer.score(prompts, responses, batch_size=size), scores)
 
 
-def test_what_is_no_one_label_classifier_is_refused(
-    tmp_path: Path, checkpoints: dict[str, Path]
-) -> None:
+def test_what_is_no_classifier_is_refused(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
     two = classifier_folder(tmp_path / "two", 0, labels=2)
-    with pytest.raises(InputError, match="LlamaForSequenceClassification with 2 labels"):
+    with pytest.raises(InputError, match=r"has 2 labels; choose .*: 0 \(LABEL_0\), 1 \(LABEL_1\)"):
         load_reward_model(str(two), device="cpu")
-    with pytest.raises(InputError, match="one label, got LlamaForCausalLM"):
+    with pytest.raises(InputError, match="sequence classifier, got LlamaForCausalLM"):
         load_reward_model(str(checkpoints["llama"]), device="cpu")
     headless = classifier_folder(tmp_path / "headless", 0)
     model = LlamaForSequenceClassification.from_pretrained(headless)

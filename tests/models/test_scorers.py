@@ -28,9 +28,10 @@ from transformers import (
 from rlhf.config import StageConfig
 from rlhf.data.schema import PromptText
 from rlhf.errors import InputError
+from rlhf.models.classifiers import SequenceClassifier, _longest
 from rlhf.models.loading import load_language_model, read_model_config
+from rlhf.models.reward_functions import RewardFn
 from rlhf.models.saving import save_merged
-from rlhf.models.scorers import RewardFn, SequenceClassifier, _longest
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat"]
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]

@@ -21,6 +21,7 @@ from rlhf.config.dpo import DPOConfig
 from rlhf.config.loading import load, to_yaml
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.ppo import PPOConfig
+from rlhf.config.rewards import RewardEntry
 from rlhf.config.stages import (
     InferenceConfig,
     RewardModelConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "PPOConfig",
     "Paths",
     "PipelineConfig",
+    "RewardEntry",
     "RewardModelConfig",
     "SFTConfig",
     "Schema",
@@ -65,7 +67,8 @@ def load_config(
         cls: A configuration class, such as `PPOConfig`.
         path: A YAML file, or None for the overrides alone.
         overrides: Dotted field name (`lora.rank`) to value.
-        required: Optional fields that the caller cannot do without, such as `reward_model_path`.
+        required: Optional fields that the caller cannot do without, such as `reward_model_path`;
+            `a|b` for one of the two.
 
     Raises:
         InputError: All problems at once; unknown names come with the nearest valid one.

@@ -24,6 +24,13 @@ def model_inside(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def item_model(annotation: Any) -> type[BaseModel] | None:
+    """Return the pydantic model of which a field's annotation holds a list, if any."""
+    if typing.get_origin(annotation) is not list:
+        return None
+    return model_inside(typing.get_args(annotation)[0])
+
+
 def leaf_fields(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yield (dotted name, field) for every field of a schema, nested models opened."""
     for name, field in cls.model_fields.items():
@@ -59,6 +66,8 @@ def takes_list(field: FieldInfo) -> bool:
 def _type_words(annotation: Any) -> str:
     if annotation in _WORDS:
         return _WORDS[annotation]
+    if model_inside(annotation) is annotation:
+        return "mapping"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _type_words(arguments[0])

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from rlhf.config.describe import leaf_fields, model_inside, nearest, type_name
+from rlhf.config.describe import item_model, leaf_fields, model_inside, nearest, type_name
 from rlhf.errors import InputError
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -275,9 +275,16 @@ def _dotted(cls: type[BaseModel], location: tuple[int | str, ...]) -> str:
                 parts.append(str(part))
             continue
         parts.append(str(part))
+        if isinstance(part, int):  # an item of a list of models
+            continue
         field = model.model_fields.get(str(part))
-        model = model_inside(field.annotation) if field is not None else None
+        model = _model_of(field) if field is not None else None
     return ".".join(parts)
+
+
+def _model_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the model whose fields a field's value, or each item of it, has."""
+    return model_inside(field.annotation) or item_model(field.annotation)
 
 
 def _message(cls: type[BaseModel], detail: Any) -> str:
@@ -305,7 +312,7 @@ def _field_at(
     model, field = cls, None
     for part in location:
         field = model.model_fields.get(str(part), field)
-        if field is not None and (inner := model_inside(field.annotation)) is not None:
+        if field is not None and (inner := _model_of(field)) is not None:
             model = inner
     return model, field
 
@@ -331,15 +338,18 @@ def load(
         cls: The schema.
         path: A YAML file, or None for the overrides alone.
         overrides: Dotted field name to value; text is converted as in YAML.
-        required: Fields that may be left out in Python but not here.
+        required: Fields that may be left out in Python but not here; `a|b` for one of the two.
 
     Raises:
         InputError: All problems of the file and the overrides at once.
     """
     data = merged(read_yaml(path) if path is not None else {}, nested(overrides))
-    problems = [
-        f"{name}: is required, but not given" for name in required if data.get(name) is None
-    ]
+    problems = []
+    for name in required:
+        first, *others = name.split("|")
+        if all(data.get(part) in (None, []) for part in (first, *others)):
+            instead = f" (or {', '.join(others)})" if others else ""
+            problems.append(f"{first}: is required, but not given{instead}")
     try:
         config = cls.model_validate(data)
     except ValidationError as error:

@@ -12,6 +12,7 @@ from rlhf.config.common import (
     TrainingConfig,
     option,
 )
+from rlhf.config.rewards import RewardEntry, name_problems
 from rlhf.config.shared import PATHS, compile_decode, tuned_base
 
 # Estimators that compare the responses to one prompt.
@@ -34,7 +35,19 @@ class PPOConfig(TrainingConfig):
     reward_model_path: NonEmpty | None = option(
         None,
         "Folder written by `rlhf reward-model`, or any Hugging Face sequence classifier with one "
-        "label; not needed with reward_fn.",
+        "label: a reward of weight 1, named reward_model. Not needed with rewards or reward_fn.",
+    )
+    rewards: list[RewardEntry] = option(
+        [],
+        "Rewards whose weighted sum is the score, with that of reward_model_path if it is given: "
+        "mappings of path or function, label, weight and name, or the paths alone.",
+    )
+    reward_timeout: float | None = option(
+        None,
+        "Longest time that one call of a reward function may take, s. Default: no limit.",
+        affects_result=False,
+        gt=0,
+        le=10**6,
     )
     kl_coeff: float = option(
         0.1,
@@ -188,6 +201,14 @@ class PPOConfig(TrainingConfig):
     )
 
     @property
+    def reward_models(self) -> list[RewardEntry]:
+        """The rewards that are reward models or classifiers, that of `reward_model_path` first."""
+        own = [entry for entry in self.rewards if entry.path is not None]
+        if self.reward_model_path is None:
+            return own
+        return [RewardEntry(path=self.reward_model_path, name="reward_model"), *own]
+
+    @property
     def effective_responses_per_prompt(self) -> int:
         """`responses_per_prompt`, or its default."""
         return self.responses_per_prompt or (1 if self.advantage == "gae" else 4)
@@ -232,6 +253,8 @@ class PPOConfig(TrainingConfig):
                 f"advantage, responses_per_prompt: {self.advantage} compares the responses to one "
                 "prompt; set responses_per_prompt to 2 or more, or leave it out for 4"
             )
+        named = ["reward_model"] if self.reward_model_path is not None else []
+        problems += name_problems(named + [entry.effective_name for entry in self.rewards])
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             problems.append("missing_eos_penalty, missing_eos_score: give one of them, not both")
         if self.kl_target is not None and self.kl_coeff == 0:

@@ -8,7 +8,8 @@ twice.
 import contextlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ def load_prompts(
     renderer: PromptRenderer,
     on_bad_rows: OnBadRows = "error",
     require_output: bool = False,
+    uses: Callable[[str], bool] | None = None,
     name: str = "prompt_dataset",
 ) -> PromptData:
     """Read prompt rows; preference rows are prompt rows too.
@@ -53,14 +55,20 @@ def load_prompts(
         renderer: Renders the prompts.
         on_bad_rows: Whether bad rows are an error, or are skipped and counted.
         require_output: Whether each row must have `output_text` (demonstrations).
+        uses: Whether the caller uses a field of this name that no stage reads. If given, rows keep
+            all their fields, as `PromptRow.columns`.
         name: Configuration field to name in messages.
 
     Raises:
         InputError: If files are missing, rows are bad (lists them all), or no row is left.
     """
-    scanned = scan_files(paths, renderer, name)
-    wants = Wants(output="required" if require_output else "if present")
-    return PromptData(*_data(scanned, wants, name, on_bad_rows))
+    scanned = scan_files(paths, renderer, name, keep_lines=uses is not None)
+    wants = Wants(output="required" if require_output else "if present", lines=uses is not None)
+    data = PromptData(*_data(scanned, wants, name, on_bad_rows))
+    if uses is not None:
+        unused = [field for field in data.report.unused if not uses(field)]
+        data.report = replace(data.report, unused=unused)
+    return data
 
 
 def load_preferences(
@@ -147,11 +155,12 @@ class _Scans:
         self.keep_lines = keep_lines
         self._scans: OrderedDict[tuple[object, ...], Scan] = OrderedDict()
 
-    def get(self, files: Sequence[str], renderer: PromptRenderer) -> Scan:
+    def get(self, files: Sequence[str], renderer: PromptRenderer, keep_lines: bool) -> Scan:
         """Return the scan of some files; scan them again if they changed."""
-        key = (renderer.identity, *map(_stamp, files))
+        keep_lines = keep_lines or self.keep_lines
+        key = (renderer.identity, keep_lines, *map(_stamp, files))
         if key not in self._scans:
-            self._scans[key] = scan(files, renderer, self.keep_lines)
+            self._scans[key] = scan(files, renderer, keep_lines)
             if len(self._scans) > _MOST_SCANS:
                 self._scans.popitem(last=False)
         self._scans.move_to_end(key)
@@ -179,19 +188,24 @@ def read_once(keep_lines: bool = False) -> Iterator[None]:
         _scans = None
 
 
-def scan_files(paths: DataPaths, renderer: PromptRenderer, name: str) -> Scan:
+def scan_files(
+    paths: DataPaths, renderer: PromptRenderer, name: str, keep_lines: bool = False
+) -> Scan:
     """Scan all rows of some files, good and bad.
 
     Args:
         paths: A path, a glob, an fsspec address, or a list of these.
         renderer: Renders the prompts.
         name: Configuration field to name in messages.
+        keep_lines: Whether to keep every original line, too.
 
     Raises:
         InputError: If files are missing.
     """
     files = expand_paths(paths, name)
-    return scan(files, renderer) if _scans is None else _scans.get(files, renderer)
+    if _scans is None:
+        return scan(files, renderer, keep_lines)
+    return _scans.get(files, renderer, keep_lines)
 
 
 def _stamp(path: str) -> tuple[object, ...]:

@@ -34,6 +34,7 @@ class ReadReport:
         repeated: Kept pairs that repeat an earlier one.
         contradictions: Kept pairs of a prompt and two candidates that occur with either choice.
         unused: Names of the first few non-empty fields that no stage reads.
+        fields: Names of the fields of all rows; None if there are too many to list.
         problems: The first problems of skipped rows.
     """
 
@@ -50,6 +51,7 @@ class ReadReport:
     repeated: int = 0
     contradictions: int = 0
     unused: list[str] = field(default_factory=list)
+    fields: Sequence[str] | None = ()
     problems: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -169,7 +171,7 @@ class RowData(Sequence[RowT], Generic[RowT]):
 class PromptData(RowData[PromptRow]):
     """Prompts, with references for rows that have them."""
 
-    columns: ClassVar[tuple[str, ...]] = ("references",)
+    columns: ClassVar[tuple[str, ...]] = ("references", "raw")
 
     def _row(self, columns: dict[str, Any], number: int) -> PromptRow:
         return PromptRow(
@@ -178,6 +180,7 @@ class PromptData(RowData[PromptRow]):
             references=list(columns["references"]),
             source=self._source(columns),
             row=number,
+            line=columns["raw"],
         )
 
 

@@ -5,7 +5,7 @@ good row depends on what a stage wants (`rlhf.data.selection`).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlhf.data.json_lines import MAX_PROBLEMS, JsonLine, read_json_lines
@@ -20,6 +20,8 @@ from rlhf.data.schema import (
     in_words,
 )
 
+MOST_FIELDS = 1000
+_LONGEST_FIELD = 1000
 _MOST_SHAPES = 1000
 _MOST_KEYS = 64
 
@@ -64,17 +66,20 @@ class RowReader:
 
     Attributes:
         unused: Names of fields that no stage reads.
+        fields: Names of all fields so far, a little more than `MOST_FIELDS` at most.
     """
 
     def __init__(self, renderer: PromptRenderer) -> None:
         self.renderer = renderer
         self.unused: list[str] = []
+        self.fields: dict[str, None] = {}
         self._shapes: dict[tuple[str, ...], RowShape | None] = {}
 
     def read(self, row: Mapping[str, Any]) -> Parts:
         """Read any row, field by field."""
         checker = RowChecker(row)
         add_names(self.unused, checker.unused())
+        self._note_fields(row)
         problems: dict[str, list[str]] = {}
 
         def found(part: str) -> bool:
@@ -141,7 +146,14 @@ class RowReader:
         prompt = self.renderer.render_text(text)
         return Parts(prompt, text, pair, references, False, pair is not None, None)
 
+    def _note_fields(self, names: Iterable[str]) -> None:
+        for name in names:
+            if len(self.fields) > MOST_FIELDS:
+                return
+            self.fields.setdefault(name[:_LONGEST_FIELD])
+
     def _learn(self, keys: tuple[str, ...]) -> RowShape | None:
+        self._note_fields(keys)
         if len(self._shapes) >= _MOST_SHAPES:  # every row has a different shape
             self._shapes.clear()
         if len(keys) > _MOST_KEYS or sum(map(len, keys)) > _MOST_KEYS * 64:
@@ -207,17 +219,24 @@ class Scan:
         table: A row for each line.
         faults: Problems of the bad rows.
         unused: Names of fields that no stage reads.
+        fields: Names of all fields; None if there are more than `MOST_FIELDS`.
         token_counts: Token counts of the prompts by tokenizer, cached for the next stage.
         selections: What stages selected, likewise.
     """
 
     def __init__(
-        self, files: Sequence[str], table: RowTable, faults: Faults, unused: list[str]
+        self,
+        files: Sequence[str],
+        table: RowTable,
+        faults: Faults,
+        unused: list[str],
+        fields: Sequence[str] | None = (),
     ) -> None:
         self.files = list(files)
         self.table = table
         self.faults = faults
         self.unused = unused
+        self.fields = fields
         self.token_counts: dict[str, Any] = {}
         self.selections: dict[Any, Any] = {}
 
@@ -242,7 +261,8 @@ def scan(files: Sequence[str], renderer: PromptRenderer, keep_lines: bool = Fals
                 raw = json.dumps(line.value).encode() if line.mended else line.raw
             _add_row(parts, line, faults, writer, raw)
         table = writer.finish()
-    return Scan(files, table, faults, reader.unused)
+    fields = None if len(reader.fields) > MOST_FIELDS else list(reader.fields)
+    return Scan(files, table, faults, reader.unused, fields)
 
 
 def _add_fault(line: JsonLine, files: Sequence[str], faults: Faults, writer: TableWriter) -> None:

@@ -6,9 +6,10 @@ may have `context` and `output_text`. Other fields are ignored, and an optional 
 counts as missing.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -88,6 +89,7 @@ class PromptRow:
         references: The texts of `output_text`, possibly none.
         source: `FILE:LINE`.
         row: Index of the row in its data set, from 0.
+        line: The row as in the file; None if lines were not kept (`load_prompts`).
     """
 
     prompt: PromptText
@@ -95,6 +97,12 @@ class PromptRow:
     references: list[str]
     source: str
     row: int = 0
+    line: bytes | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """All fields of the row, as in the file; {} if lines were not kept."""
+        return {} if self.line is None else json.loads(self.line)
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,13 @@ class Wants:
             of identical candidates are left out unless they do not matter.
         pass_over: Whether to pass over rows without candidate fields.
         output: Whether `output_text` is required, must be valid if present, or does not matter.
+        lines: Whether the row's other fields matter, so that its line is part of the fingerprint.
     """
 
     pair: Literal["required", "if present", "ignored"] = "ignored"
     pass_over: bool = False
     output: Literal["required", "if present", "ignored"] = "if present"
+    lines: bool = False
 
     def parts(self, flags: int) -> tuple[str, ...]:
         """Return the parts whose problems to report for a bad row with these flags, in order."""
@@ -105,11 +107,12 @@ def rows_wanted(
 def _select(
     scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows, fingerprint: bool
 ) -> Selection:
-    report = ReadReport(name, len(scanned.files), unused=scanned.unused)
+    report = ReadReport(name, len(scanned.files), unused=scanned.unused, fields=scanned.fields)
     sums = _Sums(first=list(scanned.faults.whole_files[:MAX_PROBLEMS]))
     sums.problems = len(scanned.faults.whole_files)
     digest = _Digest()
     columns = (*_PROMPT_COLUMNS, *(_PAIR_COLUMNS if wants.pair == "required" else ("references",)))
+    columns += ("raw",) if wants.lines else ()
     for start, batch in scanned.table.scan():
         kept = _decide(batch, start, wants, scanned, report, sums)
         if fingerprint and len(kept):
@@ -241,7 +244,7 @@ class _Digest:
         if pa.types.is_list(column.type):
             lengths.update(_bytes(pc.list_value_length(column)))
             self._add(f"{name}[]", column.flatten())
-        elif pa.types.is_string(column.type):
+        elif pa.types.is_string(column.type) or pa.types.is_binary(column.type):
             lengths.update(_bytes(pc.fill_null(pc.binary_length(column), -1)))
             offsets, data = column.buffers()[1:]
             ends = np.frombuffer(offsets, np.int32)[[column.offset, column.offset + len(column)]]

@@ -5,6 +5,7 @@ and caches are estimates for judging whether a run fits, good to a factor of abo
 depends on kernels, fragmentation and the length of real rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
@@ -71,14 +72,14 @@ def count_parameters(config: PretrainedConfig, lora: LoRAConfig | None = None) -
 def memory_per_role(
     model_config: PretrainedConfig,
     config: StageConfig,
-    reward_config: PretrainedConfig | None = None,
+    reward_configs: Sequence[PretrainedConfig] = (),
 ) -> dict[str, int]:
     """Return the bytes that each role of a stage holds.
 
     Args:
         model_config: config.json of the base model.
         config: The stage's configuration.
-        reward_config: config.json of the reward model's base if it differs from the policy's.
+        reward_configs: config.json of the reward models' bases that differ from the policy's.
 
     Returns:
         Role to bytes, in order of creation. `activations`, `cache` and `export` are estimates and
@@ -90,8 +91,9 @@ def memory_per_role(
     roles = _weights(config, counts, width)
     if isinstance(config, PPOConfig) and not find_estimator(config.advantage).needs_critic:
         del roles["critic"]
-    if reward_config is not None:
-        roles["reward model's base"] = count_parameters(reward_config).base * width
+    if reward_configs:
+        sizes = [count_parameters(reward).base * width for reward in reward_configs]
+        roles["reward model's base" if len(sizes) == 1 else "reward models' bases"] = sum(sizes)
     if isinstance(config, TrainingConfig):
         roles["activations"] = _activations(model_config, config, width)
     if isinstance(config, PPOConfig):
@@ -120,14 +122,14 @@ def _weights(config: StageConfig, counts: Counts, width: int) -> dict[str, int]:
             return trained
         own = counts.base * TRAINED_BYTES if config.critic == "adapter" else 0
         # The second, frozen copy is both the reference and the reward model's base.
-        needed = config.kl_coeff > 0 or config.reward_model_path is not None
+        needed = config.kl_coeff > 0 or bool(config.reward_models)
         return (frozen if needed else {}) | {
             "policy": trained["trained weights"],
             "critic": own + head,
         }
     if isinstance(config, PPOConfig):
         own = adapter if config.critic == "adapter" else 0
-        scorer = counts.adapter * 4 + counts.head * 4 if config.reward_model_path else 0
+        scorer = (counts.adapter * 4 + counts.head * 4) * len(config.reward_models)
         return frozen | {
             "policy adapter": adapter,
             "critic": own + head,

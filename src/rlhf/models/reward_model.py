@@ -21,6 +21,7 @@ from rlhf.files.disk import settle
 from rlhf.files.local_copy import local_folder, recorded_base
 from rlhf.files.storage import is_remote
 from rlhf.hardware import pick_device, pick_dtype
+from rlhf.models.classifiers import Limits, SequenceClassifier, classifier_label
 from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
@@ -28,7 +29,7 @@ from rlhf.models.loading import load_language_model
 from rlhf.models.plain_lora import read_adapter_config
 from rlhf.models.reward_record import RECORD_FILE, RewardRecord, read_record
 from rlhf.models.saving import load_adapter, save_adapter, save_merged
-from rlhf.models.scorers import Limits, Scorer, SequenceClassifier
+from rlhf.models.scorers import Scorer
 from rlhf.signals import stop_point
 
 HEAD_FILE = "head.safetensors"
@@ -188,8 +189,9 @@ def load_reward_model(
     policy_lm: LanguageModel | None = None,
     base_model: str | None = None,
     name: str = "reward",
+    label: int | str | None = None,
 ) -> Scorer:
-    """Load a scorer: a folder of `rlhf reward-model`, or a one-label sequence classifier.
+    """Load a scorer: a folder of `rlhf reward-model`, or a sequence classifier.
 
     Args:
         path: Folder (local or remote) or Hub id.
@@ -200,6 +202,7 @@ def load_reward_model(
             model.
         base_model: Where the reward model's base is now, if it was moved.
         name: Name of the adapter on the base.
+        label: Index or name of the classifier's label whose logit is the score, if it has several.
 
     Raises:
         InputError: It cannot be loaded, or belongs to another base.
@@ -215,7 +218,9 @@ def load_reward_model(
             limits = Limits(
                 record.prompt_sequence_length, record.target_sequence_length, record.truncation_side
             )
-        return SequenceClassifier(source, device, pick_dtype(dtype, device), limits=limits)
+        return SequenceClassifier(
+            source, device, pick_dtype(dtype, device), limits=limits, label=label
+        )
     full = not (folder / "adapter").is_dir()
     shares = not full and policy_lm is not None and _same_base(policy_lm, record)
     if shares and policy_lm is not None:
@@ -231,45 +236,59 @@ def load_reward_model(
     return RewardModel(lm, None if full else name, head, record, shares_base=shares)
 
 
-def value_from_reward(reward: RewardModel, name: str = "value") -> ScalarHead:
+def value_from_reward(reward: RewardModel, name: str = "value", weight: float = 1.0) -> ScalarHead:
     """Initialize a critic as a copy of the reward model, its normalization folded into the head.
 
     Args:
         reward: The reward model; its adapter is copied to adapter `name` of the same base.
         name: Name of the new, trainable adapter.
+        weight: Factor of its score in what the critic predicts.
 
     Returns:
-        A trainable head that, on the last state, gives the normalized score.
+        A trainable head that, on the last state, gives the normalized score times `weight`.
     """
     assert reward.adapter is not None
     reward.lm.adapters.duplicate(reward.adapter, name, trainable=True)
-    return head_from_reward(reward)
+    return head_from_reward(reward, weight)
 
 
-def head_from_reward(reward: RewardModel) -> ScalarHead:
-    """Return a trainable copy of the reward model's head, its normalization folded in."""
+def head_from_reward(reward: RewardModel, weight: float = 1.0) -> ScalarHead:
+    """Return a trainable copy of the head, with normalization and `weight` folded in."""
     shift, scale = reward.record.shift, reward.record.scale
     head = ScalarHead(reward.lm.hidden_size, init_std=0.0).to(reward.head.weight.device)
     with torch.no_grad():
-        head.weight.copy_(reward.head.weight / scale)
-        head.offset.copy_((reward.head.offset - shift) / scale)
+        head.weight.copy_(reward.head.weight * (weight / scale))
+        head.offset.copy_((reward.head.offset - shift) * (weight / scale))
     return head
 
 
-def check_reward_model(path: str, renderer: PromptRenderer, conversations: bool = True) -> None:
+def check_reward_model(
+    path: str,
+    renderer: PromptRenderer,
+    conversations: bool = True,
+    label: int | str | None = None,
+) -> None:
     """Refuse a reward model that is missing or was trained on differently written prompts.
 
     Args:
         path: Folder or Hub id of the reward model; its weights are not read.
         renderer: Renders the policy's prompts.
         conversations: Whether the policy's rows have `messages`; otherwise no template is used.
+        label: Label of a classifier whose logit is the score.
 
     Raises:
-        InputError: It is missing, or its instruction or template differ from the policy's.
+        InputError: It is missing, or its instruction or template differ from the policy's, or it
+            is a classifier without that label.
     """
     record = read_record(path)
     if record is None:
+        if not is_remote(path):  # whose files are fetched when it is loaded
+            classifier_label(path, label)
         return
+    if label is not None and not (local_folder(path) / "config.json").is_file():
+        raise InputError(
+            "reward_model_path: a reward model of rlhf has no labels; leave out `label`"
+        )
     adapter = local_folder(path) / "adapter"
     if adapter.is_dir():
         read_adapter_config(adapter)

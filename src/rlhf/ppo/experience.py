@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf import objectives
 from rlhf.config import PPOConfig
 from rlhf.data.batching import TokenBatch, micro_batches
-from rlhf.data.schema import PromptText
+from rlhf.data.schema import PromptRow, PromptText
 from rlhf.ppo.roles import Critic, Role
 from rlhf.signals import stop_point
 
@@ -23,23 +23,33 @@ class Rollout:
     """Responses of the policy to a batch of prompts.
 
     Attributes:
-        prompt_texts: B prompts as text, which the scorers read.
+        rows: The rows of the prompts.
         prompts: (B, P) tokens.
         responses: (B, R) tokens as sampled, EOS included.
         finished: (B,) bool, true where EOS was sampled before the limit.
         texts: B responses as text.
-        groups: (B,) id of the prompt behind each response.
+        groups: (B,) index of the prompt behind each response.
         logprobs: (B, R) log-probabilities of the sampled tokens from decoding, 0 past the end;
             None if the responses were not sampled here.
     """
 
-    prompt_texts: Sequence[PromptText]
+    rows: Sequence[PromptRow]
     prompts: TokenBatch
     responses: TokenBatch
     finished: Tensor
     texts: Sequence[str]
     groups: Tensor
     logprobs: Tensor | None = None
+
+    @property
+    def response_rows(self) -> list[PromptRow]:
+        """The row behind each of the B responses."""
+        return [self.rows[group] for group in self.groups.tolist()]
+
+    @property
+    def prompt_texts(self) -> list[PromptText]:
+        """The prompt of each of the B responses, which the scorers read."""
+        return [row.prompt for row in self.response_rows]
 
 
 @dataclass(frozen=True)
@@ -229,10 +239,10 @@ def rollout_metrics(
 
 def rollout_samples(rollout: Rollout, stats: RolloutStats, count: int) -> list[dict[str, Any]]:
     """Return rows for samples.jsonl for the first `count` responses; KL in nats."""
-    kl = stats.kl.sum(1)
+    kl, prompts = stats.kl.sum(1), rollout.prompt_texts
     return [
         {
-            "prompt": rollout.prompt_texts[i].text,
+            "prompt": prompts[i].text,
             "response": rollout.texts[i],
             "finish_reason": "eos" if rollout.finished[i] else "length",
             "score": float(stats.scores[i]),

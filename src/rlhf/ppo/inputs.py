@@ -10,16 +10,20 @@ from rlhf import objectives
 from rlhf.config import PPOConfig
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import PromptData
-from rlhf.errors import InputError
+from rlhf.errors import together
 from rlhf.files.local_copy import recorded_base
 from rlhf.files.run_folder import Run
-from rlhf.models.content import weights_fingerprint
-from rlhf.models.reward_model import (
-    check_reward_model,
-    limit_lines,
-)
+from rlhf.files.storage import exists
 from rlhf.models.reward_record import read_record
-from rlhf.models.scorers import RewardFunction
+from rlhf.ppo.rewards import (
+    RewardFunctions,
+    RewardPart,
+    check_columns,
+    check_models,
+    read_rewards,
+    rewards_identity,
+    uses_of_rows,
+)
 from rlhf.training.inputs import StageInputs
 from rlhf.training.trainer import Trainer
 
@@ -34,13 +38,14 @@ class PPOInputs:
     eval_prompts: PromptData | None
     lines: Sequence[str]
     run: Run
+    rewards: Sequence[RewardPart]
 
 
 def read_ppo_inputs(
     config: PPOConfig,
     trainer: type[Trainer],
     *,
-    reward_fn: RewardFunction | None = None,
+    reward_fn: RewardFunctions | None = None,
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     reward_model_exists: bool = True,
@@ -50,29 +55,41 @@ def read_ppo_inputs(
     Args:
         config: The stage's configuration.
         trainer: Class that will train.
-        reward_fn: A function of texts instead of `config.reward_model_path`.
+        reward_fn: Functions of texts, besides the rewards of the configuration.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        reward_model_exists: Whether to check `config.reward_model_path`.
+        reward_model_exists: Whether `config.reward_model_path` must be there.
 
     Raises:
         InputError: Everything that is wrong, rows first, then limits.
     """
-    if (reward_fn is None) == (config.reward_model_path is None):
-        raise InputError("reward_model_path: give it or a reward_fn, one of the two")
+    rewards = read_rewards(config, reward_fn)
     check_estimator(config)
     inputs = StageInputs(config, model, tokenizer)
-    prompts = inputs.read("prompt_dataset")
-    eval_prompts = inputs.read("eval_dataset")
-    scorer = weights_fingerprint(config.reward_model_path) if config.reward_model_path else ""
-    run = inputs.finish(reward_model_path=scorer, optimizer=trainer.optimizer_settings())
-    assert prompts is not None
-    if config.reward_model_path and reward_model_exists:
-        check_reward_model(
-            config.reward_model_path, inputs.renderer, prompts.report.conversations > 0
-        )
-        inputs.lines += limit_lines(config.reward_model_path, config)
-    return PPOInputs(inputs.tokenizer, inputs.renderer, prompts, eval_prompts, inputs.lines, run)
+    uses = uses_of_rows(rewards)
+    data = {
+        "prompt_dataset": inputs.read("prompt_dataset", uses=uses),
+        "eval_dataset": inputs.read("eval_dataset", uses=uses),
+    }
+    run = inputs.finish(**rewards_identity(rewards), optimizer=trainer.optimizer_settings())
+    prompts = data["prompt_dataset"]
+    missing_later = None if reward_model_exists else config.reward_model_path
+    _, lines = together(
+        lambda: check_columns(rewards, data),
+        lambda: check_models(
+            rewards, config, inputs.renderer, prompts.report.conversations > 0, missing_later
+        ),
+    )
+    inputs.lines += lines
+    return PPOInputs(
+        inputs.tokenizer,
+        inputs.renderer,
+        prompts,
+        data["eval_dataset"],
+        inputs.lines,
+        run,
+        rewards,
+    )
 
 
 def check_estimator(config: PPOConfig) -> None:
@@ -85,9 +102,12 @@ def check_estimator(config: PPOConfig) -> None:
     objectives.find_kl(config.kl_estimator)
 
 
-def other_base(config: PPOConfig) -> str | None:
-    """Return the reward model's base if it is not the policy's; needs no weights."""
-    record = read_record(config.reward_model_path) if config.reward_model_path else None
-    if record is None or record.base_model == config.base_model:
-        return None
-    return recorded_base(record.base_model, f"reward_model_path: {config.reward_model_path}")
+def other_bases(config: PPOConfig) -> list[str]:
+    """Return the reward models' bases that are not the policy's, each once; needs no weights."""
+    found: dict[str, None] = {}
+    for entry in config.reward_models:
+        path = entry.path or ""
+        record = read_record(path) if exists(path) else None
+        if record is not None and record.base_model != config.base_model:
+            found[recorded_base(record.base_model, f"reward_model_path: {path}")] = None
+    return list(found)

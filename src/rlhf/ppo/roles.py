@@ -5,7 +5,7 @@ model. Trainers see no difference.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +20,10 @@ from rlhf.models.loading import load_language_model
 from rlhf.models.reward_model import (
     RewardModel,
     head_from_reward,
-    load_reward_model,
     value_from_reward,
 )
 from rlhf.models.saving import add_adapter_to_weights
-from rlhf.models.scorers import RewardFn, RewardFunction, Scorer
+from rlhf.models.scorers import Scorer
 
 
 @dataclass(frozen=True)
@@ -133,53 +132,65 @@ def make_reference(config: PPOConfig, bases: Bases) -> Role | None:
     return Role(bases.frozen, None)
 
 
-def make_scorer(config: PPOConfig, bases: Bases, reward_fn: RewardFunction | None) -> Scorer:
-    """Return the scorer: the given function, or else the configured reward model."""
-    if reward_fn is not None:
-        return RewardFn(reward_fn)
-    assert config.reward_model_path is not None
-    return load_reward_model(
-        config.reward_model_path, device=config.device, dtype=config.dtype, policy_lm=bases.frozen
-    )
-
-
 def make_critic(
     config: PPOConfig,
     policy: Role,
-    scorer: Scorer,
+    rewards: Sequence[tuple[Scorer, float]],
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Critic:
     """Make the critic that `config.critic` names.
 
-    If the reward model reads the policy's token ids, the critic starts as a copy of it with the
-    normalization folded in, so that from the start the value of a finished response is its score.
-    With LoRA the copy is an adapter on the shared base, under full fine-tuning a separate model.
-    Otherwise values start at 0.
+    If a reward model reads the policy's token ids, the critic starts as a copy of it with weight
+    and normalization folded in, so that from the start the value of a finished response is what
+    this reward contributes to its score. Of several such models it is the one with the largest
+    weight: one copy cannot express a sum. With LoRA the copy is an adapter on the shared base,
+    under full fine-tuning a separate model. Otherwise values start at 0.
+
+    Args:
+        config: The stage's configuration.
+        policy: The policy's role.
+        rewards: The scorers with their weights.
+        model: A transformers model instead of `config.base_model`.
+        tokenizer: Its tokenizer.
     """
     lm = policy.lm
     blank = ScalarHead(lm.hidden_size, init_std=0.0).to(lm.device)
     if config.critic == "head":
         return Critic(policy, blank, on_policy_trunk=True)
     if config.lora.rank == 0:
-        if isinstance(scorer, RewardModel) and scorer.reads_ids_of(lm):
-            own, head = _copy_of_reward_model(config, scorer, model)
+        start = _heaviest(rewards, lambda reward: reward.reads_ids_of(lm))
+        if start is not None:
+            own, head = _copy_of_reward_model(config, *start, model)
             return Critic(Role(own, None), head, on_policy_trunk=False)
         own = load_language_model(
             config, trainable=True, model=copy.deepcopy(model), tokenizer=tokenizer
         )
         return Critic(Role(own, None), blank, on_policy_trunk=False)
-    if isinstance(scorer, RewardModel) and scorer.shares_base and scorer.lm is lm:
-        head = value_from_reward(scorer, "value").to(lm.device)
+    start = _heaviest(rewards, lambda reward: reward.shares_base and reward.lm is lm)
+    if start is not None:
+        head = value_from_reward(start[0], "value", start[1]).to(lm.device)
         return Critic(Role(lm, "value"), head, on_policy_trunk=False)
     lm.add_adapter("value", config.lora.model_copy(update={"dropout": 0.0}), seed=config.seed)
     return Critic(Role(lm, "value"), blank, on_policy_trunk=False)
 
 
+def _heaviest(
+    rewards: Sequence[tuple[Scorer, float]], fits: Callable[[RewardModel], bool]
+) -> tuple[RewardModel, float] | None:
+    """Return the fitting reward model with the largest weight, and its weight; ties: the first."""
+    found = [
+        (reward, weight)
+        for reward, weight in rewards
+        if isinstance(reward, RewardModel) and weight and fits(reward)
+    ]
+    return max(found, key=lambda one: abs(one[1]), default=None)
+
+
 def _copy_of_reward_model(
-    config: PPOConfig, reward: RewardModel, model: Any
+    config: PPOConfig, reward: RewardModel, weight: float, model: Any
 ) -> tuple[LanguageModel, ScalarHead]:
-    """Return a separate, trainable model with the reward model's weights, and its head.
+    """Return a separate, trainable model with the reward model's weights, and its weighted head.
 
     The weights are read from disk again rather than copied: training needs them in float32, and the
     reward model may hold them in bfloat16.
@@ -194,4 +205,4 @@ def _copy_of_reward_model(
     )
     if reward.adapter is not None:
         add_adapter_to_weights(reward.lm, reward.adapter, own)
-    return own, head_from_reward(reward).to(own.device)
+    return own, head_from_reward(reward, weight).to(own.device)

@@ -15,7 +15,7 @@ def dry_run_report(
     data_lines: Sequence[str] = (),
     *,
     base_model: str | None = None,
-    reward_base: str | None = None,
+    reward_bases: Sequence[str] = (),
 ) -> str:
     """Say what a stage would do: its data, its steps, its model and memory per role.
 
@@ -25,7 +25,7 @@ def dry_run_report(
         rows: Rows that it would work on.
         data_lines: What was found in the data, line by line.
         base_model: The base where it is not `config.base_model`; none at all leaves memory out.
-        reward_base: Base of the reward model where it is another one.
+        reward_bases: Bases of reward models that are not the policy's.
 
     Raises:
         InputError: A checkpoint's config.json cannot be read or is of another architecture.
@@ -42,10 +42,10 @@ def dry_run_report(
         lines.append(
             f"model: {name} ({model_config.model_type}), {counts.base:,} parameters{trained}"
         )
-        reward_config = read_model_config(reward_base) if reward_base else None
+        reward_configs = [read_model_config(base) for base in reward_bases]
         lines += [
             "memory (estimate):",
-            memory_table(memory_per_role(model_config, config, reward_config)),
+            memory_table(memory_per_role(model_config, config, reward_configs)),
         ]
     return "\n".join(lines)
 

@@ -31,13 +31,14 @@ _LOADERS: dict[RowKind, Callable[..., PromptData | PreferenceData]] = {
 }
 
 
-def read_data(reads: Reads, config: StageConfig, renderer: PromptRenderer) -> Any:
+def read_data(reads: Reads, config: StageConfig, renderer: PromptRenderer, **options: Any) -> Any:
     """Read one of a stage's files as its stage record says.
 
     Args:
         reads: The entry of the stage record.
         config: The stage's configuration.
         renderer: Renders the prompts' text.
+        **options: Further options of the function that reads rows of this kind.
 
     Returns:
         `PromptData` or `PreferenceData`; None if the field is not set.
@@ -49,7 +50,7 @@ def read_data(reads: Reads, config: StageConfig, renderer: PromptRenderer) -> An
     if paths is None:
         return None
     return _LOADERS[reads.kind](
-        paths, renderer=renderer, on_bad_rows=config.on_bad_rows, name=reads.field
+        paths, renderer=renderer, on_bad_rows=config.on_bad_rows, name=reads.field, **options
     )
 
 
@@ -95,11 +96,12 @@ class StageInputs:
         self._limits += check_adapter(config, self.model_config, model)
         self._fingerprints: dict[str, str] = {}
 
-    def read(self, name: str) -> Any:
+    def read(self, name: str, **options: Any) -> Any:
         """Read one data set of the configuration and check that its prompts fit.
 
         Args:
             name: Field of the configuration; the stage record says how to read it.
+            **options: See `read_data`.
 
         Returns:
             `PromptData` or `PreferenceData`; None if the field is not set or something is wrong,
@@ -108,7 +110,7 @@ class StageInputs:
         stage = STAGES[self.config.stage]
         [reads] = [reads for reads in stage.reads if reads.field == name]
         try:
-            data = read_data(reads, self.config, self.renderer)
+            data = read_data(reads, self.config, self.renderer, **options)
         except InputError as error:
             self._rows += error.problems
             return None

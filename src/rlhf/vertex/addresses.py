@@ -3,7 +3,7 @@
 import os
 import re
 
-from rlhf.config import PipelineConfig, cloud_names
+from rlhf.config import PipelineConfig, RewardEntry, cloud_names
 from rlhf.files.storage import as_url
 
 # It becomes part of folder and job names.
@@ -39,6 +39,8 @@ def not_in_the_cloud(config: PipelineConfig) -> list[str]:
             name = f"{stage}.{field}" if field in own else field
             for path in [given] if isinstance(given, str) else given:
                 problems += _of_file(name, path)
+        for number, entry in enumerate(getattr(stage_config, "rewards", ())):
+            problems += _of_reward(f"{stage}.rewards.{number}", entry)
         if base := stage_config.base_model:
             name = f"{stage}.base_model" if own.get("base_model") == base else "base_model"
             problems += _of_base(name, base)
@@ -73,6 +75,12 @@ def _of_file(name: str, path: str) -> list[str]:
         f"{name}: {path} is on this machine, the jobs are not; copy it to the bucket (gcloud "
         "storage cp) and give its gs:// address"
     ]
+
+
+def _of_reward(name: str, entry: RewardEntry) -> list[str]:
+    if entry.path is not None:
+        return _of_base(f"{name}.path", entry.path)
+    return [f"{name}.function: the jobs have no code but the library's; leave it out"]
 
 
 def _of_base(name: str, base: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
 from rlhf.config import PipelineConfig, StageConfig
 from rlhf.errors import InputError
 from rlhf.models.loading import read_model_config
@@ -206,17 +208,17 @@ def _instead(config: PipelineConfig, told: Machine) -> str:
 
 def _on_a_device(
     config: PipelineConfig, stage: str, bfloat16: bool
-) -> tuple[object, StageConfig, object]:
+) -> tuple[PretrainedConfig, StageConfig, list[PretrainedConfig]]:
     """Return what determines a stage's memory, with the types that a device would use."""
     stage_config: StageConfig = on_the_given_base(config, stage)
     stage_config = stage_config.model_copy(update={"device": "cpu"})
     if stage_config.dtype == "auto":
         dtype = "bfloat16" if bfloat16 else "float32"
         stage_config = stage_config.model_copy(update={"dtype": dtype})
-    scorer = None
+    scorers = []
     if stage == "ppo":
         reward = on_the_given_base(config, "reward_model")
         if (reward.base_model, reward.revision) != (stage_config.base_model, stage_config.revision):
-            scorer = read_model_config(reward.base_model, reward.revision)
+            scorers.append(read_model_config(reward.base_model, reward.revision))
     model = read_model_config(stage_config.base_model or "", stage_config.revision)
-    return model, stage_config, scorer
+    return model, stage_config, scorers
