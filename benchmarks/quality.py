@@ -9,7 +9,8 @@ Data, base, settings and figures are the quickstart's (`rlhf.quickstart`): gold 
 held-out prompts, in standard deviations of the untuned policy's. Per family and seed one reward
 model is trained, which all methods share, and every method samples equally many responses.
 Seconds are the process's CPU seconds in training steps, which other processes hardly disturb. Best
-of n trains nothing: it samples n times whenever it is used, and its KL is an upper bound.
+of n trains nothing: it samples n times whenever it is used, and its KL is an upper bound. DPO
+samples nothing: it reads the preferences once, in the batches that the reward model reads.
 
 Each finished run is one line of the results file. Runs that have their line are skipped, so the
 command may be stopped and repeated, or run twice at once with other families, seeds or methods.
@@ -34,7 +35,7 @@ from filelock import FileLock
 
 import machine
 from report import table_lines
-from rlhf import run_inference, train_ppo, train_reward_model
+from rlhf import run_inference, train_dpo, train_ppo, train_reward_model
 from rlhf.config import InferenceConfig, PipelineConfig
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_prompts
@@ -140,7 +141,8 @@ class Curve:
         # The first step's includes loading, and several threads add up.
         self.seconds += min(time.process_time() - self._mark, metrics["time/step"])
         self.wall_seconds += metrics["time/step"]
-        if step % max(1, trainer.total_steps // CURVE_POINTS) == 0:
+        due = step % max(1, trainer.total_steps // CURVE_POINTS) == 0
+        if due and isinstance(trainer, PPOTrainer):
             self.points.append({"step": step, "seconds": self.seconds} | self._look(trainer))
         self._mark = time.process_time()
 
@@ -173,6 +175,17 @@ def reinforce(setting: Setting, folder: str, fields: Mapping[str, Any]) -> Figur
     for point in curve.points:
         point["gold_gain"] = (point.pop("gold") - before) / spread
     return figures | {"curve": curve.points}
+
+
+def prefer(setting: Setting, folder: str, fields: Mapping[str, Any]) -> Figures:
+    """Tune with `rlhf dpo`, and evaluate."""
+    clock = Curve(setting)
+    given = {"train_steps": 2, "batch_size": 4, "warmup_steps": 0} if setting.quick else {}
+    config = setting.stage("dpo", folder, **{**fields, **given})
+    train_dpo(config, callbacks=[clock])
+    seen = {"steps": config.train_steps, "pairs": config.train_steps * config.batch_size}
+    seen |= {"seconds": clock.seconds, "wall_seconds": clock.wall_seconds}
+    return evaluate(setting, folder) | seen
 
 
 def evaluate(setting: Setting, folder: str) -> Figures:
@@ -210,6 +223,10 @@ METHODS: dict[str, Method] = {
         name: Method(reinforce, {"advantage": name, "responses_per_prompt": 4})
         for name in ("rloo", "grpo", "reinforce_pp", "reinforce_pp_baseline")
     },
+    "dpo": Method(
+        prefer,
+        {"batch_size": 16, "train_steps": 240, "learning_rate": 0.001, "warmup_steps": 10},
+    ),
     "best_of_16": Method(best_of, {"best_of": 16}),
 }
 
