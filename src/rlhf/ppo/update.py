@@ -105,7 +105,7 @@ def add_gradients(
     Returns:
         The micro-batch's share of the minibatch's statistics.
     """
-    mask, value, kl = micro.responses.mask, None, None
+    mask, value = micro.responses.mask, None
     weights = objectives.loss_weights(mask, config.loss_average, config.target_sequence_length)
     with policy.active() as lm:
         states = lm.response_states(micro.prompts, micro.responses)
@@ -116,19 +116,9 @@ def add_gradients(
             config.min_response_length,
             entropy=config.entropy_coef != 0,
         )
-        surrogate = objectives.policy_loss(
-            new.logprobs,
-            micro.logprobs,
-            micro.advantages,
-            weights,
-            config.clip_range,
-            config.effective_clip_range_high,
-        )
+        surrogate, kl = _policy_losses(new.logprobs, micro, weights, config)
         loss = surrogate.total - config.entropy_coef * (new.entropy * weights).sum()
-        if config.kl_placement == "loss" and micro.ref_logprobs is not None:
-            kl = objectives.kl_loss(
-                new.logprobs, micro.logprobs, micro.ref_logprobs, weights, config.kl_estimator
-            )
+        if kl is not None:
             loss = loss + kl_coeff * kl
         if critic is not None and critic.on_policy_trunk:
             value = _value_loss(critic, states, micro, weights, config)
@@ -152,6 +142,18 @@ def add_gradients(
         ratio=float(log_ratio.exp().sum()) / divisors.tokens,
         ratio_deviation=float(torch.expm1(log_ratio).abs().max()),
     )
+
+
+def _policy_losses(
+    logprobs: Tensor, micro: Experience, weights: Tensor, config: PPOConfig
+) -> tuple[objectives.ClippedLoss, Tensor | None]:
+    """Return the surrogate, and the KL to the reference if it is charged in the loss."""
+    clip = (config.clip_range, config.effective_clip_range_high)
+    surrogate = objectives.policy_loss(logprobs, micro.logprobs, micro.advantages, weights, *clip)
+    if config.kl_placement == "reward" or micro.ref_logprobs is None:
+        return surrogate, None
+    ref, estimator = micro.ref_logprobs, config.kl_estimator
+    return surrogate, objectives.kl_loss(logprobs, micro.logprobs, ref, weights, estimator)
 
 
 def _value_loss(
