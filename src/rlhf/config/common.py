@@ -23,7 +23,7 @@ BASE_LEARNING_RATES: dict[str, dict[Literal["lora", "full"], float]] = {
     "sft": {"lora": 3e-4, "full": 3e-5},
     "reward_model": {"lora": 3e-4, "full": 1e-5},
     "ppo": {"lora": 1e-4, "full": 3e-6},
-    "dpo": {"lora": 5e-5, "full": 1e-6},
+    "dpo": {"lora": 1e-5, "full": 1e-6},
     "critic": {"lora": 1e-4, "full": 1e-5},
 }
 # No number of a configuration is larger: arithmetic with it stays exact in 64 bits.
