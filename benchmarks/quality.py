@@ -180,7 +180,10 @@ def reinforce(setting: Setting, folder: str, fields: Mapping[str, Any]) -> Figur
 def prefer(setting: Setting, folder: str, fields: Mapping[str, Any]) -> Figures:
     """Tune with `rlhf dpo`, and evaluate."""
     clock = Curve(setting)
-    given = {"train_steps": 2, "batch_size": 4, "warmup_steps": 0} if setting.quick else {}
+    # As in the other stages, held-out rows choose no weights.
+    given: dict[str, Any] = {"eval_dataset": None}
+    if setting.quick:
+        given |= {"train_steps": 2, "batch_size": 4, "warmup_steps": 0}
     config = setting.stage("dpo", folder, **{**fields, **given})
     train_dpo(config, callbacks=[clock])
     seen = {"steps": config.train_steps, "pairs": config.train_steps * config.batch_size}
