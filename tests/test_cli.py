@@ -81,7 +81,7 @@ def test_flags_reach_the_stage(called):
     assert (config.kl_coeff, config.lora.rank, config.seed) == (0.05, 4, 7)
     assert (config.dry_run, config.gradient_checkpointing) == (True, False)
     assert config.prompt_dataset == "rows.jsonl"
-    assert options == {"reward_fn": None}
+    assert options == {}
 
 
 def test_a_flag_given_twice_makes_a_list_where_one_is_meant(called):

@@ -237,3 +237,63 @@ def test_the_reward_model_may_have_a_base_of_its_own(values, checkpoints):
     result = run(values, reward_model={"base_model": other})
     record = Path(result.output_dir) / "reward_model" / "reward_model.json"
     assert json.loads(record.read_text())["base_model"] == other
+
+
+def by_id(prompts, responses, id):
+    return [0.01 * (number or 0) for number in id]
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_rules_and_further_rewards_add_to_the_reward_model(values, held_out, cases):
+    """With and without an `eval_dataset`: rows that are written again keep their fields."""
+    values["ppo"] = {"rewards": [{"path": str(cases["t5"].reward), "weight": 0.5, "name": "other"}]}
+    del values["sft_dataset"]
+    if not held_out:
+        del values["eval_dataset"]
+    config = PipelineConfig.model_validate(values)
+    metrics = run_pipeline(config, reward_fn=by_id).metrics["ppo"]
+    total = (
+        metrics["ppo/reward_reward_model"]
+        + 0.5 * metrics["ppo/reward_other"]
+        + metrics["ppo/reward_by_id"]
+    )
+    assert metrics["ppo/reward_by_id"] > 0
+    assert metrics["ppo/score"] == pytest.approx(total, abs=1e-4)
+
+
+def test_rewards_are_checked_before_any_stage_runs(values, tmp_path, monkeypatch):
+    def judge(prompts, responses, answer):
+        return []
+
+    missing = str(tmp_path / "nothing")
+    values["ppo"] = {"rewards": [missing, {"function": "rules:length"}]}
+    replace_run(monkeypatch, "sft", None)
+    with pytest.raises(InputError) as caught:
+        run(values)
+    assert caught.value.problems == [
+        "rewards.1.function: a configuration alone runs no code; allow it with the flag "
+        "--reward_fn rules:length, or in Python pass the function as reward_fn"
+    ]
+    values["ppo"] = {"rewards": [missing]}
+    for dry in (True, False):
+        config = PipelineConfig.model_validate(values | {"dry_run": dry})
+        with pytest.raises(InputError) as caught:
+            run_pipeline(config, reward_fn=judge)
+        assert caught.value.problems == [
+            "reward_fn judge: needs the column 'answer', which no row of prompt_dataset has; there "
+            "are input_text, candidate_0, candidate_1, choice, id, prompt_tokens, "
+            "response_tokens, finished",
+            "reward_fn judge: needs the column 'answer', which no row of eval_dataset has; there "
+            "are input_text, candidate_0, candidate_1, choice, id, output_text, prompt_tokens, "
+            "response_tokens, finished",
+            f"rewards.0.path: there is no folder {missing}",
+        ]
+    assert not Path(values["output_dir"]).exists()
+
+
+def test_a_dry_run_does_not_mind_an_unfinished_reward_model(values, capsys):
+    del values["sft_dataset"]
+    (Path(values["output_dir"]) / "reward_model" / "checkpoints").mkdir(parents=True)
+    config = PipelineConfig.model_validate(values | {"dry_run": True})
+    run_pipeline(config, reward_fn=by_id)
+    assert "reward by_id: weight 1, a function" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import click
 
 import rlhf
-from rlhf.config import PipelineConfig, PPOConfig, Schema, ScoreConfig
+from rlhf.config import PipelineConfig, Schema, ScoreConfig
 from rlhf.config.loading import unreadable_character
 from rlhf.console import show, steady_streams
 from rlhf.errors import InputError
@@ -28,7 +28,7 @@ from rlhf.flags import (
     unknown_flags,
 )
 from rlhf.process import exit_code, quiet_third_parties
-from rlhf.stages import STAGES, Function, Stage, call
+from rlhf.stages import STAGES, Function, call
 
 
 class Commands(click.Group):
@@ -41,13 +41,16 @@ class Commands(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command, made from its configuration's fields if it has one."""
+        if cmd_name == "run":
+            return _reward_command(cmd_name, *_OF_CONFIGURATIONS[cmd_name])
         if cmd_name in _OF_CONFIGURATIONS:
             return _config_command(cmd_name, *_OF_CONFIGURATIONS[cmd_name])
         for stage in STAGES.values():
             if stage.command == cmd_name:
+                record = (cmd_name, stage.config, stage.run, stage.help)
                 if stage is STAGES.get("ppo"):
-                    return _ppo_command(stage)
-                return _config_command(cmd_name, stage.config, stage.run, stage.help)
+                    return _reward_command(*record, ("reward_model_path|rewards",))
+                return _config_command(*record)
         return super().get_command(ctx, cmd_name)
 
 
@@ -63,24 +66,33 @@ def _config_command(name: str, cls: type[Schema], function: Function, text: str)
     return command
 
 
-def _ppo_command(stage: Stage) -> click.Command:
-    """Make the command of PPO, which may take a function in the place of the reward model."""
+def _reward_command(
+    name: str, cls: type[Schema], function: Function, text: str, required: tuple[str, ...] = ()
+) -> click.Command:
+    """Make a command that takes reward functions beside its configuration.
 
-    @config_options(PPOConfig)
-    @click.command(stage.command, cls=ConfigCommand, help=stage.help, context_settings=CONTEXT)
+    Args:
+        name: Its name.
+        cls: Its configuration.
+        function: What it calls.
+        text: What it does, for `--help`.
+        required: Optional fields that it cannot do without unless there is a function.
+    """
+
+    @config_options(cls)
+    @click.command(name, cls=ConfigCommand, help=text, context_settings=CONTEXT)
     @click.option(
         "--reward_fn",
         metavar="MODULE:FUNCTION, repeatable",
         multiple=True,
-        help="Python function (prompts, responses, columns...) -> numbers: a reward of weight 1, "
-        "or what an entry of rewards names, with its weight.",
+        help="Python function (prompts, responses, columns...) -> numbers: a further reward of "
+        "PPO, of weight 1 or as an entry of rewards that names it says.",
     )
     @click.pass_context
     def command(ctx: click.Context, /, reward_fn: tuple[str, ...], **_: Any) -> None:
-        any_of = () if reward_fn else ("reward_model_path|rewards",)
-        config = read_config(ctx, PPOConfig, any_of)
+        config = read_config(ctx, cls, () if reward_fn else required)
         functions = {address: _imported(address) for address in reward_fn}
-        call(stage.run, config, reward_fn=functions or None)
+        call(function, config, **({"reward_fn": functions} if functions else {}))
 
     return command
 

@@ -6,6 +6,7 @@ interrupted run resumes stage by stage.
 
 import gc
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,8 +25,11 @@ from rlhf.stages import STAGES, RunResult, call
 from rlhf.training.inputs import read_data
 from rlhf.untrusted import read_json
 
+# What Python callers give a stage beside its configuration: stage to arguments by name.
+Given = Mapping[str, Mapping[str, Any]]
 
-def run_pipeline(config: PipelineConfig) -> RunResult:
+
+def run_pipeline(config: PipelineConfig, *, reward_fn: Any = None) -> RunResult:
     """Run SFT (if there are demonstrations), reward model, PPO and inference.
 
     Writes a folder per stage, `config.yaml` and `metrics.json`. Every file of every stage is
@@ -33,31 +37,39 @@ def run_pipeline(config: PipelineConfig) -> RunResult:
     rows is held out by prompt: it evaluates the reward model and goes to inference, and neither
     the reward model nor PPO trains on it. Finished stages do not run again.
 
+    Args:
+        config: What to run.
+        reward_fn: Reward functions of PPO, besides the reward model; see `rlhf.train_ppo`.
+
     Raises:
         InputError: If anything is wrong with files, configuration or checkpoints.
         StoppedBySignal: After SIGTERM or SIGINT, once everything so far is saved.
     """
     # Without `eval_dataset` the lines of the preference rows are written again, in two parts.
-    with read_once(keep_lines=config.eval_dataset is None and not config.dry_run):
-        return _run(config)
+    # Reward functions get the fields of the rows, too.
+    rows_again = config.eval_dataset is None or reward_fn is not None
+    given = {} if reward_fn is None else {"ppo": {"reward_fn": reward_fn}}
+    with read_once(keep_lines=rows_again and not config.dry_run):
+        return _run(config, given)
 
 
-def _run(config: PipelineConfig) -> RunResult:
+def _run(config: PipelineConfig, given: Given) -> RunResult:
     start = time.monotonic()
-    lines = check_inputs(config)
+    lines = check_inputs(config, given)
     if config.dry_run:
-        _dry_run(config, lines)
+        _dry_run(config, lines, given)
         return RunResult(config.output_dir, {})
     with lease(config.output_dir, "rlhf run"):
-        return run_stages(config, start)
+        return run_stages(config, start, given)
 
 
-def run_stages(config: PipelineConfig, start: float) -> RunResult:
+def run_stages(config: PipelineConfig, start: float, given: Given | None = None) -> RunResult:
     """Run all stages on checked inputs; the caller holds the lease of the output folder.
 
     Args:
         config: What was checked.
         start: `time.monotonic()` when the work began.
+        given: What is not in the configuration: stage to arguments by name.
     """
     output = Output(config.output_dir)
     output.fetch(RESULT_FILE)
@@ -69,7 +81,9 @@ def run_stages(config: PipelineConfig, start: float) -> RunResult:
     for number, stage in enumerate(config.stages(), start=1):
         stop_point()
         say(f"pipeline: stage {number} of {len(config.stages())}: {stage}")
-        metrics[stage] = dict(call(STAGES[stage].run, config.stage_config(stage)).metrics)
+        options = (given or {}).get(stage, {})
+        result = call(STAGES[stage].run, config.stage_config(stage), **options)
+        metrics[stage] = dict(result.metrics)
         free_memory()
     if finished and earlier is not None:  # nothing was done, so there is nothing to write
         return RunResult(config.output_dir, earlier)
@@ -87,8 +101,12 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def check_inputs(config: PipelineConfig) -> list[str]:
+def check_inputs(config: PipelineConfig, given: Given | None = None) -> list[str]:
     """Read every file of every stage and check the limits, without loading weights.
+
+    Args:
+        config: The pipeline's configuration.
+        given: See `run_stages`.
 
     Returns:
         What to report about the files that were read.
@@ -97,10 +115,10 @@ def check_inputs(config: PipelineConfig) -> list[str]:
         InputError: All problems of all stages, rows first, then limits.
     """
     with read_once():
-        return _check_inputs(config)
+        return _check_inputs(config, given or {})
 
 
-def _check_inputs(config: PipelineConfig) -> list[str]:
+def _check_inputs(config: PipelineConfig, given: Given) -> list[str]:
     rows: dict[str, None] = {}  # an ordered set: stages share files
     limits: dict[str, None] = {}
     lines: dict[str, None] = {}
@@ -112,12 +130,19 @@ def _check_inputs(config: PipelineConfig) -> list[str]:
         base, revision = stage_config.base_model or "", stage_config.revision
         tokenizer = load_tokenizer(base, revision)
         renderer = PromptRenderer.for_tokenizer(tokenizer, stage_config.instruction)
+        data: dict[str, Any] = {}
         for reads in record.reads:
             try:
-                if (data := read_data(reads, stage_config, renderer)) is not None:
-                    lines |= dict.fromkeys(data.report.lines())
+                if (found := read_data(reads, stage_config, renderer)) is not None:
+                    lines |= dict.fromkeys(found.report.lines())
+                data[reads.field] = found
             except InputError as error:
                 rows |= dict.fromkeys(error.problems)
+        if record.check_data is not None and not rows:
+            try:
+                call(record.check_data, stage_config, renderer, data, **given.get(stage, {}))
+            except InputError as error:
+                limits |= dict.fromkeys(error.problems)
         limits |= dict.fromkeys(
             check_limits(
                 read_model_config(base, revision),
@@ -182,13 +207,13 @@ def _finished(folder: str) -> bool:
     return bool((read_json(output.path / RESULT_FILE) or {}).get("finished"))
 
 
-def _dry_run(config: PipelineConfig, lines: list[str]) -> None:
+def _dry_run(config: PipelineConfig, lines: list[str], given: Given) -> None:
     """Do each stage's own dry run; for the others, report what they read and where they write."""
     rest: list[str] = []
     for stage in config.stages():
         record = STAGES[stage]
         if record.dry_run is not None:
-            call(record.dry_run, on_the_given_base(config, stage))
+            call(record.dry_run, on_the_given_base(config, stage), **given.get(stage, {}))
             continue
         fields = tuple(reads.field for reads in record.reads)
         rest += [line for line in lines if line.startswith(fields)]

@@ -14,8 +14,10 @@ from rlhf.console import say, show
 from rlhf.data.batching import chunks, micro_batches, permutation, rows_for_step
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.schema import PromptRow
+from rlhf.files.output import path_in
 from rlhf.files.storage import exists
 from rlhf.models.generation import Generator, generate_in_chunks, rollout_uniforms
+from rlhf.models.reward_record import RECORD_FILE
 from rlhf.models.saving import save_adapter, save_merged
 from rlhf.ppo.deviations import deviation_warnings
 from rlhf.ppo.experience import (
@@ -82,15 +84,18 @@ def train_ppo(
     )
 
 
-def dry_run_in_pipeline(config: PPOConfig) -> RunResult:
+def dry_run_in_pipeline(
+    config: PPOConfig, *, reward_fn: RewardFunctions | None = None
+) -> RunResult:
     """Report what `train_ppo` would do, even if the reward model is not trained yet.
 
     Raises:
         InputError: Bad data, configuration or checkpoints.
     """
-    if config.reward_model_path is None or exists(config.reward_model_path):
-        return train_ppo(config)
-    inputs = read_ppo_inputs(config, PPOTrainer, reward_model_exists=False)
+    path = config.reward_model_path
+    if path is None or exists(path_in(path, RECORD_FILE)):
+        return train_ppo(config, reward_fn=reward_fn)
+    inputs = read_ppo_inputs(config, PPOTrainer, reward_fn=reward_fn, reward_model_exists=False)
     lines, bases = inputs.lines, other_bases(config)
     show(dry_run_report("ppo", config, len(inputs.prompts), lines, reward_bases=bases))
     return RunResult(config.output_dir, {})

@@ -79,6 +79,9 @@ class Stage:
             the pipeline only says where the stage would write.
         check: Finds what is wrong with a configuration before any file is read; takes it, and
             raises `InputError`.
+        check_data: The same for a configuration together with its rows, before any stage runs;
+            takes it, the renderer of its prompts, the rows by field, and what the pipeline was
+            given for the stage.
         reads: The files that the pipeline checks before any stage runs, in order.
         card: Its model card, if it has one.
     """
@@ -89,6 +92,7 @@ class Stage:
     run: Function
     dry_run: Function | None = None
     check: Function | None = None
+    check_data: Function | None = None
     reads: tuple[Reads, ...] = ()
     card: Card | None = None
 
@@ -148,6 +152,7 @@ STAGES: dict[str, Stage] = {
             run="rlhf:train_ppo",
             dry_run="rlhf.ppo_trainer:dry_run_in_pipeline",
             check="rlhf.ppo.inputs:check_estimator",
+            check_data="rlhf.ppo.inputs:check_rewards_in_pipeline",
             reads=(Reads("prompt_dataset", "prompt"), Reads("eval_dataset", "prompt")),
             card=Card(
                 "Policy trained by PPO against a reward model",

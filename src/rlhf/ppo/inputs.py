@@ -1,6 +1,6 @@
 """Input of a PPO run: what is read and checked before any weights are loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,24 +72,57 @@ def read_ppo_inputs(
         "eval_dataset": inputs.read("eval_dataset", uses=uses),
     }
     run = inputs.finish(**rewards_identity(rewards), optimizer=trainer.optimizer_settings())
-    prompts = data["prompt_dataset"]
-    missing_later = None if reward_model_exists else config.reward_model_path
-    _, lines = together(
-        lambda: check_columns(rewards, data),
-        lambda: check_models(
-            rewards, config, inputs.renderer, prompts.report.conversations > 0, missing_later
-        ),
-    )
-    inputs.lines += lines
+    to_be_written = None if reward_model_exists else config.reward_model_path
+    inputs.lines += _check_rewards(rewards, config, inputs.renderer, data, to_be_written)
     return PPOInputs(
         inputs.tokenizer,
         inputs.renderer,
-        prompts,
+        data["prompt_dataset"],
         data["eval_dataset"],
         inputs.lines,
         run,
         rewards,
     )
+
+
+def check_rewards_in_pipeline(
+    config: PPOConfig,
+    renderer: PromptRenderer,
+    data: Mapping[str, PromptData],
+    *,
+    reward_fn: RewardFunctions | None = None,
+) -> None:
+    """Check all rewards but the reward model that the pipeline makes, before any stage runs.
+
+    Args:
+        config: The stage's configuration.
+        renderer: Renders the policy's prompts.
+        data: Field of the configuration to the rows that were read.
+        reward_fn: Functions of texts, besides the rewards of the configuration.
+
+    Raises:
+        InputError: All that is wrong with them.
+    """
+    rewards = read_rewards(config, reward_fn)
+    _check_rewards(rewards, config, renderer, data, config.reward_model_path)
+
+
+def _check_rewards(
+    rewards: Sequence[RewardPart],
+    config: PPOConfig,
+    renderer: PromptRenderer,
+    data: Mapping[str, PromptData | None],
+    to_be_written: str | None,
+) -> list[str]:
+    """Check columns and reward models; return what the user should know of them."""
+    prompts = data["prompt_dataset"]
+    conversations = prompts is not None and prompts.report.conversations > 0
+    _, lines = together(
+        lambda: check_columns(rewards, data),
+        lambda: check_models(rewards, config, renderer, conversations, to_be_written),
+    )
+    found: list[str] = lines
+    return found
 
 
 def check_estimator(config: PPOConfig) -> None:

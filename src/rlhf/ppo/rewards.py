@@ -16,7 +16,6 @@ from rlhf.data.prompts import PromptRenderer
 from rlhf.data.rows import PromptData
 from rlhf.data.schema import PromptRow
 from rlhf.errors import InputError, together
-from rlhf.files.storage import exists
 from rlhf.models.content import weights_fingerprint
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.reward_functions import (
@@ -195,7 +194,7 @@ def check_models(
     config: PPOConfig,
     renderer: PromptRenderer,
     conversations: bool,
-    may_be_missing: str | None = None,
+    to_be_written: str | None = None,
 ) -> list[str]:
     """Check the reward models and classifiers without reading weights.
 
@@ -204,7 +203,7 @@ def check_models(
         config: The stage's configuration.
         renderer: Renders the policy's prompts.
         conversations: Whether the policy's rows have `messages`.
-        may_be_missing: Path of a reward model that an earlier stage is going to write.
+        to_be_written: Path of a reward model that an earlier stage makes; it is not looked at.
 
     Returns:
         What the user should know of them.
@@ -217,7 +216,7 @@ def check_models(
         for part in parts
         if part.entry is not None and part.entry.path is not None
     ]
-    present = [one for one in models if one[1] != may_be_missing or exists(one[1])]
+    present = [one for one in models if one[1] != to_be_written]
 
     def check(part: RewardPart, path: str, label: int | str | None) -> list[str]:
         with named_as(part.setting):
