@@ -239,7 +239,7 @@ def test_the_reward_model_may_have_a_base_of_its_own(values, checkpoints):
     assert json.loads(record.read_text())["base_model"] == other
 
 
-def by_id(prompts, responses, id):
+def by_id(prompts, responses, id):  # noqa: A002 (the name of a field)
     return [0.01 * (number or 0) for number in id]
 
 
