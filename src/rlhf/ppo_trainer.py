@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf import objectives
 from rlhf.config import PPOConfig
 from rlhf.console import say, show
-from rlhf.data.batching import chunks, micro_batches, permutation, rows_for_step
+from rlhf.data.batching import chunks, permutation, rows_for_step
+from rlhf.data.groups import group_batches, members
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.schema import PromptRow
 from rlhf.files.output import path_in
@@ -198,23 +199,33 @@ class PPOTrainer(Trainer):
         return metrics
 
     def next_prompts(self) -> list[PromptRow]:
-        """Return the rows of this step."""
-        size, seed = self.config.batch_size, self.config.seed
+        """Return the rows of this step, one for each group of responses."""
+        size, seed = self.config.rows_per_step, self.config.seed
         return [self.prompts[i] for i in rows_for_step(self.num_rows, size, self.step_index, seed)]
 
-    def rollout(self, rows: Sequence[PromptRow], *, evaluation: bool = False) -> Rollout:
-        """Sample one response per prompt from the policy.
+    def rollout(
+        self,
+        rows: Sequence[PromptRow],
+        *,
+        responses_per_prompt: int | None = None,
+        evaluation: bool = False,
+    ) -> Rollout:
+        """Sample responses from the policy.
 
         Args:
             rows: Prompts.
+            responses_per_prompt: Responses to each, next to each other. Default: the
+                configuration's; in an evaluation 1.
             evaluation: Use the random numbers of evaluations, always the same, not the step's.
 
         Raises:
             NumericalError: If the policy's logits were NaN or infinite.
         """
         config = self.config
-        texts = [row.prompt for row in rows]
-        prompts = self.codec.prompts(texts).to(self.device)
+        each = 1 if evaluation else config.effective_responses_per_prompt
+        each = responses_per_prompt or each
+        prompts = self.codec.prompts([row.prompt for row in rows]).to(self.device)
+        groups = torch.arange(len(rows), device=self.device).repeat_interleave(each)
         limit = config.target_sequence_length
         draw = (0, "evaluation") if evaluation else (self.step_index, "rollout")
         with self.policy.active() as lm:
@@ -224,8 +235,9 @@ class PPOTrainer(Trainer):
                 prompts,
                 max_new_tokens=limit,
                 temperature=config.temperature,
-                uniforms=rollout_uniforms(config.seed, draw[0], range(len(rows)), limit, draw[1]),
+                uniforms=rollout_uniforms(config.seed, draw[0], range(len(groups)), limit, draw[1]),
                 min_response_length=config.min_response_length,
+                groups=groups,
             )
         responses = [self.codec.decode(ids) for ids in generation.responses.tolists()]
         return Rollout(
@@ -234,7 +246,7 @@ class PPOTrainer(Trainer):
             generation.responses,
             generation.finished,
             responses,
-            torch.arange(len(rows), device=self.device),
+            groups,
             generation.logprobs,
         )
 
@@ -291,13 +303,14 @@ class PPOTrainer(Trainer):
 
     def optimize(self, experience: Experience) -> dict[str, float]:
         """Make all epochs over the rollout; end early when the policy has moved too far."""
-        config = self.config
+        config, groups = self.config, members(experience.groups)
         kl_loss = config.kl_placement == "loss" and self.reference is not None
         log = UpdateLog(critic=self.critic is not None, kl_loss=kl_loss)
-        size = len(experience) // config.num_minibatches
+        size = len(groups) // config.num_minibatches
         for epoch in range(config.ppo_epochs):
-            order = permutation(len(experience), "minibatches", config.seed, self.step_index, epoch)
-            for rows in chunks(order, size):
+            order = permutation(len(groups), "minibatches", config.seed, self.step_index, epoch)
+            for some in chunks(order, size):
+                rows = [row for group in some for row in groups[group]]
                 minibatch = self.accumulate_gradients(experience.select_rows(rows))
                 log.add(minibatch)
                 if config.target_kl is not None and minibatch.kl > 1.5 * config.target_kl:
@@ -314,7 +327,8 @@ class PPOTrainer(Trainer):
         config, kl_coeff = self.config, self.kl_controller.value
         divisors = count_divisors(minibatch, config, self.reduce)
         total = Minibatch(tokens=divisors.tokens)
-        for rows in micro_batches(minibatch.tokens, *config.micro_batch_limits):
+        lengths = (minibatch.prompts.lengths, minibatch.responses.lengths, minibatch.groups)
+        for rows in group_batches(*lengths, *config.micro_batch_limits):
             stop_point()
             micro = minibatch.select_rows(rows)
             roles = (self.policy, self.critic)
@@ -369,7 +383,8 @@ class PPOTrainer(Trainer):
         policy, folder = self.policy, self.output_path
         if policy.adapter is not None:
             save_adapter(policy.lm, policy.adapter, folder / "adapter")
-        rollout = self.rollout(self.next_prompts()[: self.config.effective_micro_batch_size])
+        rows = self.next_prompts()[: self.config.effective_micro_batch_size]
+        rollout = self.rollout(rows, responses_per_prompt=1)
         probe = (rollout.prompts, rollout.responses)
         kl = save_merged(policy.lm, policy.adapter, folder / "merged", probe)
         metrics = {} if kl is None else {"ppo/kl_merged_adapter": kl}

@@ -86,7 +86,9 @@ def test_final_states_and_pairs_are_those_of_single_reads(arch: str, attention: 
             final = lm.final_states(prompts, responses)
             torch.testing.assert_close(final, expected, atol=1e-5, rtol=1e-5)
             singles.append(expected)
-        pairs = lm.paired_final_states(prompts, first, second)
+        pairs = lm.final_states(
+            prompts, TokenBatch.concat([first, second]), torch.arange(len(first)).repeat(2)
+        ).chunk(2)
         weights = torch.randn(2, *expected.shape, generator=torch.Generator().manual_seed(0))
         gradients = [
             torch.autograd.grad((torch.stack(list(states)) * weights).sum(), parameters.values())
@@ -222,7 +224,9 @@ def test_checkpointing_changes_no_gradient(arch: str) -> None:
 READS: dict[str, Callable[[LanguageModel, TokenBatch, TokenBatch], Tensor]] = {
     "policy": lambda lm, p, r: lm.token_logprobs(lm.response_states(p, r), r).logprobs,
     "critic": lambda lm, p, r: lm.response_states(p, r),
-    "pairs": lambda lm, p, r: torch.stack(lm.paired_final_states(p, r, r)),
+    "pairs": lambda lm, p, r: lm.final_states(
+        p, TokenBatch.concat([r, r]), torch.arange(len(r)).repeat(2)
+    ),
 }
 
 
@@ -265,9 +269,9 @@ def test_checkpointing_keeps_a_layers_input_only(arch: str, read: str) -> None:
         kept[layers], plain = kept_and_gradients(arch, read, layers, checkpointing=False)
         kept[-layers], recomputed = kept_and_gradients(arch, read, layers, checkpointing=True)
         assert_same_gradients(recomputed, plain)
-    # Tokens that a layer reads: T5's encoder the prompt, its decoder start and response.
+    # Tokens that a layer reads: the prompt, each response after T5's start or the prompt's last.
     responses = 2 if read == "pairs" else 1
-    tokens = 24 + responses * (17 if arch == "t5" else 16)
+    tokens = (24 if arch == "t5" else 23) + responses * 17
     assert kept[-6] - kept[-2] == 4 * 3 * tokens * 32 * 4
     assert kept[-6] - kept[-2] < (kept[6] - kept[2]) / 8
 

@@ -146,7 +146,9 @@ def test_a_pair_in_one_row_is_two_responses(checkpoint: Path) -> None:
     prompts, first = map(TokenBatch.from_lists, (PROMPTS, RESPONSES))
     second = first.select_rows([2, 0, 1])
     with lm.using("reward"), torch.no_grad():
-        pair = lm.paired_final_states(prompts, first, second)
+        pair = lm.final_states(
+            prompts, TokenBatch.concat([first, second]), torch.arange(len(first)).repeat(2)
+        ).chunk(2)
         for states, responses in zip(pair, (first, second), strict=True):
             torch.testing.assert_close(
                 states, lm.final_states(prompts, responses), atol=1e-5, rtol=1e-5

@@ -346,6 +346,11 @@ class TrainingConfig(StageConfig):
         return problems
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows of the data that a training step visits."""
+        return self.batch_size
+
+    @property
     def effective_micro_batch_size(self) -> int:
         """`micro_batch_size`, or its default; rows."""
         return self.micro_batch_size or min(self.batch_size, 16)
@@ -383,7 +388,7 @@ class TrainingConfig(StageConfig):
             return self.train_steps
         if self.num_epochs is None and self.default_train_steps is not None:
             return self.default_train_steps
-        return max(1, -int(-(self.num_epochs or 1.0) * rows // self.batch_size))
+        return max(1, -int(-(self.num_epochs or 1.0) * rows // self.rows_per_step))
 
     def eval_interval(self, total_steps: int) -> int:
         """Return the training steps between evaluations in a run of `total_steps`."""

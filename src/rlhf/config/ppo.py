@@ -219,6 +219,11 @@ class PPOConfig(TrainingConfig):
         return self.clip_range if self.clip_range_high is None else self.clip_range_high
 
     @property
+    def rows_per_step(self) -> int:
+        """Prompts of a step."""
+        return self.batch_size // self.effective_responses_per_prompt
+
+    @property
     def effective_rollout_batch_size(self) -> int:
         """`rollout_batch_size`, or its default; responses."""
         return self.rollout_batch_size or self.batch_size

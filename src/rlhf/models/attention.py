@@ -132,35 +132,6 @@ def _eager(
     return (weights @ values).transpose(1, 2), None
 
 
-def grouped_attention(
-    module: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor
-) -> Tensor:
-    """Attend with a few queries, where several heads may share keys.
-
-    Args:
-        module: Attention module.
-        queries: (B, H, N, d).
-        keys: (B, H / G, L, d).
-        values: (B, H / G, L, d).
-        mask: (B or 1, 1 or H / G, N, L), bool or a bias added to the scores.
-
-    Returns:
-        (B, N, H·d).
-    """
-    groups, dtype = queries.shape[1] // keys.shape[1], queries.dtype
-    queries, keys, values = widened(queries, keys, values)
-    # Heads that share keys become more queries of one head, so keys are not copied.
-    stacked = queries.unflatten(1, (-1, groups)).flatten(2, 3)
-    heads = nn.functional.scaled_dot_product_attention(
-        stacked,
-        keys,
-        values,
-        attn_mask=mask.repeat(1, 1, groups, 1) if groups > 1 else mask,
-        scale=module.scaling,
-    )
-    return heads.to(dtype).reshape(queries.shape).transpose(1, 2).flatten(2)
-
-
 def checkpointed(block: Any, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Call a layer's function; with gradient checkpointing, keep only its arguments.
 

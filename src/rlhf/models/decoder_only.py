@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from typing_extensions import override
 
@@ -20,16 +20,11 @@ from rlhf.data.batching import TokenBatch, join_rows
 from rlhf.data.prompt_codec import PromptLayout
 from rlhf.data.special_tokens import added_ids
 from rlhf.errors import InputError
-from rlhf.models.attention import (
-    Attend,
-    checkpointed,
-    full_attention,
-    grouped_attention,
-    padding_bias,
-)
-from rlhf.models.decoding import DecodeState, cached_attention, hide_later
+from rlhf.models.attention import Attend, checkpointed, full_attention
+from rlhf.models.decoding import DecodeState, cached_responses, hide_later
 from rlhf.models.family import Shape, eos_ids
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.packing import Grid, SharedPrompts, Wanted, grid_heads
 
 # What layers need to know about the tokens' positions: tensors of (B or 1, L, any).
 Places = tuple[Tensor, ...]
@@ -142,8 +137,11 @@ class DecoderOnlyModel(LanguageModel):
         return problems
 
     @override
-    def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-        return self._states_at(*_joined(prompts, responses))
+    def response_states(
+        self, prompts: TokenBatch, responses: TokenBatch, groups: Tensor | None = None
+    ) -> Tensor:
+        row = SharedPrompts.of(prompts, responses, groups)
+        return row.responses.tokens.spread(self._states(row, row.every_state))
 
     @override
     def transformers_logits(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
@@ -154,28 +152,11 @@ class DecoderOnlyModel(LanguageModel):
         return logits.float().take_along_dim(index[:, :, None], 1)
 
     @override
-    def final_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-        index = (prompts.lengths + responses.lengths - 1)[:, None]
-        return self._states_at(index, join_rows(prompts, responses))[:, 0]
-
-    @override
-    def paired_final_states(
-        self, prompts: TokenBatch, first: TokenBatch, second: TokenBatch
-    ) -> tuple[Tensor, Tensor]:
-        # One row: prompt, first, second. The second sees only the prompt and itself, and its
-        # positions continue from the prompt's end as if the first were not there.
-        middle = prompts.lengths + first.lengths
-        ids = join_rows(TokenBatch(join_rows(prompts, first), middle), second)
-        column = torch.arange(ids.shape[1], device=ids.device)
-        in_first = (column >= prompts.lengths[:, None]) & (column < middle[:, None])
-        in_second = column >= middle[:, None]
-        hidden = in_second[:, :, None] & in_first[:, None, :]
-        visible = (column[:, None] >= column) & ~hidden
-        positions = column - in_second * first.lengths[:, None]
-        # An empty response ends where its prompt does.
-        last = torch.where(second.lengths > 0, middle + second.lengths, prompts.lengths) - 1
-        states = self._states_at(torch.stack([middle - 1, last], 1), ids, positions, visible)
-        return states[:, 0], states[:, 1]
+    def final_states(
+        self, prompts: TokenBatch, responses: TokenBatch, groups: Tensor | None = None
+    ) -> Tensor:
+        row = SharedPrompts.of(prompts, responses, groups)
+        return self._states(row, row.last_states)
 
     def _layer(self, layer: Any, x: Tensor, places: Places, attend: Attend) -> Tensor:
         """Compute one layer for all of its tokens: (B, L, D)."""
@@ -184,93 +165,56 @@ class DecoderOnlyModel(LanguageModel):
         heads = attend(self.attention(layer), queries, *self.keys_values(layer, h, places))
         return self.after_attention(layer, x, heads)
 
-    def _layer_at(
-        self, layer: Any, x: Tensor, places: Places, wanted: Tensor, seen: Tensor
+    def _last_layer(
+        self, layer: Any, x: Tensor, places: Places, row: SharedPrompts, wanted: Wanted
     ) -> Tensor:
-        """Compute one layer for some of its tokens.
-
-        Args:
-            layer: The layer.
-            x: (B, L, D).
-            places: For all L tokens.
-            wanted: (B, N, 1) columns to compute.
-            seen: (B, N, L) bool, the columns that each of them sees.
-
-        Returns:
-            (B, N, D).
-        """
+        """Compute the last layer for the wanted tokens alone: (1, N, D) to (1, N wanted, D)."""
         h = self.attention_input(layer, x)
         keys, values = self.keys_values(layer, h, places)
-        there = tuple(part.expand(len(x), -1, -1).take_along_dim(wanted, 1) for part in places)
-        queries = self.queries(layer, h.take_along_dim(wanted, 1), there)
-        heads = grouped_attention(self.attention(layer), queries, keys, values, seen[:, None])
-        return self.after_attention(layer, x.take_along_dim(wanted, 1), heads)
+        there = tuple(part[:, wanted.items] for part in places)
+        queries = self.queries(layer, h[:, wanted.items], there)
+        heads = row.attend_after_prompt(self.attention(layer), queries, keys, values, wanted)
+        return self.after_attention(layer, x[:, wanted.items], heads)
 
-    def _states_at(
-        self,
-        index: Tensor,
-        ids: Tensor,
-        positions: Tensor | None = None,
-        visible: Tensor | None = None,
-    ) -> Tensor:
-        """Compute the states of some columns; the last layer runs for these only.
-
-        Args:
-            index: (B, N) columns to compute.
-            ids: (B, L).
-            positions: (B, L) of the tokens; None for 0, 1, 2 and so on.
-            visible: (B, L, L) bool, whether row i sees column j; None for causal attention.
-
-        Returns:
-            (B, N, D).
-        """
-        columns, wanted = torch.arange(ids.shape[1], device=ids.device), index[:, :, None]
-        seen = columns <= wanted if visible is None else visible.take_along_dim(wanted, 1)
-        mask = None if visible is None else visible[:, None]
-
-        def attend(module: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return full_attention(module, queries, keys, values, mask)
-
+    def _states(self, row: SharedPrompts, wanted: Wanted) -> Tensor:
+        """Compute the states of the wanted tokens: (N wanted, D)."""
         with self.autocast():
-            x, places = self.embed(ids, columns[None] if positions is None else positions)
+            x, places = self.embed(row.ids, row.positions)
             for layer in self.layers[:-1]:
-                x = checkpointed(layer, self._layer, layer, x, places, attend)
-            return self.final_norm(self._layer_at(self.layers[-1], x, places, wanted, seen))
+                x = checkpointed(layer, self._layer, layer, x, places, row.attend)
+            return self.final_norm(self._last_layer(self.layers[-1], x, places, row, wanted))[0]
 
     @override
-    def read_prompts(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
+    def read_prompts(
+        self, prompts: TokenBatch, max_new_tokens: int, groups: Tensor | None = None
+    ) -> tuple[DecodeState, Tensor]:
+        pairs: list[tuple[Tensor, Tensor]] = []
+        grid = Grid.of_lengths(prompts.lengths, prompts.ids.shape[1])
+        device = prompts.ids.device
 
-        def attend(module: Any, queries: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            key, value = key.contiguous(), value.contiguous()
-            for cache, part in ((keys, key), (values, value)):
-                cache.append(nn.functional.pad(part, (0, 0, 0, max_new_tokens)))
-            return full_attention(module, queries, key, value)
+        def attend(module: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            pairs.append((grid_heads(grid, keys), grid_heads(grid, values)))
+            heads = full_attention(module, grid_heads(grid, queries), *pairs[-1])
+            return grid.collect(heads)[None]
 
-        width, device = prompts.ids.shape[1], prompts.ids.device
+        columns = torch.arange(grid.width, device=device).expand(grid.rows, -1)
         with self.autocast():
-            x, places = self.embed(prompts.ids, torch.arange(width, device=device)[None])
+            x, places = self.embed(grid.collect(prompts.ids)[None], grid.collect(columns)[None])
             for layer in self.layers:
                 x = self._layer(layer, x, places, attend)
-            states = self.final_norm(x)
-        last = states[torch.arange(len(prompts), device=device), prompts.lengths - 1]
-        bias = padding_bias(prompts.mask, keys[0].dtype)
-        column = torch.tensor([width], device=device)
-        state = DecodeState(tuple(keys), tuple(values), bias, prompts.lengths, column, width)
-        return state, last
+            last = self.final_norm(x[:, prompts.lengths.cumsum(0) - 1])[0]
+        state = DecodeState.begin(prompts, pairs, groups, max_new_tokens)
+        return state, last[state.groups]
 
     @override
     def read_token(self, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
-        # Columns of the cache: the prompts padded to P, then each response token of all rows.
-        # Positions continue from each row's own prompt length.
-        prompt = state.prompt_bias.shape[-1]
-        bias = hide_later(nn.functional.pad(state.prompt_bias, (0, width - prompt)), state.column)
-        positions = (state.prompt_lengths + state.column - prompt)[:, None]
+        # Positions continue from the length of each row's own prompt.
+        positions = (state.prompt_lengths + state.column)[:, None]
+        bias = hide_later(state.prompt_bias.new_zeros(1, 1, 1, width), state.column)
         with self.autocast():
             x, places = self.embed(tokens[:, None], positions)
-            for layer, keys, values in zip(self.layers, state.keys, state.values, strict=True):
-                attend = cached_attention(keys, values, state.column, width, bias)
+            for layer, (keys, values, prompt) in zip(self.layers, state.layers, strict=True):
+                attend = cached_responses(keys, values, state.column, bias, prompt)
                 x = self._layer(layer, x, places, attend)
             return self.final_norm(x)[:, 0]
 

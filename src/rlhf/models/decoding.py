@@ -1,10 +1,10 @@
 """Decode one token at a time: the cache, attention over it, and compiling a step.
 
-Shape letters: B rows, P prompt tokens, R response tokens,
-C columns of the cache, D hidden.
+Shape letters: G prompts, n responses to a prompt at most, B rows (responses), P prompt tokens,
+C columns of a response's cache, D hidden; H heads, K heads with keys of their own, d per head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from rlhf.data.batching import TokenBatch
 from rlhf.errors import InputError
-from rlhf.models.attention import Attend, grouped_attention
+from rlhf.models.attention import Attend, padding_bias
 from rlhf.models.compat import compile_error, keep_address
+from rlhf.models.packing import Grid
 
 Layers = tuple[Tensor, ...]
 
@@ -23,29 +24,68 @@ Layers = tuple[Tensor, ...]
 class DecodeState:
     """A batch in the middle of decoding; `LanguageModel.decode` changes it in place.
 
-    Keys and values are (B, heads, columns, head size) per layer, with room for the whole response.
+    Keys and values are (rows, heads, columns, head size) per layer. Those of a prompt exist once,
+    whatever the number of its responses.
 
     Attributes:
-        keys: Of self-attention.
-        values: Of self-attention.
-        prompt_bias: (B, 1, 1, P), 0 on the prompt's tokens and the most negative number on padding.
-        prompt_lengths: (B,) tokens of each prompt.
+        keys: Of self-attention among a response's tokens: B rows, room for the whole response.
+        values: Likewise.
+        prompt_keys: Of attention to the prompt (or the encoder's states): G rows.
+        prompt_values: Likewise.
+        prompt_bias: (G, 1, 1, P), 0 on the prompt's tokens and the most negative number on padding.
+        prompt_lengths: (B,) tokens of each response's prompt.
+        groups: (B,) index of each response's prompt.
+        places: Grid (G, n) of the responses.
         column: (1,) where the next token's key and value go, on the device.
         used: The same number on the host.
-        prompt_keys: Of the decoder's attention to the encoder, if there is one.
-        prompt_values: As `prompt_keys`.
         fixed: Whether shapes and addresses must not change.
     """
 
     keys: Layers
     values: Layers
+    prompt_keys: Layers
+    prompt_values: Layers
     prompt_bias: Tensor
     prompt_lengths: Tensor
+    groups: Tensor
+    places: Grid
     column: Tensor
-    used: int
-    prompt_keys: Layers = ()
-    prompt_values: Layers = ()
+    used: int = 0
     fixed: bool = False
+
+    @classmethod
+    def begin(
+        cls,
+        prompts: TokenBatch,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        groups: Tensor | None,
+        max_new_tokens: int,
+    ) -> "DecodeState":
+        """Return the state after reading the prompts, before any token of a response.
+
+        Args:
+            prompts: G prompts.
+            pairs: Their keys and values per layer.
+            groups: (B,) index of each response's prompt; None for one response to each.
+            max_new_tokens: C.
+        """
+        device, count = prompts.ids.device, len(prompts)
+        groups = torch.arange(count, device=device) if groups is None else groups.to(device)
+        keys, values = (
+            tuple(part.contiguous() for part in side) for side in zip(*pairs, strict=True)
+        )
+        shape = (len(groups), keys[0].shape[1], max_new_tokens, keys[0].shape[3])
+        return cls(
+            tuple(key.new_zeros(shape) for key in keys),
+            tuple(value.new_zeros(shape) for value in values),
+            keys,
+            values,
+            padding_bias(prompts.mask, keys[0].dtype),
+            prompts.lengths[groups],
+            groups,
+            Grid.of_groups(groups, count),
+            torch.zeros(1, dtype=torch.long, device=device),
+        )
 
     @property
     def columns(self) -> int:
@@ -59,11 +99,27 @@ class DecodeState:
         groups = (value if isinstance(value, tuple) else (value,) for value in values)
         return [value for group in groups for value in group if isinstance(value, Tensor)]
 
+    @property
+    def layers(self) -> "Iterator[tuple[Tensor, Tensor, Cached]]":
+        """Keys and values of the responses, and the prompts' part of the cache, layer by layer."""
+        parts = (self.keys, self.values, self.prompt_keys, self.prompt_values)
+        for keys, values, prompt_keys, prompt_values in zip(*parts, strict=True):
+            yield keys, values, Cached(prompt_keys, prompt_values, self.prompt_bias, self.places)
+
     def keep(self, rows: Tensor) -> None:
-        """Keep the given rows of the batch and drop the others."""
-        for name in ("keys", "values", "prompt_keys", "prompt_values"):
-            setattr(self, name, tuple(layer[rows] for layer in getattr(self, name)))
-        self.prompt_bias, self.prompt_lengths = self.prompt_bias[rows], self.prompt_lengths[rows]
+        """Keep the given rows of the batch, (B,) bool, and the prompts that they need."""
+        self.keys, self.values = (
+            tuple(layer[rows] for layer in side) for side in (self.keys, self.values)
+        )
+        self.prompt_lengths = self.prompt_lengths[rows]
+        needed, self.groups = self.groups[rows].unique(return_inverse=True)
+        if len(needed) < len(self.prompt_bias):
+            self.prompt_keys, self.prompt_values = (
+                tuple(layer[needed] for layer in side)
+                for side in (self.prompt_keys, self.prompt_values)
+            )
+            self.prompt_bias = self.prompt_bias[needed]
+        self.places = Grid.of_groups(self.groups, len(needed))
 
     def advance(self) -> None:
         """Move on to the next column."""
@@ -76,23 +132,82 @@ class DecodeState:
 ReadToken = Callable[[DecodeState, Tensor, int], Tensor]
 
 
-def cached_attention(
-    keys: Tensor, values: Tensor, column: Tensor, width: int, bias: Tensor
-) -> Attend:
-    """Return the attention of one new token, whose key and value go into the cache.
+@dataclass(frozen=True)
+class Cached:
+    """Keys and values that one new token of each row attends to.
+
+    Attributes:
+        keys: (B, K, L, d), or (G, K, L, d) with `places`.
+        values: Likewise.
+        bias: (B or G or 1, K or 1, 1, L), added to the scores.
+        places: Grid (G, n) of the rows that share keys; None if each row has its own.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+    places: Grid | None = None
+
+    def scores(self, queries: Tensor) -> Tensor:
+        """Return (B, K, H / K, L) scores of (B, K, H / K, d) scaled queries."""
+        if self.places is None:
+            return queries @ self.keys.transpose(2, 3) + self.bias
+        # The queries of all rows that share keys become one matrix: the keys are read once.
+        grid = self.places.spread(queries).transpose(1, 2)
+        scores = grid.flatten(2, 3) @ self.keys.transpose(2, 3) + self.bias
+        return self.places.collect(scores.unflatten(2, grid.shape[2:4]).transpose(1, 2))
+
+    def read(self, weights: Tensor) -> Tensor:
+        """Return (B, K, H / K, d): the values' sums with (B, K, H / K, L) weights."""
+        if self.places is None:
+            return weights @ self.values
+        grid = self.places.spread(weights).transpose(1, 2)
+        heads = grid.flatten(2, 3) @ self.values
+        return self.places.collect(heads.unflatten(2, grid.shape[2:4]).transpose(1, 2))
+
+
+def cached_attention(module: Any, queries: Tensor, *parts: Cached) -> Tensor:
+    """Attend with one token of each row to all parts of the cache at once.
+
+    Plain products, because torch's fused kernels read shared keys once for each row.
 
     Args:
-        keys: (B, H / G, C, d), one layer's cached keys; changed in place.
+        module: Attention module.
+        queries: (B, H, 1, d).
+        *parts: What the token sees.
+
+    Returns:
+        (B, 1, H·d).
+    """
+    heads = parts[0].keys.shape[1]
+    scaled = (queries[:, :, 0] * module.scaling).unflatten(1, (heads, -1))
+    scores = torch.cat([part.scores(scaled) for part in parts], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(queries.dtype)
+    widths = [part.keys.shape[2] for part in parts]
+    read = [part.read(w) for part, w in zip(parts, weights.split(widths, -1), strict=True)]
+    return torch.stack(read).sum(0).flatten(1)[:, None]
+
+
+def cached_responses(
+    keys: Tensor, values: Tensor, column: Tensor, bias: Tensor, prompt: Cached | None = None
+) -> Attend:
+    """Return the attention of one new token to its response, into whose cache it goes.
+
+    Args:
+        keys: (B, K, C, d), one layer's cached keys; changed in place.
         values: Likewise.
         column: (1,) where the token's key and value go.
-        width: Number of cache columns to look at.
-        bias: (B or 1, 1 or H, 1, width), added to the scores.
+        bias: (1, K or 1, 1, width) on the first `width` columns of the cache, the others are empty.
+        prompt: What the token sees besides, as part of the same softmax.
     """
+    width = bias.shape[-1]
 
     def attend(module: Any, queries: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys.index_copy_(2, column, key.to(keys.dtype))
         values.index_copy_(2, column, value.to(values.dtype))
-        return grouped_attention(module, queries, keys[:, :, :width], values[:, :, :width], bias)
+        own = Cached(keys[:, :, :width], values[:, :, :width], bias)
+        parts = (own,) if prompt is None else (prompt, own)
+        return cached_attention(module, queries, *parts)
 
     return attend
 

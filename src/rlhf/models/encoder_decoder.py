@@ -20,16 +20,17 @@ from typing_extensions import override
 from rlhf.data.batching import TokenBatch, chunks
 from rlhf.data.prompt_codec import PromptLayout
 from rlhf.data.special_tokens import added_ids
-from rlhf.models.attention import (
-    Attend,
-    checkpointed,
-    full_attention,
-    grouped_attention,
-    padding_bias,
+from rlhf.models.attention import Attend, checkpointed, full_attention
+from rlhf.models.decoding import (
+    Cached,
+    DecodeState,
+    cached_attention,
+    cached_responses,
+    hide_later,
 )
-from rlhf.models.decoding import DecodeState, cached_attention, hide_later
 from rlhf.models.family import eos_ids
 from rlhf.models.language_model import LanguageModel
+from rlhf.models.packing import ResponseGrids, grid_heads
 from rlhf.signals import stop_point
 
 # Attention to the prompt: maps an attention module and queries (B, H, N, d) to (B, N, H·d).
@@ -154,8 +155,29 @@ class EncoderDecoderModel(LanguageModel):
         return int(self.config.pad_token_id if start is None else start)
 
     @override
-    def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-        return self._read(self._encode(prompts), prompts.mask, responses)
+    def response_states(
+        self, prompts: TokenBatch, responses: TokenBatch, groups: Tensor | None = None
+    ) -> Tensor:
+        grids = ResponseGrids.of(responses, groups, len(prompts))
+        encoded, mask = self._encode(prompts), prompts.mask[:, None, None]
+        length = grids.tokens.width
+
+        def attend(module: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            q, k, v = (grid_heads(grids.tokens, part) for part in (queries, keys, values))
+            heads = full_attention(module, q, k, v, position_bias=bias)
+            return grids.tokens.collect(heads)[None]
+
+        def attend_prompt(attention: Any, queries: Tensor) -> Tensor:
+            keys, values = self.prompt_keys_values(attention, encoded)
+            shared = grid_heads(grids.shared, queries)
+            return grids.shared.collect(full_attention(attention, shared, keys, values, mask))[None]
+
+        with self.autocast():
+            bias = self.position_bias(length, length, 0)
+            x = self.embed(grids.tokens.collect(self._shifted(responses))[None])
+            for layer in self.layers:
+                x = checkpointed(layer, self.layer, layer, x, attend, attend_prompt)
+            return grids.tokens.spread(self.final_norm(x)[0])
 
     @override
     def transformers_logits(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
@@ -168,65 +190,32 @@ class EncoderDecoderModel(LanguageModel):
             )
         return output.logits.float()
 
-    @override
-    def paired_final_states(
-        self, prompts: TokenBatch, first: TokenBatch, second: TokenBatch
-    ) -> tuple[Tensor, Tensor]:
-        both = TokenBatch.concat([first, second])
-        encoded, mask = self._encode(prompts), prompts.mask
-        states = self._read(encoded.repeat(2, 1, 1), mask.repeat(2, 1), both)
-        ends = states[torch.arange(len(both), device=states.device), both.lengths]
-        return ends[: len(prompts)], ends[len(prompts) :]
-
-    def _read(self, encoded: Tensor, mask: Tensor, responses: TokenBatch) -> Tensor:
-        """Compute the decoder's states: (B, R+1, D)."""
-        length = responses.ids.shape[1] + 1
-
-        def attend_prompt(attention: Any, queries: Tensor) -> Tensor:
-            keys, values = self.prompt_keys_values(attention, encoded)
-            return full_attention(attention, queries, keys, values, mask[:, None, None])
-
-        with self.autocast():
-            x = self.embed(self._shifted(responses))
-            attend = partial(full_attention, position_bias=self.position_bias(length, length, 0))
-            for layer in self.layers:
-                x = checkpointed(layer, self.layer, layer, x, attend, attend_prompt)
-            return self.final_norm(x)
-
     def _shifted(self, responses: TokenBatch) -> Tensor:
         """Return the (B, R+1) ids that the decoder reads."""
         start = responses.ids.new_full((len(responses), 1), self.start_id)
         return torch.cat([start, responses.ids], dim=1)
 
     @override
-    def read_prompts(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
+    def read_prompts(
+        self, prompts: TokenBatch, max_new_tokens: int, groups: Tensor | None = None
+    ) -> tuple[DecodeState, Tensor]:
         encoded = self._encode(prompts)
         with self.autocast():
             pairs = [
                 self.prompt_keys_values(self.prompt_attention(layer), encoded)
                 for layer in self.layers
             ]
-        prompt_keys, prompt_values = (
-            tuple(layer.contiguous() for layer in layers) for layers in zip(*pairs, strict=True)
-        )
-        shape = (*prompt_keys[0].shape[:2], max_new_tokens, prompt_keys[0].shape[3])
-        keys, values = (tuple(key.new_zeros(shape) for key in prompt_keys) for _ in range(2))
-        bias = padding_bias(prompts.mask, keys[0].dtype)
-        column = torch.zeros(1, dtype=torch.long, device=encoded.device)
-        state = DecodeState(
-            keys, values, bias, prompts.lengths, column, 0, prompt_keys, prompt_values
-        )
-        return state, self.decode(state, prompts.ids.new_full((len(prompts),), self.start_id))
+        state = DecodeState.begin(prompts, pairs, groups, max_new_tokens)
+        return state, self.decode(state, torch.full_like(state.groups, self.start_id))
 
     @override
     def read_token(self, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
         with self.autocast():
             bias = hide_later(self.position_bias(1, width, state.column), state.column)
             x = self.embed(tokens[:, None])
-            for i, layer in enumerate(self.layers):
-                attend = cached_attention(state.keys[i], state.values[i], state.column, width, bias)
-                prompt = state.prompt_keys[i], state.prompt_values[i], state.prompt_bias
-                x = self.layer(layer, x, attend, _cached_prompt(*prompt))
+            for layer, (keys, values, prompt) in zip(self.layers, state.layers, strict=True):
+                attend = cached_responses(keys, values, state.column, bias)
+                x = self.layer(layer, x, attend, partial(_attend_cached, prompt))
             return self.final_norm(x)[:, 0]
 
     @override
@@ -262,10 +251,6 @@ class EncoderDecoderModel(LanguageModel):
             return self.encode(prompts.ids, prompts.mask)
 
 
-def _cached_prompt(keys: Tensor, values: Tensor, bias: Tensor) -> AttendPrompt:
-    """Return attention to a prompt whose keys and values are already computed."""
-
-    def attend(module: Any, queries: Tensor) -> Tensor:
-        return grouped_attention(module, queries, keys, values, bias)
-
-    return attend
+def _attend_cached(prompt: Cached, module: Any, queries: Tensor) -> Tensor:
+    """Attend to prompts whose keys and values are already computed."""
+    return cached_attention(module, queries, prompt)

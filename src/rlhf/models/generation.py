@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf.data.batching import TokenBatch, chunks, seeded_generator
+from rlhf.data.groups import select_group_rows
 from rlhf.errors import NumericalError
 from rlhf.models.language_model import LanguageModel
 from rlhf.signals import stop_point
@@ -56,8 +57,9 @@ class Generator(Protocol):
         temperature: float = 1.0,
         uniforms: Tensor | None = None,
         min_response_length: int = 0,
+        groups: Tensor | None = None,
     ) -> Generation:
-        """Return one response per prompt, in the order of the prompts.
+        """Return one response per prompt, or one per entry of `groups`, in that order.
 
         `generate`, and `generate_in_chunks` with its chunk size, are our own engine.
         """
@@ -129,25 +131,27 @@ def generate(
     temperature: float = 1.0,
     uniforms: Tensor | None = None,
     min_response_length: int = 0,
+    groups: Tensor | None = None,
 ) -> Generation:
-    """Decode one response per prompt with the active adapter, if any.
+    """Decode one or several responses per prompt with the active adapter, if any.
 
     The checkpoint's own sampling settings (top-k, top-p, repetition penalty) do not apply, and no
     token is banned.
 
     Args:
         lm: The model.
-        prompts: B prompts.
+        prompts: G prompts, each read once.
         max_new_tokens: R, the maximum length of a response, EOS included.
         temperature: Divides the logits; 0 is greedy.
         uniforms: (B, R) numbers from `rollout_uniforms`; not needed when greedy.
         min_response_length: EOS has probability 0 before this many tokens.
+        groups: (B,) index of each response's prompt; None for one response to each.
 
     Raises:
         NumericalError: A logit was NaN or infinite; checked once, after the last token.
         StopRequested: A signal arrived; checked before every token.
     """
-    device, size = prompts.ids.device, len(prompts)
+    device, size = prompts.ids.device, len(prompts if groups is None else groups)
     eos = torch.tensor(sorted(lm.layout.eos_ids), device=device)
     ids = torch.zeros(size, max_new_tokens, dtype=torch.long, device=device)
     lengths = torch.full((size,), max_new_tokens, device=device)
@@ -159,7 +163,7 @@ def generate(
     rows = torch.arange(size, device=device)  # index in the result of each row still decoded
     broken = torch.zeros((), dtype=torch.bool, device=device)
     with lm.inference(), lm.folded():
-        state, hidden = lm.prefill(prompts, max_new_tokens)
+        state, hidden = lm.prefill(prompts, max_new_tokens, groups)
         for step in range(max_new_tokens):
             stop_point()
             positions = torch.full_like(rows, step)
@@ -206,24 +210,32 @@ def generate_in_chunks(
     temperature: float = 1.0,
     uniforms: Tensor | None = None,
     min_response_length: int = 0,
+    groups: Tensor | None = None,
 ) -> Generation:
-    """Generate at most `chunk_size` prompts at a time, so that the KV cache fits.
+    """Generate at most `chunk_size` responses at a time, so that the KV cache fits.
 
-    Prompts of similar length share a chunk; the result is in the order of `prompts`.
+    Responses to one prompt, and to prompts of similar length, share a chunk; the result is in the
+    order of `generate`.
     """
-    order = prompts.lengths.argsort(stable=True).tolist()
-    parts = [
-        generate(
-            lm,
-            prompts.select_rows(rows),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            uniforms=None if uniforms is None else uniforms[list(rows)],
-            min_response_length=min_response_length,
+    if groups is None:
+        groups = torch.arange(len(prompts), device=prompts.ids.device)
+    rank = prompts.lengths.argsort(stable=True).argsort()
+    order = rank[groups].argsort(stable=True)
+    parts = []
+    for rows in chunks(order.tolist(), chunk_size):
+        some, members = select_group_rows(prompts, groups, rows)
+        parts.append(
+            generate(
+                lm,
+                some,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                uniforms=None if uniforms is None else uniforms[list(rows)],
+                min_response_length=min_response_length,
+                groups=members,
+            )
         )
-        for rows in chunks(order, chunk_size)
-    ]
-    back = torch.tensor(order).argsort()
+    back = order.argsort()
     responses = TokenBatch.concat([part.responses for part in parts]).select_rows(back)
     finished = torch.cat([part.finished for part in parts])
     width = responses.ids.shape[1]

@@ -5,7 +5,8 @@ always pad on the right: a causal model never attends to what follows, so paddin
 real token, no query is ever fully masked, and the fast causal kernels apply. Masks come from
 lengths; whether an id equals PAD means nothing.
 
-Shape letters: B batch, P prompt tokens, R response tokens, V vocabulary, D hidden.
+Shape letters: G prompts, B responses (as many, unless told which answer the same prompt), P prompt
+tokens, R response tokens, V vocabulary, D hidden.
 """
 
 from abc import abstractmethod
@@ -114,12 +115,17 @@ class LanguageModel(Family):
         return prompts
 
     @abstractmethod
-    def response_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+    def response_states(
+        self, prompts: TokenBatch, responses: TokenBatch, groups: Tensor | None = None
+    ) -> Tensor:
         """Return the hidden states at and after every response token.
 
+        A prompt is read once for all of its responses, with the same result as in separate rows.
+
         Args:
-            prompts: B prompts, each with at least one token.
+            prompts: G prompts, each with at least one token.
             responses: B responses, possibly empty, up to R tokens.
+            groups: (B,) index of each response's prompt; None for one response to each.
 
         Returns:
             (B, R+1, D) post-norm, unscaled. States 0…R−1 predict response tokens 0…R−1 (and carry
@@ -135,25 +141,12 @@ class LanguageModel(Family):
             (B, R+1, V) fp32, at the positions of `response_states`.
         """
 
-    def final_states(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+    def final_states(
+        self, prompts: TokenBatch, responses: TokenBatch, groups: Tensor | None = None
+    ) -> Tensor:
         """Return (B, D): the states of `response_states` at index `length`, for rewards."""
-        states = self.response_states(prompts, responses)
+        states = self.response_states(prompts, responses, groups)
         return states[torch.arange(len(states), device=states.device), responses.lengths]
-
-    @abstractmethod
-    def paired_final_states(
-        self, prompts: TokenBatch, first: TokenBatch, second: TokenBatch
-    ) -> tuple[Tensor, Tensor]:
-        """Return `final_states` of two responses to each prompt, reading the prompt only once.
-
-        Args:
-            prompts: B prompts.
-            first: B responses.
-            second: B other responses to the same prompts.
-
-        Returns:
-            (B, D) and (B, D).
-        """
 
     def compile_decoding(self, rows: int, prompt_width: int, **options: Any) -> None:
         """Decode with one compiled graph from now on, in batches of one size.
@@ -169,20 +162,25 @@ class LanguageModel(Family):
         options = options or {"mode": "reduce-overhead"}
         self._compiled = CompiledDecoding(self.read_token, rows, prompt_width, **options)
 
-    def prefill(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
+    def prefill(
+        self, prompts: TokenBatch, max_new_tokens: int, groups: Tensor | None = None
+    ) -> tuple[DecodeState, Tensor]:
         """Read the prompts.
 
         Args:
-            prompts: B prompts.
+            prompts: G prompts.
             max_new_tokens: `decode` can read one token fewer than this.
+            groups: (B,) index of each response's prompt; None for one response to each.
 
         Returns:
-            The state, and (B, D) that predicts the first token.
+            The state, and (B, D) that predicts the first token of each response.
         """
         if self._compiled is None:
-            return self.read_prompts(prompts, max_new_tokens)
-        state, last = self.read_prompts(self._compiled.fill_up(prompts), max_new_tokens)
-        return self._compiled.hold(state), last[: len(prompts)]
+            return self.read_prompts(prompts, max_new_tokens, groups)
+        # A compiled step has a fixed number of rows, each with a prompt of its own.
+        every = prompts if groups is None else prompts.select_rows(groups)
+        state, last = self.read_prompts(self._compiled.fill_up(every), max_new_tokens)
+        return self._compiled.hold(state), last[: len(every)]
 
     def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
         """Read one more token (B,) of each row; return (B, D) that predicts the next."""
@@ -194,7 +192,9 @@ class LanguageModel(Family):
         return states
 
     @abstractmethod
-    def read_prompts(self, prompts: TokenBatch, max_new_tokens: int) -> tuple[DecodeState, Tensor]:
+    def read_prompts(
+        self, prompts: TokenBatch, max_new_tokens: int, groups: Tensor | None = None
+    ) -> tuple[DecodeState, Tensor]:
         """Do the work of `prefill`, for the prompts as they are."""
 
     @abstractmethod

@@ -159,12 +159,12 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
     prompt, response = stage.prompt_sequence_length, stage.target_sequence_length
     shape = FAMILIES[config.model_type].shape(config)
     encoder, decoder = shape.encoder_layers, shape.decoder_layers
-    read = response if encoder else prompt + response
     rows, tokens = stage.micro_batch_limits
+    shared = _responses_per_prompt(stage)
     pair = isinstance(stage, RewardModelConfig | DPOConfig)
-    rows = max(1, min(rows, tokens // (prompt + (2 if pair else 1) * response)))
-    if pair:
-        rows *= 2  # both candidates of a pair, each counted with its own prompt: an upper bound
+    # A row is a prompt with all of its responses.
+    read = shared * response + (0 if encoder else prompt)
+    rows = max(1, min(rows if pair else rows // shared, tokens // (prompt + shared * response)))
     hidden = int(config.hidden_size)
     in_encoder = prompt * (KEPT_PER_HIDDEN * hidden + shape.kept_matrices * prompt)
     in_decoder = read * (KEPT_PER_HIDDEN * hidden + shape.kept_matrices * (prompt + read))
@@ -175,15 +175,23 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
         kept = encoder * in_encoder + decoder * in_decoder
     logits = 0
     if not isinstance(stage, RewardModelConfig):
-        wanted = rows * response * int(config.vocab_size)
+        wanted = rows * shared * response * int(config.vocab_size)
         logits = 3 * 4 * min(wanted, LOGITS_PER_CHUNK)  # logits, log-softmax and gradient
     return rows * kept * width + logits
 
 
 def _cache(config: PretrainedConfig, stage: StageConfig, rows: int, width: int) -> int:
     """Return the bytes of keys and values while `rows` responses are generated."""
-    tokens = stage.prompt_sequence_length + stage.target_sequence_length
-    return FAMILIES[config.model_type].shape(config).cached * tokens * rows * width
+    shared = min(rows, _responses_per_prompt(stage))
+    tokens = rows * stage.target_sequence_length + -(-rows // shared) * stage.prompt_sequence_length
+    return FAMILIES[config.model_type].shape(config).cached * tokens * width
+
+
+def _responses_per_prompt(stage: StageConfig) -> int:
+    """Return how many responses share a prompt."""
+    if isinstance(stage, PPOConfig) and not stage.compile_decode:
+        return stage.effective_responses_per_prompt
+    return 2 if isinstance(stage, RewardModelConfig | DPOConfig) else 1
 
 
 def total_memory(roles: dict[str, int]) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf.config import StageConfig
 from rlhf.data.batching import TokenBatch, chunks
+from rlhf.data.groups import consecutive, group_batches, select_group_rows
 from rlhf.data.pairs import Pairs
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.prompts import PromptRenderer
@@ -77,47 +78,63 @@ class RewardModel:
         """Set the constants of the normalized score, (raw − shift) / scale."""
         self.record = replace(self.record, shift=shift, scale=scale)
 
-    def raw_scores(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+    def raw_scores(
+        self, prompts: TokenBatch, responses: TokenBatch, groups: Tensor | None = None
+    ) -> Tensor:
         """Return scores before normalization, with gradients: (B,) fp32.
 
         Backward must run inside `lm.using(adapter)`, so training wraps both passes in it.
+
+        Args:
+            prompts: G prompts, each read once.
+            responses: B responses.
+            groups: (B,) index of each response's prompt; None for one response to each.
         """
         with self.lm.using(self.adapter):
-            return self.head(self.lm.final_states(prompts, responses))
+            return self.head(self.lm.final_states(prompts, responses, groups))
 
     def raw_pair_scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Return `raw_scores` of chosen and rejected responses, reading each prompt once."""
-        with self.lm.using(self.adapter):
-            chosen, rejected = self.lm.paired_final_states(
-                pairs.prompts, pairs.chosen, pairs.rejected
-            )
-        return self.head(chosen), self.head(rejected)
+        both = TokenBatch.concat([pairs.chosen, pairs.rejected])
+        groups = torch.arange(len(pairs), device=both.ids.device).repeat(2)
+        scores = self.raw_scores(pairs.prompts, both, groups)
+        return scores[: len(pairs)], scores[len(pairs) :]
 
     @torch.no_grad()
-    def scores(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
+    def scores(
+        self, prompts: TokenBatch, responses: TokenBatch, groups: Tensor | None = None
+    ) -> Tensor:
         """Return the normalized scores of one batch: (B,) fp32, on the batch's device."""
         with self.lm.inference():
-            raw = self.raw_scores(prompts, responses)
+            raw = self.raw_scores(prompts, responses, groups)
         return (raw - self.record.shift) / self.record.scale
 
     def score_tokens(
-        self, prompts: TokenBatch, responses: TokenBatch, batch_size: int = 32
+        self,
+        prompts: TokenBatch,
+        responses: TokenBatch,
+        batch_size: int = 32,
+        groups: Tensor | None = None,
     ) -> Tensor:
         """Score token ids unchanged, in batches of similar length.
 
         Args:
-            prompts: N prompts in this model's ids.
+            prompts: G prompts in this model's ids, each read once.
             responses: N responses, with EOS if they ended.
-            batch_size: Rows per batch; does not affect scores.
+            batch_size: Responses per batch; does not affect scores.
+            groups: (N,) index of each response's prompt; None for one response to each.
 
         Returns:
             (N,) fp32 on the CPU, in the given order.
         """
-        order = (prompts.lengths + responses.lengths).argsort().tolist()
-        scores = torch.empty(len(order))
-        for rows in chunks(order, batch_size):
+        scores, device = torch.empty(len(responses)), self.lm.device
+        if groups is None:
+            groups = torch.arange(len(prompts))
+        no_limit = 2**62
+        for rows in group_batches(prompts.lengths, responses.lengths, groups, batch_size, no_limit):
             stop_point()
-            batch = [side.select_rows(rows).to(self.lm.device) for side in (prompts, responses)]
+            some, members = select_group_rows(prompts, groups, rows)
+            batch = some.to(device), responses.select_rows(rows).to(device), members
             scores[list(rows)] = self.scores(*batch).cpu()
         return scores
 
@@ -156,15 +173,15 @@ class RewardModel:
             responses: N responses to them.
             batch_size: Rows per batch; does not affect scores.
             finished: See `Scorer.score`.
-            read: The prompts as read by another model with the same base; its encoder states are
-                reused if the ids match.
+            read: The prompts as read by another model with the same base, those of consecutive
+                responses once; its encoder states are reused if the ids match.
         """
-        ids = self.codec.prompts(list(prompts))
+        different, groups = consecutive(prompts)
+        ids = self.codec.prompts(different)
         if read is not None and read.tolists() == ids.tolists():
             ids = read
-        return self.score_tokens(
-            ids, self.codec.responses(list(responses), finished).to(ids.ids.device), batch_size
-        )
+        answers = self.codec.responses(list(responses), finished).to(ids.ids.device)
+        return self.score_tokens(ids, answers, batch_size, groups)
 
     def save(self, folder: Path) -> None:
         """Write adapter/ (merged/ if all weights were trained), head, tokenizer and record."""

@@ -1,6 +1,6 @@
 """What a PPO step passes from one phase to the next.
 
-Shape letters: B responses, P prompt tokens, R response tokens.
+Shape letters: G prompts, B responses, P prompt tokens, R response tokens.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rlhf import objectives
 from rlhf.config import PPOConfig
-from rlhf.data.batching import TokenBatch, micro_batches
+from rlhf.data.batching import TokenBatch
+from rlhf.data.groups import group_batches, select_group_rows
 from rlhf.data.schema import PromptRow, PromptText
 from rlhf.ppo.roles import Critic, Role
 from rlhf.signals import stop_point
@@ -23,12 +24,12 @@ class Rollout:
     """Responses of the policy to a batch of prompts.
 
     Attributes:
-        rows: The rows of the prompts.
-        prompts: (B, P) tokens.
+        rows: G rows of prompts, which the scorers read.
+        prompts: (G, P) tokens.
         responses: (B, R) tokens as sampled, EOS included.
         finished: (B,) bool, true where EOS was sampled before the limit.
         texts: B responses as text.
-        groups: (B,) index of the prompt behind each response.
+        groups: (B,) index of each response's prompt.
         logprobs: (B, R) log-probabilities of the sampled tokens from decoding, 0 past the end;
             None if the responses were not sampled here.
     """
@@ -57,9 +58,9 @@ class Experience:
     """Everything the update needs, 0 past a response's end.
 
     Attributes:
-        prompts: (B, P) tokens.
+        prompts: (G, P) tokens.
         responses: (B, R) tokens.
-        groups: (B,) id of the prompt behind each response.
+        groups: (B,) index of each response's prompt.
         logprobs: (B, R) log-probabilities under the policy that sampled.
         ref_logprobs: (B, R) under the reference; None without one.
         values: (B, R) values from the critic at rollout time; None without one.
@@ -77,11 +78,12 @@ class Experience:
     returns: Tensor | None
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.responses)
 
     def select_rows(self, rows: Sequence[int]) -> "Experience":
-        """Return the given rows, trimmed to the longest response among them."""
+        """Return the given responses and their prompts, trimmed to the longest among them."""
         index = torch.tensor(rows, device=self.logprobs.device)
+        prompts, groups = select_group_rows(self.prompts, self.groups, rows)
         responses = self.responses.select_rows(index)
         width = responses.ids.shape[1]
 
@@ -89,20 +91,15 @@ class Experience:
             return None if tensor is None else tensor[index, :width]
 
         return Experience(
-            self.prompts.select_rows(index),
+            prompts,
             responses,
-            self.groups[index],
+            groups,
             self.logprobs[index, :width],
             some(self.ref_logprobs),
             some(self.values),
             self.advantages[index, :width],
             some(self.returns),
         )
-
-    @property
-    def tokens(self) -> Tensor:
-        """(B,) tokens that a model reads for each row."""
-        return self.prompts.lengths + self.responses.lengths
 
 
 @dataclass(frozen=True)
@@ -177,25 +174,26 @@ def evaluate_rollout(
         ref_logprobs=None if reference is None else blank(),
         values=None if critic is None else blank(),
     )
-    tokens = rollout.prompts.lengths + responses.lengths
     constraint = (config.temperature, config.min_response_length)
-    for rows in micro_batches(tokens, *config.micro_batch_limits):
+    lengths = (rollout.prompts.lengths, responses.lengths, rollout.groups)
+    for rows in group_batches(*lengths, *config.micro_batch_limits):
         stop_point()
-        prompts, answers = rollout.prompts.select_rows(rows), responses.select_rows(rows)
+        prompts, groups = select_group_rows(rollout.prompts, rollout.groups, rows)
+        answers = responses.select_rows(rows)
         width = answers.ids.shape[1]
         with policy.active() as lm:
-            states = lm.response_states(prompts, answers)
+            states = lm.response_states(prompts, answers, groups)
             own = lm.token_logprobs(states, answers, *constraint, entropy=True)
         result.logprobs[rows, :width], result.entropy[rows, :width] = own.logprobs, own.entropy
         if reference is not None and result.ref_logprobs is not None:
             with reference.active() as lm:
-                ref_states = lm.response_states(prompts, answers)
+                ref_states = lm.response_states(prompts, answers, groups)
                 ref = lm.token_logprobs(ref_states, answers, *constraint)
             result.ref_logprobs[rows, :width] = ref.logprobs
         if critic is not None and result.values is not None:
             if not critic.on_policy_trunk:
                 with critic.role.active() as lm:
-                    states = lm.response_states(prompts, answers)
+                    states = lm.response_states(prompts, answers, groups)
             result.values[rows, :width] = critic.values(states) * answers.mask
     return result
 
@@ -240,6 +238,7 @@ def rollout_metrics(
 def rollout_samples(rollout: Rollout, stats: RolloutStats, count: int) -> list[dict[str, Any]]:
     """Return rows for samples.jsonl for the first `count` responses; KL in nats."""
     kl, prompts = stats.kl.sum(1), rollout.prompt_texts
+    prompt_tokens = rollout.prompts.lengths[rollout.groups]
     return [
         {
             "prompt": prompts[i].text,
@@ -247,7 +246,7 @@ def rollout_samples(rollout: Rollout, stats: RolloutStats, count: int) -> list[d
             "finish_reason": "eos" if rollout.finished[i] else "length",
             "score": float(stats.scores[i]),
             "kl": float(kl[i]),
-            "prompt_tokens": int(rollout.prompts.lengths[i]),
+            "prompt_tokens": int(prompt_tokens[i]),
             "response_tokens": int(rollout.responses.lengths[i]),
         }
         for i in range(min(count, len(kl)))

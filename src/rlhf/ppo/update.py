@@ -108,7 +108,7 @@ def add_gradients(
     mask, value = micro.responses.mask, None
     weights = objectives.loss_weights(mask, config.loss_average, config.target_sequence_length)
     with policy.active() as lm:
-        states = lm.response_states(micro.prompts, micro.responses)
+        states = lm.response_states(micro.prompts, micro.responses, micro.groups)
         new = lm.token_logprobs(
             states,
             micro.responses,
@@ -126,7 +126,7 @@ def add_gradients(
         (loss / divisors.losses).backward()
     if critic is not None and not critic.on_policy_trunk:
         with critic.role.active() as lm:
-            states = lm.response_states(micro.prompts, micro.responses)
+            states = lm.response_states(micro.prompts, micro.responses, micro.groups)
             value = _value_loss(critic, states, micro, weights, config)
             (config.vf_coef * value.total / divisors.losses).backward()
     log_ratio = (new.logprobs.detach() - micro.logprobs)[mask]

@@ -54,9 +54,10 @@ def _steps_line(config: StageConfig, rows: int) -> str:
     if not isinstance(config, TrainingConfig):
         return f"rows: {rows}, {math.ceil(rows / config.batch_size)} batches of {config.batch_size}"
     steps = config.total_steps(rows)
-    seen = steps * config.batch_size
+    seen = steps * config.rows_per_step
     epochs = f"{seen / rows:.2f} epochs of {rows} rows" if rows else "no rows"
-    return f"steps: {steps} of {config.batch_size}, {seen} in all, {epochs}"
+    total = steps * config.batch_size
+    return f"steps: {steps} of {config.batch_size}, {total} in all, {epochs}"
 
 
 def memory_table(roles: dict[str, int]) -> str:

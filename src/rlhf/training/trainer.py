@@ -122,10 +122,14 @@ class Trainer(Updates):
 
     def describe(self) -> list[str]:
         """Return lines printed at the start that say what the run will do."""
-        rows = self.total_steps * self.config.batch_size
+        size, visited = self.config.batch_size, self.config.rows_per_step
+        epochs = self.total_steps * visited / self.num_rows
+        rows, shared = self.rows_name, ""
+        if visited != size:
+            rows, shared = "prompts", f" ({visited} prompts, {size // visited} responses each)"
         return [
-            f"{self.stage}: {self.total_steps} steps of {self.config.batch_size} {self.rows_name}"
-            f" = {rows / self.num_rows:.3g} epochs of {self.num_rows} {self.rows_name};"
+            f"{self.stage}: {self.total_steps} steps of {size} {self.rows_name}{shared}"
+            f" = {epochs:.3g} epochs of {self.num_rows} {rows};"
             f" output in {self.run.output.folder}"
         ]
 
