@@ -47,7 +47,7 @@ def ragged_rollout(trainer: PPOTrainer) -> Rollout:
     finished = torch.tensor([eos in row for row in responses.tolists()])
     answers = trainer.codec.decode_rows(responses.tolists())
     prompts = trainer.codec.prompts([row.prompt for row in rows])
-    groups = torch.arange(len(rows))
+    groups = torch.arange(len(responses)) // (len(responses) // len(rows))
     return Rollout(rows, prompts, responses, finished, answers, groups)
 
 

@@ -50,8 +50,10 @@ def group_batches(
     for group, rows in members(groups).items():
         prompt, longest = prompt_tokens[group], max(response_tokens[row] for row in rows)
         most = max(1, min(size, (max_tokens - prompt) // max(1, longest)))
-        for piece in chunks(rows, most):
-            pieces.append((prompt, max(response_tokens[row] for row in piece), list(piece)))
+        pieces += [
+            (prompt, max(response_tokens[row] for row in piece), list(piece))
+            for piece in chunks(rows, most)
+        ]
     pieces.sort(key=lambda piece: piece[0] + len(piece[2]) * piece[1])
     batch: list[int] = []
     wide = long = count = 0  # longest prompt and response of the batch, and its pieces
