@@ -317,6 +317,6 @@ class DPOTrainer(Trainer):
 def pair_logprobs(lm: LanguageModel, pairs: Pairs) -> Tensor:
     """Return (2·B,) log-probabilities of whole responses, first the chosen ones, in nats."""
     responses = TokenBatch.concat([pairs.chosen, pairs.rejected])
-    prompts = pairs.prompts.select_rows([*range(len(pairs))] * 2)
-    states = lm.response_states(prompts, responses)
+    groups = torch.arange(len(pairs), device=responses.ids.device).repeat(2)
+    states = lm.response_states(pairs.prompts, responses, groups)
     return lm.token_logprobs(states, responses).logprobs.sum(1)

@@ -16,9 +16,8 @@ from transformers import (
 
 from rlhf.config import StageConfig
 from rlhf.errors import InputError
-from rlhf.models import decoder_only, encoder_decoder
-from rlhf.models.attention import Attend
-from rlhf.models.decoding import cached_attention
+from rlhf.models import decoding, encoder_decoder
+from rlhf.models.decoding import Cached, cached_attention
 from rlhf.models.families import FAMILIES
 from rlhf.models.families.llama import Llama
 from rlhf.models.language_model import LanguageModel
@@ -128,15 +127,16 @@ def test_code_of_transformers_that_has_changed_is_refused(arch: str, dtype: str)
         load(model, dtype)
 
 
-def without_bias(keys: Tensor, values: Tensor, column: Tensor, width: int, bias: Tensor) -> Attend:
-    return cached_attention(keys, values, column, width, torch.zeros_like(bias))
+def without_the_first_head(module: Any, queries: Tensor, *parts: Cached) -> Tensor:
+    heads = cached_attention(module, queries, *parts)
+    return torch.cat([torch.zeros_like(heads[..., :8]), heads[..., 8:]], -1)
 
 
 def test_decoding_that_differs_from_reading_is_refused(
     arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (decoder_only, encoder_decoder):
-        monkeypatch.setattr(module, "cached_attention", without_bias)
+    for module in (decoding, encoder_decoder):
+        monkeypatch.setattr(module, "cached_attention", without_the_first_head)
     with pytest.raises(InputError, match=r"decoded by rlhf, .* differ from those of transformers"):
         load(tiny_model(arch))
 

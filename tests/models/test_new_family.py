@@ -186,7 +186,8 @@ def test_what_a_dry_run_says_of_it(checkpoint: Path) -> None:
         prompt_sequence_length=5, target_sequence_length=7,
     )  # fmt: skip
     state, _ = load(checkpoint).prefill(TokenBatch.from_lists([[5] * 5] * 2), 7)
-    real = sum(tensor.numel() * 4 for tensor in (*state.keys, *state.values))
+    layers = (*state.keys, *state.values, *state.prompt_keys, *state.prompt_values)
+    real = sum(layer.numel() * 4 for layer in layers)
     assert memory_per_role(read_model_config(str(checkpoint)), config)["cache"] == real
 
 

@@ -40,7 +40,10 @@ class RowByRow:
         temperature: float = 1.0,
         uniforms: Tensor | None = None,
         min_response_length: int = 0,
+        groups: Tensor | None = None,
     ) -> Generation:
+        if groups is not None:
+            prompts = prompts.select_rows(groups)
         self.rows.append(len(prompts))
         responses, logprobs = [], torch.zeros(len(prompts), max_new_tokens)
         eos = sorted(lm.layout.eos_ids)

@@ -23,6 +23,7 @@ from rlhf.pipeline import run_pipeline
 from rlhf.ppo_trainer import PPOTrainer, train_ppo
 
 NAME = "batch_mean"
+OPTIONS: dict[str, Any] = {"advantage": NAME, "responses_per_prompt": 1}
 
 
 def batch_mean(
@@ -44,7 +45,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def run(arch: str, folder: Path, callbacks: Sequence[Callable[..., None]] = ()) -> Path:
     folder.mkdir(exist_ok=True)
     config = make_config(
-        folder, advantage=NAME, train_steps=3, num_minibatches=2, save_every=3,
+        folder, **OPTIONS, train_steps=3, num_minibatches=2, save_every=3,
         eval_dataset=str(folder / "prompts.jsonl"), eval_every=2, critic_learning_rate=None,
     )  # fmt: skip
     train_ppo(
@@ -61,7 +62,7 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_no_critic_is_made(arch: str, rank: int, tmp_path: Path) -> None:
-    trainer = make_trainer(arch, tmp_path, advantage=NAME, lora={"rank": rank})
+    trainer = make_trainer(arch, tmp_path, **OPTIONS, lora={"rank": rank})
     assert trainer.critic is None
     assert trainer.policy.lm.adapters.names == (["policy"] if rank else [])
     assert [group.name for group in trainer.parameter_groups()] == ["policy"]
@@ -77,7 +78,7 @@ def test_no_critic_is_made(arch: str, rank: int, tmp_path: Path) -> None:
 def test_memory_has_no_critic(arch: str, tmp_path: Path) -> None:
     model_config = tiny_model(arch).config
     gae, ours = (
-        memory_per_role(model_config, make_config(tmp_path, advantage=name))
+        memory_per_role(model_config, make_config(tmp_path, advantage=name, responses_per_prompt=1))
         for name in ("gae", NAME)
     )
     assert gae.pop("critic") > 0
@@ -85,7 +86,7 @@ def test_memory_has_no_critic(arch: str, tmp_path: Path) -> None:
 
 
 def test_advantages_are_those_of_a_slow_loop(arch: str, tmp_path: Path) -> None:
-    trainer = make_trainer(arch, tmp_path, advantage=NAME, kl_coeff=0.3, temperature=1.5)
+    trainer = make_trainer(arch, tmp_path, **OPTIONS, kl_coeff=0.3, temperature=1.5)
     rollout = trainer.rollout(trainer.next_prompts())
     scores = trainer.score(rollout)
     experience, stats = trainer.make_experience(rollout, scores)
@@ -112,7 +113,7 @@ def test_advantages_are_those_of_a_slow_loop(arch: str, tmp_path: Path) -> None:
 
 def test_what_is_to_be_whitened_is_whitened(arch: str, tmp_path: Path) -> None:
     ADVANTAGES[NAME] = Estimator(batch_mean, needs_critic=False, whitened=True)
-    trainer = make_trainer(arch, tmp_path, advantage=NAME, temperature=1.5)
+    trainer = make_trainer(arch, tmp_path, **OPTIONS, temperature=1.5)
     rollout = trainer.rollout(trainer.next_prompts())
     experience, _ = trainer.make_experience(rollout, trainer.score(rollout))
     advantages = experience.advantages[rollout.responses.mask].double()
@@ -125,7 +126,8 @@ def test_rows_keep_their_groups_and_reference(arch: str, tmp_path: Path) -> None
     rollout = trainer.rollout(trainer.next_prompts())
     experience, _ = trainer.make_experience(rollout, trainer.score(rollout))
     some = experience.select_rows([5, 2])
-    assert some.groups.tolist() == [5, 2]
+    assert some.groups.tolist() == [1, 0]
+    assert some.prompts.tolists() == [experience.prompts.tolists()[i] for i in (2, 5)]
     assert experience.ref_logprobs is not None
     assert some.ref_logprobs is not None
     width = some.responses.ids.shape[1]
