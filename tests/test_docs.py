@@ -109,6 +109,8 @@ def test_readme_from_top_to_bottom(workplace: Path, monkeypatch: pytest.MonkeyPa
         env = os.environ | {"PYTHONPATH": str(Path(rlhf.__file__).parents[1])}
         subprocess.run([sys.executable, str(script)], check=True, cwd=workplace, env=env)
     for page in PAGES[1:]:
+        if page.name == "rewards.md":
+            continue  # its command needs its files: test_the_rewards_that_are_shown_run
         for command in commands(page):
             if command.startswith("rlhf ") and not command.startswith("rlhf vertex "):
                 run(command, workplace)
@@ -150,6 +152,61 @@ def test_every_metric_of_ppo_is_explained(tmp_path: Path) -> None:
     for name in metrics:
         shown = re.sub(r"^(time/|train/grad_norm_).*", r"\1", name)
         assert f"`{shown}" in text, name
+
+
+def test_the_rewards_that_are_shown_run(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration, the functions, the command and the script of docs/rewards.md."""
+    from support.classifiers import save_classifier
+    from support.rewards import save_reward
+
+    page = ROOT / "docs" / "rewards.md"
+    [config], [rules, script] = blocks(page, "yaml"), blocks(page, "python")
+    [command] = commands(page)
+    row = {"input_text": "the cat sat", "target_words": 3}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    for name in ("reward_model", "other_reward_model"):
+        save_reward("t5", tmp_path, f"out/{name}", 5)
+    save_classifier("t5", tmp_path).rename(tmp_path / "models")
+    (tmp_path / "models" / "hate-speech").mkdir()
+    for file in [path for path in (tmp_path / "models").iterdir() if path.is_file()]:
+        file.rename(tmp_path / "models" / "hate-speech" / file.name)
+    small = {"train_steps": 1, "batch_size": 4, "prompt_sequence_length": 24,
+             "target_sequence_length": 4, "device": "cpu"}  # fmt: skip
+    fields = "".join(f"{name}: {value}\n" for name, value in small.items())
+    base = str(tmp_path / "base")
+    (tmp_path / "ppo.yaml").write_text(config.replace("google/flan-t5-small", base) + fields)
+    (tmp_path / "rules.py").write_text(rules)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "rules", raising=False)
+    assert main(shlex.split(command)[1:]) == 0
+    metrics = json.loads((tmp_path / "runs" / "ppo" / "metrics.json").read_text())
+    weights = {"reward_model": 1, "hate-speech": 0.5, "helpful": 0.25, "near_length": 0.1,
+               "polite": 1}  # fmt: skip
+    total = sum(weight * metrics[f"ppo/reward_{name}"] for name, weight in weights.items())
+    assert metrics["ppo/score"] == pytest.approx(total, abs=1e-4)
+    given = "".join(f"{name}={value!r}, " for name, value in small.items())
+    code = script.replace("google/flan-t5-small", base)
+    code = code.replace("    ),\n    reward_fn", f"        {given}\n    ),\n    reward_fn")
+    exec(compile(code, "script of rewards.md", "exec"), {})
+    metrics = json.loads((tmp_path / "runs" / "rules" / "metrics.json").read_text())
+    assert {"ppo/reward_reward_model", "ppo/reward_polite", "ppo/reward_length"} <= set(metrics)
+
+
+def test_every_metric_of_several_rewards_is_explained(tmp_path: Path) -> None:
+    from support.ppo import count_letters, make_trainer
+
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    rewards = [count_letters, rlhf.Reward(count_letters, name="twice")]
+    trainer = make_trainer("llama", tmp_path, reward_fn=rewards)
+    trainer.eval_prompts = trainer.prompts
+    found = {name for name in {**trainer.step(), **trainer.evaluate()} if "/reward_" in name}
+    assert found == {f"{kind}/reward_{name}" for kind in ("ppo", "eval")
+                     for name in ("count_letters", "twice")}  # fmt: skip
+    assert "`ppo/reward_<name>`" in text
+    assert "`eval/reward_<name>`" in text
 
 
 def test_every_metric_of_dpo_is_explained(workplace: Path, tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ class PPOConfig(TrainingConfig):
     rewards: list[RewardEntry] = option(
         [],
         "Rewards whose weighted sum is the score, with that of reward_model_path if it is given: "
-        "mappings of path or function, label, weight and name, or the paths alone.",
+        "mappings of path or function, label, weight and name, or the paths alone; see "
+        "docs/rewards.md.",
     )
     reward_timeout: float | None = option(
         None,
