@@ -48,6 +48,7 @@ NOT_RUN = {
     "git clone ": "needs the network",
     "hf download ": "needs the network; only its flags are looked at",
     "tensorboard ": "serves until it is stopped",
+    "python benchmarks/parity.py": "needs TRL",
 }
 SET_BY_THE_READER = {"HF_TOKEN", "PWD"}
 LINKS = re.compile(r"\]\((?!https?:)([^)#]+)[^)]*\)")
