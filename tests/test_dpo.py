@@ -363,6 +363,25 @@ def test_it_learns_a_preference(arch: str, loss: str, tmp_path: Path) -> None:
     assert abs(metrics["dpo/kl_merged_adapter"]) < 1e-5
 
 
+def test_both_models_read_a_prompt_once_for_both_responses(arch: str, tmp_path: Path) -> None:
+    rows = [row | {"input_text": "the cat sat and the dog ran"} for row in preferences(6)]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    trainer = make_trainer(arch, tmp_path, micro_batch_size=8, preference_dataset=data)
+    module = trainer.policy.lm.module
+    layers = {
+        "t5": lambda: [module.encoder.block[0].layer[1], module.decoder.block[0].layer[2]],
+        "llama": lambda: [module.model.layers[0].mlp],
+    }[arch]()
+    read: list[int] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _, inputs, __: read.append(inputs[0][..., 0].numel()))
+    pairs = Pairs.from_rows(list(trainer.inputs.train), trainer.codec)
+    trainer.accumulate_gradients(pairs)
+    # A response may have a state more than it has tokens; reading prompts twice would cost more.
+    assert pairs.prompts.lengths.sum() > 3 * len(pairs)
+    assert sum(read) / 2 <= int(pairs.tokens.sum()) + 2 * len(pairs)
+
+
 def test_margins_of_rows_are_not_used(arch: str, tmp_path: Path) -> None:
     plain = preferences(8)
     steps = []
