@@ -5,6 +5,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +94,16 @@ def move_policy(trainer: DPOTrainer) -> None:
             parameter.mul_(1 + 0.1 * noise)
 
 
-def ragged_pairs(trainer: DPOTrainer, seed: int = 0) -> Pairs:
-    """Pairs with prompts and responses of mixed lengths: empty ones, and one cut by the limit."""
+def ragged_pairs(trainer: DPOTrainer, seed: int = 0, sizes: Sequence[int] = (2,) * 5) -> Pairs:
+    """Rows with prompts and candidates of mixed lengths: empty ones, and one cut by the limit."""
     rng = random.Random(seed)
     prompt = trainer.inputs.train[0].prompt
     rows = []
-    for text in PROMPTS:
-        first, second = rng.sample(TEXTS, 2)
+    for text, size in zip(PROMPTS, sizes, strict=True):
+        texts = tuple(rng.sample(TEXTS, size))
+        ranking = tuple(rng.sample(range(size), size))
         part = type(prompt)(text, ((0, len(text)),))
-        rows.append(PreferenceRow(part, first, second, rng.randint(0, 1), None, "file:1"))
+        rows.append(PreferenceRow(part, texts, ranking, None, "file:1"))
     return Pairs.from_rows(rows, trainer.codec)
 
 
@@ -137,8 +139,11 @@ def slow_gradients(trainer: DPOTrainer, pairs: Pairs) -> tuple[dict[str, float],
     """The papers' formulas as they are printed, one response at a time."""
     config = trainer.config
     sums = dict.fromkeys(("loss", "accuracy", "margin", "chosen_reward", "rejected_reward"), 0.0)
-    rows = [batch.tolists() for batch in (pairs.prompts, pairs.chosen, pairs.rejected)]
-    for prompt, *responses in zip(*rows, strict=True):
+    prompts, candidates = pairs.prompts.tolists(), pairs.responses.tolists()
+    groups, compared = pairs.groups.tolist(), (pairs.winners.tolist(), pairs.losers.tolist())
+    for winner, loser in zip(*compared, strict=True):
+        prompt, responses = prompts[groups[winner]], [candidates[winner], candidates[loser]]
+        share = 1 / len(pairs) / [groups[other] for other in compared[0]].count(groups[winner])
         with torch.no_grad(), trainer.reference.active() as lm:
             reference = [slow_logprob(lm, prompt, response) for response in responses]
         with trainer.policy.active() as lm:
@@ -150,7 +155,7 @@ def slow_gradients(trainer: DPOTrainer, pairs: Pairs) -> tuple[dict[str, float],
                 right = torch.log(torch.sigmoid(config.beta * (chosen - rejected)))
                 wrong = torch.log(torch.sigmoid(config.beta * (rejected - chosen)))
                 loss = -(1 - config.label_smoothing) * right - config.label_smoothing * wrong
-            (loss / len(pairs)).backward()
+            (loss * share).backward()
         rewards = config.beta * float(chosen.detach()), config.beta * float(rejected.detach())
         found = (
             float(loss.detach()),
@@ -159,7 +164,7 @@ def slow_gradients(trainer: DPOTrainer, pairs: Pairs) -> tuple[dict[str, float],
             *rewards,
         )
         for name, value in zip(sums, found, strict=True):
-            sums[name] += value / len(pairs)
+            sums[name] += value * share
     gradients = {
         name: p.grad.clone() for name, p in trainer.parameters.items() if p.grad is not None
     }
@@ -167,18 +172,20 @@ def slow_gradients(trainer: DPOTrainer, pairs: Pairs) -> tuple[dict[str, float],
 
 
 @pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 2, 2), (2, 4, 3, 2, 5)])
 @pytest.mark.parametrize(
     "fields", [{}, {"beta": 0.5, "label_smoothing": 0.3}, {"loss": "ipo", "beta": 0.2}]
 )
 def test_gradients_are_those_of_the_papers_formulas(
-    arch: str, rank: int, fields: dict[str, Any], tmp_path: Path
+    arch: str, rank: int, fields: dict[str, Any], sizes: tuple[int, ...], tmp_path: Path
 ) -> None:
     trainer = make_trainer(arch, tmp_path, lora={"rank": rank}, **fields)
     move_policy(trainer)
-    pairs = ragged_pairs(trainer)
-    assert len(pairs.chosen.lengths.unique()) > 1
+    pairs = ragged_pairs(trainer, sizes=sizes)
+    assert len(pairs.winners) == sum(size * (size - 1) // 2 for size in sizes)
+    assert len(pairs.responses.lengths.unique()) > 1
     expected, reference = slow_gradients(trainer, pairs)
-    assert abs(expected["dpo/margin"]) > 1e-3
+    assert abs(expected["dpo/chosen_reward"]) > 1e-3
     for micro, tokens in ((1, 4096), (2, 4096), (16, 4096), (16, 30)):
         trainer.optimizer.zero_grad()
         trainer.config.micro_batch_size = min(micro, trainer.config.batch_size)
@@ -205,22 +212,23 @@ def test_order_padding_and_company_change_no_pair(
     trainers: dict[str, DPOTrainer], name: str, order: list[int], wider: int, seed: int, filler: int
 ) -> None:
     trainer = trainers[name]
-    pairs = ragged_pairs(trainer, seed)
+    pairs = ragged_pairs(trainer, seed, (2, 4, 3, 2, 5))
     with torch.no_grad():
-        whole = torch.stack(trainer.log_ratios(pairs))
-        alone = torch.stack(trainer.log_ratios(pairs.select_rows(order[:1])))
+        whole = trainer.log_ratios(pairs)
+        alone = trainer.log_ratios(pairs.select_rows(order[:1]))
 
         def padded(batch: TokenBatch) -> TokenBatch:
             ids = torch.nn.functional.pad(batch.ids, (0, wider), value=filler % 120)
             return TokenBatch(ids, batch.lengths)
 
         shuffled = pairs.select_rows(order)
-        shuffled = Pairs(
-            padded(shuffled.prompts), padded(shuffled.chosen), shuffled.rejected, shuffled.margin
+        shuffled = replace(
+            shuffled, prompts=padded(shuffled.prompts), responses=padded(shuffled.responses)
         )
-        found = torch.stack(trainer.log_ratios(shuffled))
-    torch.testing.assert_close(found, whole[:, order], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(alone, whole[:, order[:1]], rtol=1e-4, atol=1e-4)
+        found = trainer.log_ratios(shuffled)
+    expected = [whole[pairs.responses_of([row])] for row in order]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone, expected[0], rtol=1e-4, atol=1e-4)
 
 
 # --- the exact optimum ---------------------------------------------------------------------------

@@ -196,6 +196,39 @@ def test_preferences_against_plain_python(pairs: list[tuple[float, float]]) -> N
     assert result.calibration_error == pytest.approx(error, abs=1e-9)
 
 
+@given(st.lists(st.lists(st.floats(-9, 9), min_size=2, max_size=2), min_size=1, max_size=12),
+       st.randoms(use_true_random=False))  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_rows_weigh_the_same_however_many_pairs_they_have(
+    pairs: list[list[float]], rng: random.Random
+) -> None:
+    rows = [rng.choice([7, 3, 100]) for _ in pairs]
+    chosen, rejected = zip(*pairs, strict=True)
+    lengths = [[rng.randint(0, 3) for _ in pairs] for _ in range(2)]
+    result = evaluation.evaluate_preferences(chosen, rejected, *lengths, rows=rows)
+    losses, points, longer = [], [], []
+    for row in set(rows):
+        own = [number for number, other in enumerate(rows) if other == row]
+        losses.append(statistics.fmean(
+            math.log1p(math.exp(-(chosen[i] - rejected[i]))) for i in own
+        ))  # fmt: skip
+        for found, (first, second) in ((points, (chosen, rejected)), (longer, lengths)):
+            found.append(statistics.fmean(
+                1.0 if first[i] > second[i] else 0.5 if first[i] == second[i] else 0.0 for i in own
+            ))  # fmt: skip
+    assert result.log_loss == pytest.approx(statistics.fmean(losses))
+    assert result.accuracy.mean == pytest.approx(statistics.fmean(points))
+    assert result.longer_accuracy.mean == pytest.approx(statistics.fmean(longer))
+    assert result.count == len(pairs)
+    assert (result.accuracy.low == result.accuracy.high) == (len(set(points)) == 1)
+
+
+def test_pairs_with_rows_of_their_own_are_as_without() -> None:
+    pairs = np.random.default_rng(0).normal(size=(4, 30))
+    plain = evaluation.evaluate_preferences(*pairs, seed=2)
+    assert evaluation.evaluate_preferences(*pairs, rows=range(30), seed=2) == plain
+
+
 def test_calibration_hand_worked() -> None:
     bins = evaluation.calibration_bins([0.55, 0.6, 0.95, 1.0], [0, 1, 1, 1], num_bins=2)
     assert [(row.count, row.accuracy) for row in bins] == [(2, 0.5), (2, 1.0)]

@@ -128,8 +128,8 @@ def test_gradients_are_those_of_the_mean_over_pairs(config: RewardModelConfig) -
             PromptText(
                 word := " ".join(rng.choices(WORDS, k=rng.randint(1, 6))), ((0, len(word)),)
             ),
-            *rng.sample(texts, 2),
-            rng.randint(0, 1),
+            tuple(rng.sample(texts, 2)),
+            tuple(rng.sample(range(2), 2)),
             margin,
             "file:1",
         )

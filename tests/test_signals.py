@@ -134,7 +134,7 @@ MOMENTS = [
     ("ppo", ppo_trainer, "add_gradients", 31, 3),
     ("reward_model", RewardModelTrainer, "_backward", 1, 0),
     ("reward_model", RewardModelTrainer, "_backward", 5, 2),
-    ("reward_model", RewardModel, "raw_pair_scores", 5, 2),  # in the first evaluation
+    ("reward_model", RewardModel, "raw_scores", 5, 2),  # in the first evaluation
     ("sft", SFTTrainer, "negative_log_likelihood", 1, 0),
     ("sft", SFTTrainer, "negative_log_likelihood", 5, 2),  # in the first evaluation
     ("sft", generation, "stop_point", 2, 2),  # the second token of its samples

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import DPOConfig
-from rlhf.data.batching import TokenBatch, chunks, micro_batches, rows_for_step
+from rlhf.data.batching import chunks, micro_batches, rows_for_step
 from rlhf.data.pairs import Pairs
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.reading import PreferenceData, split_holdout
@@ -45,8 +45,8 @@ class DPOInputs:
 
     Attributes:
         tokenizer: Of the base.
-        train: Pairs to learn from.
-        held_out: Pairs to evaluate on; may be empty if there is a single prompt.
+        train: Rows to learn from.
+        held_out: Rows to evaluate on; may be empty if there is a single prompt.
         lines: What to report about the data that was read.
         run: The output folder.
     """
@@ -135,7 +135,6 @@ class DPOTrainer(Trainer):
     """
 
     stage: ClassVar[str] = "dpo"
-    rows_name: ClassVar[str] = "pairs"
     shown_metrics: ClassVar[tuple[str, ...]] = ("dpo/loss", "dpo/margin", "eval/accuracy")
     best_metric: ClassVar[tuple[str, Literal["max", "min"]] | None] = ("eval/loss", "min")
 
@@ -182,7 +181,7 @@ class DPOTrainer(Trainer):
         return [ParameterGroup("policy", named, rate, norm)]
 
     def make_step(self) -> dict[str, float]:
-        """Make one optimizer step on `batch_size` pairs."""
+        """Make one optimizer step on `batch_size` rows, each with all its pairs."""
         size, seed = self.config.batch_size, self.config.seed
         rows = rows_for_step(self.num_rows, size, self.step_index, seed)
         pairs = Pairs.from_rows([self.inputs.train[row] for row in rows], self.codec)
@@ -193,10 +192,12 @@ class DPOTrainer(Trainer):
         return metrics
 
     def accumulate_gradients(self, pairs: Pairs) -> dict[str, float]:
-        """Add gradients of the mean loss over the pairs, by micro-batches.
+        """Add gradients of the mean loss over the rows, by micro-batches that keep rows whole.
+
+        A row's loss is the mean over its pairs, whose candidates are each read once.
 
         Returns:
-            Mean loss, accuracy, margin and implicit rewards of the pairs.
+            Mean loss, accuracy, margin and implicit rewards, rows weighing the same.
         """
         count = int(self.reduce(torch.tensor(len(pairs))))
         totals = torch.zeros(5, device=self.device)
@@ -208,18 +209,20 @@ class DPOTrainer(Trainer):
         return {f"dpo/{name}": mean for name, mean in zip(names, means, strict=True)}
 
     def _backward(self, micro: Pairs, count: int) -> Tensor:
-        """Add a micro-batch's part of the gradients; `count` is the pairs of the whole batch."""
+        """Add a micro-batch's part of the gradients; `count` is the rows of the whole batch."""
+        micro = micro.to(self.device)
         with self.policy.active():
-            chosen, rejected = self.log_ratios(micro)
-            losses = self.losses(chosen - rejected)
-            (losses.sum() / count).backward()
-        chosen, rejected = self.config.beta * chosen.detach(), self.config.beta * rejected.detach()
+            ratios = self.log_ratios(micro)
+            losses = self.losses(ratios[micro.winners] - ratios[micro.losers])
+            ((losses * micro.weight).sum() / count).backward()
+        rewards = self.config.beta * ratios.detach()
+        chosen, rejected = rewards[micro.winners], rewards[micro.losers]
         correct = (1 + (chosen - rejected).sign()) / 2
         parts = [losses.detach(), correct, chosen - rejected, chosen, rejected]
-        return torch.stack(parts).sum(1)
+        return (torch.stack(parts) * micro.weight).sum(1)
 
-    def log_ratios(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Return (B,) and (B,) log π(y|x)/π_ref(y|x) of the responses, in nats.
+    def log_ratios(self, pairs: Pairs) -> Tensor:
+        """Return (B,) log π(y|x)/π_ref(y|x) of the candidates, in nats.
 
         Call it, and the backward pass, with the policy active.
         """
@@ -228,14 +231,13 @@ class DPOTrainer(Trainer):
             prompts = lm.with_states(pairs.prompts, len(pairs))
             pairs = replace(pairs, prompts=prompts)
         with torch.no_grad(), self.reference.active() as lm:
-            reference = pair_logprobs(lm, pairs)
+            reference = response_logprobs(lm, pairs)
         with self.policy.active() as lm:
-            policy = pair_logprobs(lm, pairs)
-        chosen, rejected = (policy - reference).chunk(2)
-        return chosen, rejected
+            policy = response_logprobs(lm, pairs)
+        return policy - reference
 
     def losses(self, log_ratios: Tensor) -> Tensor:
-        """Return (B,) losses of the differences (B,) between the log-ratios of pairs."""
+        """Return (N,) losses of the differences (N,) between the log-ratios of pairs."""
         config = self.config
         if config.loss == "ipo":
             return ipo_loss(log_ratios, config.beta)
@@ -246,77 +248,90 @@ class DPOTrainer(Trainer):
         held_out = self.inputs.held_out
         if not held_out:
             return {}
-        ratios, lengths = [], []
+        parts = []
         with self.policy.lm.inference():
             for block in chunks(range(len(held_out)), EVALUATION_BLOCK):
-                pairs = Pairs.from_rows([held_out[row] for row in block], self.codec)
-                ratios.append(self._evaluated(pairs))
-                lengths.append(torch.stack([pairs.chosen.lengths, pairs.rejected.lengths]))
-            log_ratios = torch.cat(ratios, dim=1)
-            rewards = self.config.beta * log_ratios
-            self._sample(held_out[:SAMPLES_PER_EVALUATION], rewards)
-        chosen, rejected = rewards.numpy()
+                rows = [held_out[row] for row in block]
+                pairs = Pairs.from_rows(rows, self.codec)
+                log_ratios = self._evaluated(pairs)
+                if block[0] == 0:
+                    self._sample(rows[:SAMPLES_PER_EVALUATION], self.config.beta * log_ratios)
+                columns = [
+                    values[side]
+                    for values in (log_ratios, pairs.responses.lengths)
+                    for side in (pairs.winners, pairs.losers)
+                ]
+                parts.append([*columns, block[0] + pairs.rows, pairs.weight])
+        better, worse, *lengths, numbers, weight = map(torch.cat, zip(*parts, strict=True))
+        chosen, rejected = self.config.beta * better, self.config.beta * worse
         found = evaluate_preferences(
-            chosen, rejected, *torch.cat(lengths, dim=1).numpy(), seed=self.config.seed
-        )
+            chosen.numpy(), rejected.numpy(), *(column.numpy() for column in lengths),
+            rows=numbers.numpy(), seed=self.config.seed,
+        )  # fmt: skip
+        figures = {
+            "loss": self.losses(better - worse),
+            "margin": chosen - rejected,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+        }
         return {
-            "eval/loss": float(self.losses(log_ratios[0] - log_ratios[1]).mean()),
-            "eval/margin": float((chosen - rejected).mean()),
-            "eval/chosen_reward": float(chosen.mean()),
-            "eval/rejected_reward": float(rejected.mean()),
+            f"eval/{name}": float((values * weight).sum()) / len(held_out)
+            for name, values in figures.items()
         } | found.metrics("eval/")
 
     def _evaluated(self, pairs: Pairs) -> Tensor:
-        """Return the pairs' log-ratios, chosen and rejected, as (2, B) on the CPU."""
-        found = torch.zeros(2, len(pairs))
+        """Return the candidates' log-ratios, (B,) on the CPU."""
+        found = torch.zeros(len(pairs.responses))
         for rows in micro_batches(pairs.tokens, *self.config.micro_batch_limits):
             stop_point()
-            found[:, rows] = torch.stack(self.log_ratios(pairs.select_rows(rows))).cpu()
+            found[pairs.responses_of(rows)] = self.log_ratios(pairs.select_rows(rows)).cpu()
         return found
 
     def _sample(self, rows: Sequence[PreferenceRow], rewards: Tensor) -> None:
-        """Log pairs with their implicit rewards (2, N), and what the policy says, greedily."""
+        """Log what the policy says, greedily, beside the best and the worst candidate.
+
+        Args:
+            rows: A few rows.
+            rewards: Implicit rewards of their candidates, row after row.
+        """
         prompts = self.codec.prompts([row.prompt for row in rows]).to(self.device)
         limit = self.config.target_sequence_length
         with self.policy.active() as lm:
             generation = self.generator(lm, prompts, max_new_tokens=limit, temperature=0.0)
         answers = generation.responses.tolists()
-        self.log_samples(
-            [
-                {
-                    "prompt": row.prompt.text,
-                    "response": self.codec.decode(answers[i]),
-                    "chosen": row.chosen,
-                    "rejected": row.rejected,
-                    "chosen_reward": float(rewards[0, i]),
-                    "rejected_reward": float(rewards[1, i]),
-                    "prompt_tokens": int(prompts.lengths[i]),
-                    "response_tokens": len(answers[i]),
-                }
-                for i, row in enumerate(rows)
-            ]
-        )
+        samples, start = [], 0
+        for i, row in enumerate(rows):
+            sample = {
+                "prompt": row.prompt.text,
+                "response": self.codec.decode(answers[i]),
+                "chosen": row.chosen,
+                "rejected": row.rejected,
+                "chosen_reward": float(rewards[start + row.ranking[0]]),
+                "rejected_reward": float(rewards[start + row.ranking[-1]]),
+                "prompt_tokens": int(prompts.lengths[i]),
+                "response_tokens": len(answers[i]),
+            }
+            samples.append(sample)
+            start += len(row.candidates)
+        self.log_samples(samples)
 
     def export(self) -> dict[str, float]:
         """Write adapter/ and merged/, and return what merging cost."""
         policy, folder = self.policy, self.output_path
         rows = self.inputs.train[: self.config.effective_micro_batch_size]
-        probe = Pairs.from_rows(rows, self.codec).to(self.device)
+        prompts = self.codec.prompts([row.prompt for row in rows]).to(self.device)
+        chosen = self.codec.responses([row.chosen for row in rows]).to(self.device)
         with policy.lm.inference():
             if policy.adapter is not None:
                 save_adapter(policy.lm, policy.adapter, folder / "adapter")
-            kl = save_merged(
-                policy.lm, policy.adapter, folder / "merged", (probe.prompts, probe.chosen)
-            )
+            kl = save_merged(policy.lm, policy.adapter, folder / "merged", (prompts, chosen))
         metrics = {} if kl is None else {"dpo/kl_merged_adapter": kl}
         shown = {name: m for name, m in self.final_metrics.items() if name.startswith(CARD_METRICS)}
         write_card(folder, self.stage, self.config, shown | metrics, self.inputs.lines)
         return metrics
 
 
-def pair_logprobs(lm: LanguageModel, pairs: Pairs) -> Tensor:
-    """Return (2·B,) log-probabilities of whole responses, first the chosen ones, in nats."""
-    responses = TokenBatch.concat([pairs.chosen, pairs.rejected])
-    groups = torch.arange(len(pairs), device=responses.ids.device).repeat(2)
-    states = lm.response_states(pairs.prompts, responses, groups)
-    return lm.token_logprobs(states, responses).logprobs.sum(1)
+def response_logprobs(lm: LanguageModel, pairs: Pairs) -> Tensor:
+    """Return (B,) log-probabilities of whole candidates, in nats."""
+    states = lm.response_states(pairs.prompts, pairs.responses, pairs.groups)
+    return lm.token_logprobs(states, pairs.responses).logprobs.sum(1)

@@ -228,7 +228,7 @@ class PreferenceEvaluation:
     Attributes:
         accuracy: Share of pairs whose chosen candidate has the higher reward; ties count one half.
         log_loss: Mean of -log sigmoid(r_chosen - r_rejected), nats.
-        calibration_error: Expected calibration error over `bins`.
+        calibration_error: Expected calibration error over `bins`, every pair weighing the same.
         bins: Confidence sigmoid(|r_0 - r_1|) against accuracy; empty bins are left out.
         longer_accuracy: Accuracy of always taking the longer candidate.
         count: Number of pairs.
@@ -259,6 +259,7 @@ def evaluate_preferences(
     chosen_lengths: ArrayLike,
     rejected_lengths: ArrayLike,
     *,
+    rows: ArrayLike | None = None,
     seed: int = 0,
 ) -> PreferenceEvaluation:
     """Evaluate a reward model on preference pairs.
@@ -268,23 +269,36 @@ def evaluate_preferences(
         rejected: (N,) rewards of the others.
         chosen_lengths: (N,) their lengths in any unit.
         rejected_lengths: (N,) lengths of the others.
+        rows: (N,) any number that is the same for the pairs of one row, such as those of one
+            ranking. Rows weigh the same, and the bootstrap is over them. By default every pair has
+            its own.
         seed: Seed of the bootstrap.
 
     Raises:
         ValueError: If there are no pairs, their numbers differ, or values are not finite.
     """
     correct = _wins(chosen, rejected)
+    longer = _wins(chosen_lengths, rejected_lengths)
     margin = np.asarray(chosen, dtype=np.float64) - np.asarray(rejected, dtype=np.float64)
     bins = calibration_bins(1 / (1 + np.exp(-np.abs(margin))), correct)
     gap = sum(row.count * abs(row.accuracy - row.confidence) for row in bins)
     return PreferenceEvaluation(
-        accuracy=bootstrap_interval(correct, seed=seed),
-        log_loss=float(np.logaddexp(0, -margin).mean()),
+        accuracy=bootstrap_interval(_row_means(correct, rows), seed=seed),
+        log_loss=float(_row_means(np.logaddexp(0, -margin), rows).mean()),
         calibration_error=gap / len(correct),
         bins=bins,
-        longer_accuracy=bootstrap_interval(_wins(chosen_lengths, rejected_lengths), seed=seed),
+        longer_accuracy=bootstrap_interval(_row_means(longer, rows), seed=seed),
         count=len(correct),
     )
+
+
+def _row_means(values: NDArray[np.float64], rows: ArrayLike | None) -> NDArray[np.float64]:
+    """Return the mean of each row's values, in the order of the rows' numbers."""
+    if rows is None:
+        return values
+    _, index = np.unique(np.asarray(rows), return_inverse=True)
+    means: NDArray[np.float64] = np.bincount(index, weights=values) / np.bincount(index)
+    return means
 
 
 def calibration_bins(

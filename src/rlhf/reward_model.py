@@ -1,4 +1,7 @@
-"""A reward model from preference pairs (Stiennon et al. 2020; Ouyang et al. 2022, section 3.5)."""
+"""A reward model from rankings of two or more answers.
+
+Stiennon et al. 2020; Ouyang et al. 2022, section 3.5: all pairs of a prompt are in one row.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +43,7 @@ from rlhf.training.trainer import Callback, Trainer
 from rlhf.untrusted import without_secrets
 
 ADAPTER = "reward"
-# Pairs (or demonstrations) whose mean score becomes 0: its standard error is std/√512 or less.
+# Rows whose responses' mean score becomes 0: its standard error is std/√512 or less.
 NORMALIZATION_ROWS = 512
 EVALUATION_BLOCK = 512
 SAMPLES_PER_EVALUATION = 4
@@ -53,8 +56,8 @@ class RewardModelInputs:
     Attributes:
         tokenizer: Of the base.
         renderer: Renders the prompts.
-        train: Pairs to learn from.
-        held_out: Pairs to evaluate on; may be empty if there is a single prompt.
+        train: Rows to learn from.
+        held_out: Rows to evaluate on; may be empty if there is a single prompt.
         demonstrations: Reference responses for the normalization, if given.
         lines: What to report about the data that was read.
         run: The output folder.
@@ -118,14 +121,14 @@ def read_reward_model_inputs(
         InputError: Everything that is wrong, rows first, then limits.
     """
     inputs = StageInputs(config, model, tokenizer)
-    pairs = inputs.read("preference_dataset")
+    rows = inputs.read("preference_dataset")
     held_out = inputs.read("eval_dataset")
     demonstrations = inputs.read("normalization_dataset")
     run = inputs.finish(optimizer=(trainer or RewardModelTrainer).optimizer_settings())
-    assert pairs is not None
-    train, lines = pairs, inputs.lines
+    assert rows is not None
+    train, lines = rows, inputs.lines
     if not held_out:
-        train, held_out = split_holdout(pairs, seed=config.seed)
+        train, held_out = split_holdout(rows, seed=config.seed)
         lines.append(f"preference_dataset: {len(held_out)} rows held out by prompt for evaluation")
     return RewardModelInputs(
         inputs.tokenizer, inputs.renderer, train, held_out, demonstrations, lines, run
@@ -133,7 +136,7 @@ def read_reward_model_inputs(
 
 
 class RewardModelTrainer(Trainer):
-    """Trainer that learns to score the preferred response of a pair above the other.
+    """Trainer that learns to score the better response of each pair above the other.
 
     Args:
         config: The stage's configuration.
@@ -147,7 +150,6 @@ class RewardModelTrainer(Trainer):
     """
 
     stage: ClassVar[str] = "reward_model"
-    rows_name: ClassVar[str] = "pairs"
     shown_metrics: ClassVar[tuple[str, ...]] = (
         "reward_model/loss",
         "reward_model/margin",
@@ -199,7 +201,7 @@ class RewardModelTrainer(Trainer):
         return [ParameterGroup("reward_model", named, rate, norm)]
 
     def make_step(self) -> dict[str, float]:
-        """Make one optimizer step on `batch_size` pairs."""
+        """Make one optimizer step on `batch_size` rows, each with all its pairs."""
         size, seed = self.config.batch_size, self.config.seed
         rows = rows_for_step(self.num_rows, size, self.step_index, seed)
         pairs = Pairs.from_rows([self.inputs.train[row] for row in rows], self.reward.codec)
@@ -210,10 +212,13 @@ class RewardModelTrainer(Trainer):
         return metrics
 
     def accumulate_gradients(self, pairs: Pairs) -> dict[str, float]:
-        """Add gradients of the mean loss over the pairs, by micro-batches.
+        """Add gradients of the mean loss over the rows, by micro-batches that keep rows whole.
+
+        A row's loss is the mean over its pairs (Ouyang et al. 2022, eq. 1), whose candidates are
+        each read once.
 
         Returns:
-            Mean loss, accuracy, margin and score of the pairs.
+            Mean loss, accuracy, margin and score, rows weighing the same.
         """
         count = int(self.reduce(torch.tensor(len(pairs))))
         totals = torch.zeros(4, device=self.reward.lm.device)
@@ -225,40 +230,36 @@ class RewardModelTrainer(Trainer):
         return {f"reward_model/{name}": mean for name, mean in zip(names, means, strict=True)}
 
     def _backward(self, micro: Pairs, count: int) -> Tensor:
-        """Add a micro-batch's part of the gradients; `count` is the pairs of the whole batch."""
+        """Add a micro-batch's part of the gradients; `count` is the rows of the whole batch."""
         with self.reward.lm.using(self.reward.adapter):
-            chosen, rejected = self.reward.raw_pair_scores(micro)
+            scores = self.reward.raw_scores(micro.prompts, micro.responses, micro.groups)
+            chosen, rejected = scores[micro.winners], scores[micro.losers]
             losses = pairwise_loss(chosen, rejected, micro.margin, self.config.centering_coeff)
-            (losses.sum() / count).backward()
+            ((losses * micro.weight).sum() / count).backward()
         difference = (chosen - rejected).detach()
         correct = (1 + difference.sign()) / 2
         level = (chosen + rejected).detach() / 2
-        return torch.stack([losses.detach(), correct, difference, level]).sum(1)
+        parts = torch.stack([losses.detach(), correct, difference, level])
+        return (parts * micro.weight).sum(1)
 
     def evaluate(self) -> dict[str, float]:
         """Return accuracy, log loss and calibration of the raw scores on held-out pairs."""
         held_out = self.inputs.held_out
         if not held_out:
             return {}
-        chosen, rejected, lengths = [], [], []
+        found = []
         for block in chunks(range(len(held_out)), EVALUATION_BLOCK):
             rows = [held_out[row] for row in block]
             pairs = Pairs.from_rows(rows, self.reward.codec)
-            size = self.config.effective_micro_batch_size
-            first, second = self.reward.score_pairs(pairs, size)
+            size = 2 * self.config.effective_micro_batch_size
+            scores = self.reward.score_tokens(pairs.prompts, pairs.responses, size, pairs.groups)
             if block[0] == 0:
-                self._log_pairs(rows, pairs, first, second)
-            chosen.append(first)
-            rejected.append(second)
-            lengths.append(torch.stack([pairs.chosen.lengths, pairs.rejected.lengths]))
-        chosen_lengths, rejected_lengths = torch.cat(lengths, dim=1).numpy()
-        result = evaluate_preferences(
-            torch.cat(chosen).numpy(),
-            torch.cat(rejected).numpy(),
-            chosen_lengths,
-            rejected_lengths,
-            seed=self.config.seed,
-        )
+                self._log_rows(rows, pairs, scores)
+            lengths, sides = pairs.responses.lengths, (pairs.winners, pairs.losers)
+            columns = [values[side] for values in (scores, lengths) for side in sides]
+            found.append([*columns, block[0] + pairs.rows])
+        *figures, numbers = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
+        result = evaluate_preferences(*figures, rows=numbers, seed=self.config.seed)
         return result.metrics("eval/")
 
     def normalize(self) -> None:
@@ -289,7 +290,7 @@ class RewardModelTrainer(Trainer):
         return metrics
 
     def _reference_scores(self) -> Tensor:
-        """Return (N,) raw scores of demonstrations, or of both candidates of training pairs."""
+        """Return (N,) raw scores of demonstrations, or of the candidates of training rows."""
         data: Sequence[Any] = self.inputs.demonstrations or self.inputs.train
         chosen = sorted(
             permutation(len(data), "normalization", self.config.seed)[:NORMALIZATION_ROWS]
@@ -298,28 +299,26 @@ class RewardModelTrainer(Trainer):
         if self.inputs.demonstrations:
             texts = [(row.prompt, row.references[0]) for row in rows]
         else:
-            texts = [(row.prompt, text) for row in rows for text in (row.chosen, row.rejected)]
+            texts = [(row.prompt, text) for row in rows for text in row.candidates]
         prompts, responses = zip(*texts, strict=True)
         return self.reward.score(prompts, responses, 2 * self.config.effective_micro_batch_size)
 
-    def _log_pairs(
-        self, rows: Sequence[PreferenceRow], pairs: Pairs, chosen: Tensor, rejected: Tensor
-    ) -> None:
-        self.log_samples(
-            [
-                {
-                    "prompt": row.prompt.text,
-                    "chosen": row.chosen,
-                    "rejected": row.rejected,
-                    "chosen_score": float(chosen[i]),
-                    "rejected_score": float(rejected[i]),
-                    "prompt_tokens": int(pairs.prompts.lengths[i]),
-                    "chosen_tokens": int(pairs.chosen.lengths[i]),
-                    "rejected_tokens": int(pairs.rejected.lengths[i]),
-                }
-                for i, row in enumerate(rows[:SAMPLES_PER_EVALUATION])
-            ]
-        )
+    def _log_rows(self, rows: Sequence[PreferenceRow], pairs: Pairs, scores: Tensor) -> None:
+        """Log the best and the worst candidate of a few rows, with the scores (B,) of all."""
+        samples, start = [], 0
+        for number, row in enumerate(rows[:SAMPLES_PER_EVALUATION]):
+            sample = {
+                "prompt": row.prompt.text,
+                "chosen": row.chosen,
+                "rejected": row.rejected,
+                "prompt_tokens": int(pairs.prompts.lengths[number]),
+            }
+            for name, index in (("chosen", row.ranking[0]), ("rejected", row.ranking[-1])):
+                sample[f"{name}_score"] = float(scores[start + index])
+                sample[f"{name}_tokens"] = int(pairs.responses.lengths[start + index])
+            samples.append(sample)
+            start += len(row.candidates)
+        self.log_samples(samples)
 
 
 def make_record(

@@ -14,7 +14,7 @@ from rlhf.config import ScoreConfig
 from rlhf.console import say, show
 from rlhf.data.json_lines import MAX_PROBLEMS, expand_paths, read_json_lines
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.schema import PromptText, RowChecker
+from rlhf.data.schema import PromptText, RowChecker, ranked_pairs
 from rlhf.errors import InputError
 from rlhf.evaluation import bootstrap_interval, evaluate_preferences
 from rlhf.files.local_copy import local_folder
@@ -34,6 +34,7 @@ from rlhf.training.tracking import ProgressLine
 STAGE = "score"
 # What is scored in a row without candidates: the first of these that it has.
 RESPONSE_FIELDS = ("prediction", "response", "output_text")
+LIST_OF_REWARDS = ("rewards",)  # what a row with `candidates` gets
 _BATCHES_AT_ONCE = 32  # the scorer sorts by length among this many batches
 
 
@@ -59,10 +60,10 @@ class _Row:
     Attributes:
         value: The JSON object as read.
         prompt: What the texts respond to.
-        texts: Two candidates, or one response.
-        names: The fields for the rewards, one per text.
+        texts: Its candidates, or one response.
+        names: The fields for the rewards, one per text; `rewards` alone is one for all of them.
         finished: Whether each text ended by itself.
-        choice: The preferred candidate, if the row says so.
+        ranking: The candidates' indices, best to worst, if the row says so.
     """
 
     value: dict[str, Any]
@@ -70,16 +71,22 @@ class _Row:
     texts: tuple[str, ...]
     names: tuple[str, ...]
     finished: bool
-    choice: int | None
+    ranking: tuple[int, ...]
+
+    def with_rewards(self, rewards: Sequence[float]) -> dict[str, Any]:
+        """Return the row's fields with its rewards."""
+        if self.names == LIST_OF_REWARDS:
+            return self.value | {"rewards": list(rewards)}
+        return self.value | dict(zip(self.names, rewards, strict=True))
 
 
 def run_score(config: ScoreConfig) -> ScoreResult:
     """Score every row of a file and write the rows, in order, with their rewards.
 
-    A row with candidates gets `reward_0` and `reward_1` (of `chosen` and `rejected` in that
-    layout); any other gets `reward` for the first of `prediction`, `response` and `output_text`
-    that it has. `finish_reason` "length" says that a limit cut the text off. The output file
-    appears only once everything is scored.
+    A row with two candidates gets `reward_0` and `reward_1` (of `chosen` and `rejected` in that
+    layout), and one with a list of `candidates` a list of `rewards`. Any other gets `reward` for
+    the first of `prediction`, `response` and `output_text` that it has. `finish_reason` "length"
+    says that a limit cut the text off. The output file appears only once everything is scored.
 
     Raises:
         InputError: If rows are bad, the output is an input, or the reward model cannot be loaded.
@@ -105,8 +112,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
             while batch := list(islice(rows, config.batch_size * _BATCHES_AT_ONCE)):
                 for row, rewards in zip(batch, _scores(scorer, batch, config), strict=True):
                     figures.add(row, rewards)
-                    scored = row.value | dict(zip(row.names, rewards, strict=True))
-                    file.write(json_line(scored, allow_nan=True))
+                    file.write(json_line(row.with_rewards(rewards), allow_nan=True))
                 mean = {"reward": float(np.mean(figures.rewards))}
                 progress.update(figures.rows, mean, log=True)
         finally:
@@ -183,18 +189,11 @@ def _parse(value: dict[str, Any], renderer: PromptRenderer) -> "_Row | list[str]
     fields = checker.prompt()
     texts: tuple[str, ...] = ()
     names: tuple[str, ...] = ("reward",)
-    choice = None
+    ranking: tuple[int, ...] = ()
     if checker.has_candidates():
-        # Scoring needs no choice; if there is one, it is checked as in training.
-        needs_choice = "candidate_0" in value and value.get("choice") is None
-        pair = RowChecker(value | {"choice": 0}) if needs_choice else checker
-        candidates = pair.candidates()
-        if needs_choice:
-            checker.problems += pair.problems
-        else:
-            choice = candidates.choice
-        texts = (candidates.candidate_0, candidates.candidate_1)
-        names = ("reward_0", "reward_1")
+        candidates = checker.candidates(needs_order=False)
+        texts, ranking = candidates.texts, candidates.ranking
+        names = LIST_OF_REWARDS if "candidates" in checker.used() else ("reward_0", "reward_1")
     else:
         name = next((name for name in RESPONSE_FIELDS if value.get(name) is not None), None)
         if name is None:
@@ -212,7 +211,7 @@ def _parse(value: dict[str, Any], renderer: PromptRenderer) -> "_Row | list[str]
         return checker.problems
     finished = end != "length" or names != ("reward",)
     try:
-        return _Row(value, renderer.render(fields), texts, names, finished, choice)
+        return _Row(value, renderer.render(fields), texts, names, finished, ranking)
     except ValueError as error:
         return [f"messages: {error}, expected a conversation that it renders"]
 
@@ -227,20 +226,21 @@ def _scores(scorer: Scorer, rows: Sequence[_Row], config: ScoreConfig) -> Iterat
 
 
 class _Figures:
-    """Accumulator of rewards for the summary: three numbers per row."""
+    """Accumulator of rewards for the summary: a few numbers per candidate and pair."""
 
     def __init__(self) -> None:
         self.rows = 0
         self.rewards: list[float] = []
-        self.pairs: list[tuple[float, float, int, int]] = []
+        self.pairs: list[tuple[float, float, int, int, int]] = []
 
     def add(self, row: _Row, rewards: Sequence[float]) -> None:
         self.rows += 1
         self.rewards += rewards
-        if row.choice is not None and row.texts[0] != row.texts[1]:
-            best, other = row.choice, 1 - row.choice
-            lengths = [len(text) for text in row.texts]
-            self.pairs.append((rewards[best], rewards[other], lengths[best], lengths[other]))
+        lengths = [len(text) for text in row.texts]
+        self.pairs += [
+            (rewards[better], rewards[worse], lengths[better], lengths[worse], self.rows)
+            for better, worse in ranked_pairs(row.texts, row.ranking)
+        ]
 
     def metrics(self) -> dict[str, Any]:
         metrics: dict[str, Any] = {"rows": self.rows, "responses": len(self.rewards)}
@@ -248,7 +248,8 @@ class _Figures:
         metrics["reward_std"] = float(np.std(self.rewards))
         metrics |= {"reward_min": min(self.rewards), "reward_max": max(self.rewards)}
         if self.pairs:
-            metrics |= evaluate_preferences(*zip(*self.pairs, strict=True)).metrics()
+            *columns, rows = zip(*self.pairs, strict=True)
+            metrics |= evaluate_preferences(*columns, rows=rows).metrics()
         return metrics
 
 

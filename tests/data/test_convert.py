@@ -269,7 +269,7 @@ def test_texts_that_begin_with_the_prompt(tmp_path: Path) -> None:
         {"prompt": "I am", "chosen": "I am so", "rejected": "You are."},
     )
     assert report.repeating == 1
-    assert "both answers begin with the whole prompt: 1" in report.lines()[1]
+    assert "all answers begin with the whole prompt: 1" in report.lines()[1]
     run(tmp_path, {"prompt": "\n\nHuman: Hi\n\nAssistant:", **{
         name: f"\n\nHuman: Hi\n\nAssistant: {name}" for name in ("chosen", "rejected")
     }})  # fmt: skip

@@ -19,6 +19,8 @@ ORIGINALS = [
     json.dumps({"instruction": "a", "input": "b", "output": "c"}).encode() + b"\n",
     json.dumps({"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1})
     .encode() + b"\n",
+    json.dumps({"input_text": "a", "candidates": ["b", "c", "d"], "ranking": [2, 0, 1]}).encode()
+    + b"\n",
 ]  # fmt: skip
 TOKENS = [
     b"null", b"[]", b"{}", b"-1", b"1e999", b"NaN", b"Infinity", b'"\\ud800"', b"9" * 5000, b'""',
@@ -26,6 +28,7 @@ TOKENS = [
     b"\r", b'"messages": [{"author": "user", "content": "x"}]', b'"messages": [[]]',
     b'"choice": 1e400',
     b'"choice": 10000000000000000000000', b'"margin": 1' + b"0" * 400, b'"output_text": [1]', b",",
+    b'"ranking": [0, 0]', b'"ranking": [1.0, true, null]', b'"candidates": [[]]',
     b'"context": "c"', b'"candidate_0": null', b"\xe2\x80\xa8", b"\x1b[2J", b'"input_text": {}',
 ]  # fmt: skip
 

@@ -34,11 +34,14 @@ PAIR = {"input_text": "a post", "candidate_0": " one", "candidate_1": " two", "c
 
 TEXT = st.text(max_size=8)
 VALUE = st.one_of(
-    TEXT, st.sampled_from([0, 1, 2, "0", "1", True, None, 0.5, [], ["a"], {}, " \n", "a\0b"])
+    TEXT,
+    st.sampled_from([0, 1, 2, "0", "1", True, None, 0.5, [], ["a"], {}, " \n", "a\0b"]),
+    st.lists(TEXT, min_size=2, max_size=4),
+    st.permutations([0, 1, 2]),
 )
 NAMES = (
     "input_text prompt messages context output_text candidate_0 candidate_1 choice chosen rejected "
-    "margin system id"
+    "margin system id candidates ranking"
 ).split()
 PLAIN = st.fixed_dictionaries(
     {
@@ -48,7 +51,16 @@ PLAIN = st.fixed_dictionaries(
         "choice": st.sampled_from([0, 1]),
     }
 )
-ROW = st.one_of(st.dictionaries(st.sampled_from(NAMES), VALUE), PLAIN, st.builds(
+RANKED = st.integers(2, 5).flatmap(
+    lambda count: st.fixed_dictionaries(
+        {
+            "input_text": TEXT,
+            "candidates": st.lists(TEXT, min_size=count, max_size=count),
+            "ranking": st.permutations(list(range(count))),
+        }
+    )
+)
+ROW = st.one_of(RANKED, st.dictionaries(st.sampled_from(NAMES), VALUE), PLAIN, st.builds(
     lambda plain, change: plain | change, PLAIN, st.dictionaries(st.sampled_from(NAMES), VALUE)
 ))  # fmt: skip
 

@@ -101,7 +101,7 @@ def test_blank_candidates_stay_and_identical_ones_go(tmp_path: Path) -> None:
         {**PAIR, "label": 3},
     )
     rows = load_preferences(path, renderer=RENDERER)
-    assert [row.candidate_0 for row in rows] == ["", " one", " one"]
+    assert [row.candidates[0] for row in rows] == ["", " one", " one"]
     assert (rows.report.blank_candidates, rows.report.identical) == (1, 2)
     assert any("identical" in line and line.endswith("2") for line in rows.report.lines())
 
@@ -469,7 +469,7 @@ def test_temporary_files_go_with_the_data(tmp_path: Path, monkeypatch: pytest.Mo
     rows = load_preferences(path, renderer=RENDERER)
     part = rows.select_rows([0])
     del rows
-    assert part[0].choice == 1
+    assert part[0].ranking == (1, 0)
     del part
     problems(write(tmp_path / "b.jsonl", {}))
     assert list((tmp_path / "temporary").iterdir()) == []
@@ -538,7 +538,8 @@ def test_any_text_survives(
         return
     read = load_preferences(str(path), renderer=RENDERER)
     assert [
-        (row.prompt.text, row.candidate_0, row.candidate_1[1:], bool(row.choice)) for row in read
+        (row.prompt.text, row.candidates[0], row.candidates[1][1:], row.ranking == (1, 0))
+        for row in read
     ] == expected
     prompts = load_prompts(str(path), renderer=RENDERER)
     assert [row.input_text for row in prompts] == [row[0] for row in rows]
@@ -550,7 +551,9 @@ def test_any_text_survives(
 @given(content=st.one_of(st.binary(max_size=200), st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(
-        st.sampled_from(["input_text", "messages", "choice", "candidate_0", "margin", "x"]), inner),
+        st.sampled_from(
+            ["input_text", "messages", "choice", "candidate_0", "candidates", "ranking", "x"]
+        ), inner),
 ).map(lambda value: json.dumps(value).encode())))  # fmt: skip
 def test_whatever_the_file_holds_only_input_errors_come_out(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.jsonl"
@@ -565,7 +568,8 @@ def test_real_tldr_preferences_load_completely(shared: Path) -> None:
     pairs = load_preferences(str(folder / "preference_train.jsonl"), renderer=RENDERER)
     assert (len(pairs), pairs.report.blank_candidates, pairs.report.identical) == (780, 1, 0)
     assert pairs[0].prompt.text.endswith(" [summary]: ")
-    assert all(row.candidate_0.startswith(" ") for row in pairs if row.candidate_0.strip())
+    texts = [row.candidates[0] for row in pairs]
+    assert all(text.startswith(" ") for text in texts if text.strip())
     names = ("prompt_train", "course_sample_prompt", "course_sample_preference")
     paths = [str(folder / f"{name}.jsonl") for name in names]
     assert len(load_prompts(paths, renderer=RENDERER)) == 741 + 6 + 5

@@ -170,8 +170,8 @@ class StageConfig(Schema):
     )
     batch_size: int = option(
         64,
-        "Rows per training step (demonstrations, pairs or episodes); in inference, rows per batch "
-        "and responses of one model decoded at once.",
+        "Rows per training step (demonstrations, preferences or episodes); in inference, rows per "
+        "batch and responses of one model decoded at once.",
         ge=1,
         le=MOST_ROWS,
     )

@@ -51,7 +51,9 @@ class RewardModelConfig(TrainingConfig):
     folder: ClassVar[str] = "reward_model"
     base_rate: ClassVar[str | None] = "reward_model"
 
-    preference_dataset: Paths = option(..., f"Preference rows. {PATHS}.")
+    preference_dataset: Paths = option(
+        ..., f"Preference rows, of two candidates or of a ranking of several. {PATHS}."
+    )
     eval_dataset: Paths | None = option(
         None,
         "Preference rows for evaluation. Default: 5 % of the training rows, "
@@ -163,8 +165,7 @@ class ScoreConfig(Schema):
     )
     dataset: Paths = option(
         ...,
-        "Rows with a prompt and two candidates, or a prediction, response or output_text. "
-        f"{PATHS}.",
+        f"Rows with a prompt and candidates, or a prediction, response or output_text. {PATHS}.",
     )
     output: NonEmpty = option(
         ..., "JSON Lines file to write: the rows with their scores.", affects_result=False

@@ -60,7 +60,7 @@ class ConvertReport:
         output: The file that was written.
         rows: Rows written.
         left_out: Rows that are not two answers to the same user prompt.
-        repeating: Written rows whose answers both begin with the whole prompt.
+        repeating: Written rows whose answers all begin with the whole prompt.
         unused: Names of the first few non-empty fields that were not used.
     """
 
@@ -78,7 +78,7 @@ class ConvertReport:
             said.append(f"left out, not two answers to the same user prompt: {self.left_out}")
         if self.repeating:
             said.append(
-                f"both answers begin with the whole prompt: {self.repeating} (kept as they are; "
+                f"all answers begin with the whole prompt: {self.repeating} (kept as they are; "
                 "remove it if it is not part of the answer)"
             )
         if self.unused:
@@ -175,7 +175,7 @@ def _recognize(row: Row) -> str:
         texts = isinstance(row["chosen"], str) and isinstance(row["rejected"], str)
         own_prompt = any(name in row for name in ("messages", *_PROMPT_FIELDS))
         return "hh_rlhf" if texts and not own_prompt else "chosen_rejected"
-    if "input_text" in row or "messages" in row:
+    if "input_text" in row or "messages" in row or ("candidates" in row and "ranking" in row):
         return "rows"
     if "instruction" in row and "output" in row:
         return "alpaca"
@@ -197,9 +197,11 @@ def _check(row: Row) -> None:
 
 
 def _repeats_prompt(row: Row) -> bool:
-    """Return whether both answers begin with a prompt that is a text."""
+    """Return whether all answers begin with a prompt that is a text."""
     prompt = row.get("input_text")
-    answers = row.get("candidate_0"), row.get("candidate_1")
+    answers: list[Any] = [row.get("candidate_0"), row.get("candidate_1")]
+    if answers == [None, None] and isinstance(row.get("candidates"), list):
+        answers = row["candidates"]
     return isinstance(prompt, str) and all(
         isinstance(answer, str) and answer.startswith(prompt) for answer in answers
     )

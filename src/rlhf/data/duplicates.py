@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.data.schema import ranked_pairs
+
 _ALL_BUT_LAST_BIT = 0xFFFFFFFFFFFFFFFE
 
 
@@ -21,6 +23,15 @@ def pair_hash(prompt: str, candidate_0: str, candidate_1: str, choice: int) -> i
     swapped = candidate_0 > candidate_1
     candidates = (candidate_1, candidate_0) if swapped else (candidate_0, candidate_1)
     return hash((prompt, *candidates)) & _ALL_BUT_LAST_BIT | (bool(choice) ^ swapped)
+
+
+def pair_hashes(prompt: str, texts: Sequence[str], ranking: Sequence[int]) -> list[int]:
+    """Return the different `pair_hash`es of the pairs that a ranking of texts makes."""
+    if len(texts) == 2:  # nearly all rows, by the million
+        first, second = texts
+        return [] if first == second else [pair_hash(prompt, first, second, ranking[0])]
+    pairs = ranked_pairs(texts, ranking)
+    return list({pair_hash(prompt, texts[a], texts[b], 0): None for a, b in pairs})
 
 
 def count_pairs(hashes: Sequence[NDArray[np.uint64]]) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""Tokenized preference pairs."""
+"""Tokenized candidates of preference rows, and the pairs that they make."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -13,52 +13,95 @@ from rlhf.data.schema import PreferenceRow
 
 @dataclass(frozen=True)
 class Pairs:
-    """B preference pairs.
+    """All pairs of the candidates of G rows; each candidate is there once, however many it is in.
+
+    Candidates are in the order of the rows, and pairs too. N is the number of pairs.
 
     Attributes:
-        prompts: (B, P).
-        chosen: (B, R) preferred responses.
-        rejected: (B, R) the others.
-        margin: (B,) by how much the chosen response should win; 0 where the row has none.
+        prompts: (G, P), one per row.
+        responses: (B, R) candidates.
+        groups: (B,) int64, the row of each candidate.
+        winners: (N,) int64, the better candidate of each pair, as an index of `responses`.
+        losers: (N,) the worse one.
+        margin: (N,) by how much the better one should win; 0 where the row does not say.
+        weight: (N,) 1 / number of the row's pairs, so that every row weighs 1 (Ouyang et al. 2022,
+            eq. 1).
     """
 
     prompts: TokenBatch
-    chosen: TokenBatch
-    rejected: TokenBatch
+    responses: TokenBatch
+    groups: Tensor
+    winners: Tensor
+    losers: Tensor
     margin: Tensor
+    weight: Tensor
 
     @classmethod
     def from_rows(cls, rows: Sequence[PreferenceRow], codec: PromptCodec) -> "Pairs":
         """Tokenize rows, on the CPU."""
+        groups = [number for number, row in enumerate(rows) for _ in row.candidates]
+        pairs, start = [], 0
+        for row in rows:
+            found = row.pairs
+            margin, weight = row.margin or 0.0, 1 / max(1, len(found))
+            pairs += [(start + better, start + worse, margin, weight) for better, worse in found]
+            start += len(row.candidates)
+        winners, losers, margins, weights = zip(*pairs, strict=True) if pairs else ((),) * 4
         return cls(
             codec.prompts([row.prompt for row in rows]),
-            codec.responses([row.chosen for row in rows]),
-            codec.responses([row.rejected for row in rows]),
-            torch.tensor([row.margin or 0.0 for row in rows], dtype=torch.float32),
+            codec.responses([text for row in rows for text in row.candidates]),
+            torch.tensor(groups, dtype=torch.long),
+            torch.tensor(winners, dtype=torch.long),
+            torch.tensor(losers, dtype=torch.long),
+            torch.tensor(margins, dtype=torch.float32),
+            torch.tensor(weights, dtype=torch.float32),
         )
 
     def __len__(self) -> int:
+        """Return G, the number of rows."""
         return len(self.prompts)
 
     @property
+    def rows(self) -> Tensor:
+        """(N,) int64, the row of each pair."""
+        return self.groups[self.winners]
+
+    @property
     def tokens(self) -> Tensor:
-        """(B,) tokens that a model reads for each pair, with the prompt counted once."""
-        return self.prompts.lengths + self.chosen.lengths + self.rejected.lengths
+        """(G,) tokens that a model reads for each row, with the prompt counted once."""
+        return self.prompts.lengths.index_add(0, self.groups, self.responses.lengths)
+
+    def responses_of(self, rows: Sequence[int]) -> Tensor:
+        """Return the indices of the candidates of some rows, row after row."""
+        return _places(self.groups, rows, len(self))
 
     def select_rows(self, rows: Sequence[int]) -> "Pairs":
-        """Return the given pairs in the given order, trimmed to the longest of them."""
+        """Return the given rows in the given order, each at most once."""
+        responses = self.responses_of(rows)
+        place = torch.empty_like(self.groups)
+        place[responses] = torch.arange(len(responses), device=place.device)
+        number = torch.empty(len(self), dtype=torch.long, device=place.device)
+        number[list(rows)] = torch.arange(len(rows), device=place.device)
+        pairs = _places(self.rows, rows, len(self))
         return Pairs(
             self.prompts.select_rows(rows),
-            self.chosen.select_rows(rows),
-            self.rejected.select_rows(rows),
-            self.margin[list(rows)],
+            self.responses.select_rows(responses),
+            number[self.groups[responses]],
+            place[self.winners[pairs]],
+            place[self.losers[pairs]],
+            self.margin[pairs],
+            self.weight[pairs],
         )
 
     def to(self, device: torch.device | str) -> "Pairs":
-        """Return the pairs on another device."""
-        return Pairs(
-            self.prompts.to(device),
-            self.chosen.to(device),
-            self.rejected.to(device),
-            self.margin.to(device),
-        )
+        """Return the same on another device."""
+        return Pairs(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def _places(owners: Tensor, rows: Sequence[int], count: int) -> Tensor:
+    """Return the places in `owners`, (L,) numbers below `count`, of each of `rows` in turn."""
+    turn = torch.full((count,), -1, dtype=torch.long, device=owners.device)
+    turn[list(rows)] = torch.arange(len(rows), device=owners.device)
+    wanted = turn[owners]
+    order = wanted.argsort(stable=True)
+    return order[int((wanted < 0).sum()) :]

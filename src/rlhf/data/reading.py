@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 DataPaths = str | Sequence[str]
-_HELD_OUT = 0.05  # share of the pairs
+_HELD_OUT = 0.05  # share of the rows
 
 _MOST_SCANS = 8  # each of them is a file on disk
 
@@ -79,7 +79,7 @@ def load_preferences(
     candidates_optional: bool = False,
     name: str = "preference_dataset",
 ) -> PreferenceData:
-    """Read preference rows; pairs of identical candidates are left out and counted.
+    """Read preference rows; rows whose candidates are all the same text are left out.
 
     Args:
         paths: A path, a glob, an fsspec address, or a list of these.
@@ -113,15 +113,15 @@ def _data(scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows) -> tup
 def split_holdout(
     preferences: PreferenceData, limit: int = 1000, *, seed: int = 0
 ) -> tuple[PreferenceData, PreferenceData]:
-    """Hold out pairs for evaluation; all pairs of one prompt stay on the same side.
+    """Hold out rows for evaluation; all rows of one prompt stay on the same side.
 
     Args:
-        preferences: All pairs.
-        limit: Maximum number of pairs to hold out; at most a twentieth is held out anyway.
+        preferences: All rows.
+        limit: Maximum number of rows to hold out; at most a twentieth is held out anyway.
         seed: Determines which prompts are chosen.
 
     Returns:
-        (training pairs, held-out pairs), both in their original order. With a single prompt
+        (training rows, held-out rows), both in their original order. With a single prompt
         nothing can be held out; otherwise at least one prompt is.
     """
     from rlhf.data.batching import permutation  # needs torch, which checking files does not
@@ -133,7 +133,7 @@ def split_holdout(
     held: list[int] = []
     count = 0
     for group in permutation(len(sizes), "holdout", seed)[: len(sizes) - 1]:
-        # A prompt with too many pairs is only taken if nothing else was.
+        # A prompt with too many rows is only taken if nothing else was.
         if count + sizes[group] <= wanted:
             held.append(group)
             count += sizes[group]

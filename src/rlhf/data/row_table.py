@@ -7,6 +7,7 @@ disappears with the last object that uses it, or with the process.
 import mmap
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, Self
@@ -14,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.data.duplicates import pair_hash, text_hash
+from rlhf.data.duplicates import pair_hashes, text_hash
 from rlhf.data.schema import Candidates, PromptText
 from rlhf.files.owners import temporary_folder
 
@@ -22,7 +23,7 @@ _FILE = "rows.arrow"
 _BATCH_ROWS = 4000
 _BATCH_CHARACTERS = 8 * 2**20
 _PROMPT = PromptText("", ())
-_NO_CANDIDATES = (None, None, 0, None, 0, 0)
+_NO_CANDIDATES: tuple[Any, ...] = ((), (), None, 0, (), 0)
 
 
 class Flag:
@@ -30,12 +31,12 @@ class Flag:
 
     OBJECT = 1  # is a JSON object
     HAS_PAIR = 2  # has candidate fields
-    IDENTICAL = 4  # both candidates are the same text
+    IDENTICAL = 4  # all candidates are the same text
     CONVERSATION = 8
     MENDED = 16
     NO_OUTPUT = 32
     BAD_LINE = 64
-    REPEATS = 4096  # both candidates begin with the whole input
+    REPEATS = 4096  # all candidates begin with the whole input
     WHOLE_FILE = 128  # not a line, but a file that cannot be read
     BAD_PAIR = 256
     BAD_PROMPT = 512
@@ -118,7 +119,7 @@ class TableWriter:
         Args:
             prompt: The rendered prompt, if valid.
             input_text: The row's own input.
-            pair: Its two answers, if valid.
+            pair: Its answers and their order, if valid.
             references: Texts of `output_text`.
             raw: The original line, if lines are kept.
             place: File index and line number.
@@ -128,14 +129,14 @@ class TableWriter:
         self.rows += 1
         prompt = prompt or _PROMPT
         text, spans, reserve = prompt.text, prompt.spans, prompt.reserve
-        candidates: tuple[Any, ...] = _NO_CANDIDATES
+        candidates = _NO_CANDIDATES
         size = len(text) + len(raw or b"") + sum(map(len, references or ()))
         if pair is not None:
-            first, second = pair.candidate_0, pair.candidate_1
-            blank = is_blank(first) + is_blank(second)
-            size += len(first) + len(second)
-            pair_key = pair_hash(text, first, second, pair.choice)
-            candidates = (first, second, pair.choice, pair.margin, blank, pair_key)
+            blank = sum(map(is_blank, pair.texts))
+            size += sum(map(len, pair.texts))
+            hashes = pair_hashes(text, pair.texts, pair.ranking)
+            same = identical_pairs(pair.texts)
+            candidates = (pair.texts, pair.ranking, pair.margin, blank, hashes, same)
         self._pending.append(
             (
                 text,
@@ -203,6 +204,37 @@ def text_sizes(texts: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return characters, size
 
 
+def identical_pairs(texts: Sequence[str]) -> int:
+    """Return the number of pairs that are the same text."""
+    if len(set(texts)) == len(texts):
+        return 0
+    return sum(count * (count - 1) // 2 for count in Counter(texts).values())
+
+
+def pair_places(rankings: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return all pairs of each row's candidates, as places in a flat list of all candidates.
+
+    Args:
+        rankings: (N,) Arrow column `ranking`, of which rows without candidates have none.
+
+    Returns:
+        (pairs,) places of the better and (pairs,) of the worse candidates.
+    """
+    import pyarrow.compute as pc
+
+    counts = pc.list_value_length(rankings).to_numpy(zero_copy_only=False)
+    starts = np.cumsum(counts) - counts
+    flat = rankings.flatten().to_numpy(zero_copy_only=False)
+    pairs = [np.zeros((2, 0), np.int64)]
+    for count in np.unique(counts).tolist():
+        first = starts[counts == count]
+        order = first[:, None] + flat[first[:, None] + np.arange(count)]
+        better, worse = np.triu_indices(count, 1)
+        pairs.append(np.stack([order[:, better].ravel(), order[:, worse].ravel()]))
+    both = np.concatenate(pairs, axis=1)
+    return both[0], both[1]
+
+
 def is_blank(text: str) -> bool:
     """Return whether a text is empty or all white space."""
     return not text or text.isspace()
@@ -219,12 +251,12 @@ def _schema() -> Any:
             "spans": pa.list_(pa.int64()),
             "reserve": pa.list_(pa.int64()),
             "prompt_hash": pa.uint64(),
-            "candidate_0": pa.string(),
-            "candidate_1": pa.string(),
-            "choice": pa.int8(),
+            "candidates": pa.list_(pa.string()),
+            "ranking": pa.list_(pa.int8()),
             "margin": pa.float64(),
             "blank_candidates": pa.int8(),
-            "pair_hash": pa.uint64(),
+            "pair_hashes": pa.list_(pa.uint64()),  # of the pairs of different candidates
+            "identical_pairs": pa.int32(),
             "references": pa.list_(pa.string()),
             "blank_references": pa.int32(),
             "raw": pa.binary(),

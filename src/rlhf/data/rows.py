@@ -25,6 +25,8 @@ class ReadReport:
         files: Number of files.
         rows: Rows that were kept.
         skipped: Bad rows that were skipped (`on_bad_rows: skip`).
+        rankings: Kept rows with more than two candidates.
+        pairs: Pairs that the candidates of kept rows make.
         identical: Pairs left out because both candidates are the same text.
         blank_candidates: Candidates that are blank; they are kept.
         blank_references: Texts of `output_text` that are blank; they are kept.
@@ -42,6 +44,8 @@ class ReadReport:
     files: int = 0
     rows: int = 0
     skipped: int = 0
+    rankings: int = 0
+    pairs: int = 0
     identical: int = 0
     blank_candidates: int = 0
     blank_references: int = 0
@@ -58,6 +62,8 @@ class ReadReport:
         """Return the report for people, one fact per line."""
         facts = (
             (self.conversations, "of them conversations"),
+            (self.rankings, "of them with more than two candidates"),
+            (self.pairs if self.rankings else 0, "pairs that their candidates make"),
             (self.skipped, "bad rows left out"),
             (self.identical, "pairs with identical candidates left out (they carry no signal)"),
             (self.blank_candidates, "blank candidates kept"),
@@ -185,16 +191,15 @@ class PromptData(RowData[PromptRow]):
 
 
 class PreferenceData(RowData[PreferenceRow]):
-    """Preference pairs."""
+    """Prompts with ranked candidates."""
 
-    columns: ClassVar[tuple[str, ...]] = ("candidate_0", "candidate_1", "choice", "margin")
+    columns: ClassVar[tuple[str, ...]] = ("candidates", "ranking", "margin")
 
     def _row(self, columns: dict[str, Any], number: int) -> PreferenceRow:
         return PreferenceRow(
             prompt=prompt_of(columns),
-            candidate_0=columns["candidate_0"],
-            candidate_1=columns["candidate_1"],
-            choice=columns["choice"],
+            candidates=tuple(columns["candidates"]),
+            ranking=tuple(columns["ranking"]),
             margin=columns["margin"],
             source=self._source(columns),
             row=number,

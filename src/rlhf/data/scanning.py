@@ -32,7 +32,7 @@ class Parts(NamedTuple):
     Attributes:
         prompt: The rendered prompt; None if it has problems.
         input_text: The row's own input.
-        pair: Its two answers; None if it has no candidate fields, or they have problems.
+        pair: Its answers and their order; None if it has no candidate fields or they have problems.
         references: The texts of `output_text`; None if the row has none.
         conversation: Whether it has `messages`.
         has_pair: Whether it has candidate fields.
@@ -139,7 +139,7 @@ class RowReader:
                 return None
             if type(choice) is not int or choice not in (0, 1):
                 return None
-            pair = Candidates(first, second, choice, None)
+            pair = Candidates((first, second), (choice, 1 - choice), None)
         if shape.extras:
             more = (name for name in shape.extras if holds_something(row[name]))
             add_names(self.unused, more)
@@ -173,7 +173,7 @@ def _shape(keys: frozenset[str], order: tuple[str, ...]) -> RowShape | None:
         pair = ("candidate_0", "candidate_1", "choice")
     elif candidates == {"chosen", "rejected"}:
         pair = ("chosen", "rejected", None)
-    elif candidates:
+    elif candidates or keys & {"candidates", "ranking"}:
         return None
     known = candidates | prompts | {"output_text"}
     return RowShape(prompt, *pair, tuple(key for key in order if key not in known))
@@ -316,10 +316,10 @@ def _add_row(
             len(parts.problems.get(part, ())) for part in ("pair", "prompt", "output")
         )
     if pair is not None:
-        if pair.candidate_0 == pair.candidate_1:
+        if len(set(pair.texts)) == 1:
             flags |= Flag.IDENTICAL
         text = parts.input_text
-        if text and pair.candidate_0.startswith(text) and pair.candidate_1.startswith(text):
+        if text and all(candidate.startswith(text) for candidate in pair.texts):
             flags |= Flag.REPEATS
     place = (line.file, line.line)
     writer.add(prompt, parts.input_text, pair, references, raw, place, flags, counts)

@@ -1,9 +1,9 @@
 """The library's rows: what a JSON object must contain, and what the stages get from it.
 
 Preference rows have `input_text` or `messages` (or `prompt`), and `candidate_0`, `candidate_1`,
-`choice` (or `chosen`, `rejected`). Prompt rows have `input_text` or `messages` (or `prompt`). Both
-may have `context` and `output_text`. Other fields are ignored, and an optional field that is null
-counts as missing.
+`choice` (or `chosen`, `rejected`; or `candidates`, `ranking`). Prompt rows have `input_text` or
+`messages` (or `prompt`). Both may have `context` and `output_text`. Other fields are ignored, and
+an optional field that is null counts as missing.
 """
 
 import json
@@ -11,8 +11,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
-from typing import Any
+from itertools import combinations, islice
+from typing import Any, Literal
 
 from rlhf.errors import closest
 
@@ -20,7 +20,11 @@ Span = tuple[int, int]
 
 AUTHORS = ("user", "assistant", "system")
 PROMPT_FIELDS = ("input_text", "messages", "prompt", "context", "output_text")
-CANDIDATE_FIELDS = ("candidate_0", "candidate_1", "choice", "chosen", "rejected")
+CANDIDATE_FIELDS = (
+    "candidate_0", "candidate_1", "choice", "chosen", "rejected", "candidates", "ranking"
+)  # fmt: skip
+# A row's pairs are all read at once, and there are as many as candidates squared.
+MOST_CANDIDATES = 64
 FIELDS = frozenset((*PROMPT_FIELDS, *CANDIDATE_FIELDS, "margin"))
 _TURN_FIELDS = frozenset(("author", "role", "content"))
 _EXCERPT = 40
@@ -107,45 +111,59 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PreferenceRow:
-    """A prompt with two answers, one of which was preferred.
+    """A prompt with two or more answers that were ranked.
 
     Attributes:
         prompt: Rendered prompt.
-        candidate_0: One answer.
-        candidate_1: The other answer.
-        choice: 0 or 1, the preferred one.
-        margin: By how much it was preferred, if the row says so.
+        candidates: The answers.
+        ranking: Their indices, best to worst.
+        margin: By how much the better one of two was preferred, if the row says so.
         source: `FILE:LINE`.
         row: Index of the row in its data set, from 0.
     """
 
     prompt: PromptText
-    candidate_0: str
-    candidate_1: str
-    choice: int
+    candidates: tuple[str, ...]
+    ranking: tuple[int, ...]
     margin: float | None
     source: str
     row: int = 0
 
     @property
     def chosen(self) -> str:
-        """The preferred answer."""
-        return self.candidate_1 if self.choice else self.candidate_0
+        """The best answer."""
+        return self.candidates[self.ranking[0]]
 
     @property
     def rejected(self) -> str:
-        """The other answer."""
-        return self.candidate_0 if self.choice else self.candidate_1
+        """The worst answer."""
+        return self.candidates[self.ranking[-1]]
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Each pair of different answers, as the indices of the better and the worse one."""
+        return ranked_pairs(self.candidates, self.ranking)
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The fields of a row about its two answers; see `PreferenceRow`."""
+    """The fields of a row about its answers; see `PreferenceRow`."""
 
-    candidate_0: str
-    candidate_1: str
-    choice: int
+    texts: tuple[str, ...]
+    ranking: tuple[int, ...]
     margin: float | None
+
+
+def ranked_pairs(texts: Sequence[str], ranking: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the pairs that a ranking makes, as the indices of the better and the worse text.
+
+    Pairs of identical texts carry no signal and are left out.
+    """
+    return [
+        (better, worse)
+        for better, worse in combinations(ranking, 2)
+        if texts[better] != texts[worse]
+    ]
 
 
 class RowChecker:
@@ -189,18 +207,37 @@ class RowChecker:
             self._wrong("output_text", "is an empty list", "text (the answer to learn)")
         return texts
 
-    def candidates(self) -> Candidates:
-        """Read `candidate_0`, `candidate_1` and `choice`, or `chosen` and `rejected`."""
+    def candidates(self, *, needs_order: bool = True) -> Candidates:
+        """Read the answers and their order, in the first of three layouts that the row has.
+
+        These are `candidate_0`, `candidate_1` and `choice`; `chosen` and `rejected`; `candidates`
+        and `ranking`.
+
+        Args:
+            needs_order: Whether `choice` or `ranking` must be there; if not, an order that is
+                missing is ().
+        """
         margin = self._margin()
-        own = any(self._has(name) for name in ("candidate_0", "candidate_1"))
-        if not own and (self._has("chosen") or self._has("rejected")):
+        layout = self._candidate_layout()
+        if layout == "ranking":
+            if margin is not None:
+                fix = "a row of candidate_0, candidate_1 and choice, or no margin"
+                self._wrong("margin", "stands beside ranking", fix)
+            texts = self._candidate_texts()
+            ordered = needs_order or self._has("ranking")
+            return Candidates(texts, self._ranking(len(texts)) if ordered else (), None)
+        if layout == "chosen":
             chosen, rejected = self._text("chosen"), self._text("rejected")
-            return Candidates(chosen or "", rejected or "", 0, margin)
+            return Candidates((chosen or "", rejected or ""), (0, 1), margin)
         first, second = self._text("candidate_0"), self._text("candidate_1")
-        return Candidates(first or "", second or "", self._choice(), margin)
+        ranking: tuple[int, ...] = ()
+        if needs_order or self._has("choice"):
+            choice = self._choice()
+            ranking = (choice, 1 - choice)
+        return Candidates((first or "", second or ""), ranking, margin)
 
     def has_candidates(self) -> bool:
-        """Return whether the row has any field about two answers."""
+        """Return whether the row has any field about several answers."""
         return any(self._has(name) for name in CANDIDATE_FIELDS)
 
     def used(self) -> set[str]:
@@ -209,9 +246,12 @@ class RowChecker:
         if self._has("input_text") or self._has("messages"):
             text = self.row.get("input_text")
             used -= {"prompt"} if self.row.get("prompt") != text else set()
-        if self._has("candidate_0") or self._has("candidate_1"):
-            used -= {"chosen", "rejected"}
-        elif self._has("chosen") or self._has("rejected"):
+        layout = self._candidate_layout()
+        if layout == "choice" and (self._has("candidate_0") or self._has("candidate_1")):
+            used -= {"chosen", "rejected", "candidates", "ranking"}
+        elif layout == "chosen":
+            used -= {"choice", "candidates", "ranking"}
+        elif layout == "ranking":
             used -= {"choice"}
         return used
 
@@ -242,6 +282,51 @@ class RowChecker:
 
     def _optional_text(self, name: str) -> str | None:
         return self._text(name) if self._has(name) else None
+
+    def _candidate_layout(self) -> Literal["choice", "chosen", "ranking"]:
+        if self._has("candidate_0") or self._has("candidate_1"):
+            return "choice"
+        if self._has("chosen") or self._has("rejected"):
+            return "chosen"
+        return "ranking" if self._has("candidates") or self._has("ranking") else "choice"
+
+    def _candidate_texts(self) -> tuple[str, ...]:
+        """Read `candidates`; () if there is anything wrong with them."""
+        expected = f"a list of 2 to {MOST_CANDIDATES} texts"
+        value = self.row.get("candidates")
+        if "candidates" not in self.row:
+            self._missing("candidates", expected)
+        elif not isinstance(value, list):
+            self._wrong("candidates", f"is {in_words(value)}", expected)
+        elif not 2 <= len(value) <= MOST_CANDIDATES:
+            self._wrong("candidates", f"has {len(value)} in it", expected)
+        else:
+            before = len(self.problems)
+            for number, text in enumerate(value):
+                if not isinstance(text, str):
+                    self._wrong(f"candidates[{number}]", f"is {in_words(text)}", "text")
+            return tuple(value) if len(self.problems) == before else ()
+        return ()
+
+    def _ranking(self, count: int) -> tuple[int, ...]:
+        """Read `ranking` of `count` candidates, which are 0 if they are not known."""
+        indices = f"0 to {count - 1}" if count else "the candidates from 0"
+        expected = f"the indices {indices}, each once, best to worst"
+        value = self.row.get("ranking")
+        if "ranking" not in self.row:
+            self._missing("ranking", expected)
+        elif not isinstance(value, list):
+            self._wrong("ranking", f"is {in_words(value)}", expected)
+        elif count and len(value) != count:
+            self._wrong("ranking", f"has {len(value)} in it for {count} candidates", expected)
+        elif count:
+            for place, index in enumerate(value):
+                if type(index) is not int or not 0 <= index < count:
+                    self._wrong(f"ranking[{place}]", f"is {in_words(index)}", expected)
+                elif index in value[:place]:
+                    self._wrong(f"ranking[{place}]", f"repeats {index}", expected)
+            return tuple(value)
+        return ()
 
     def _choice(self) -> int:
         if "choice" not in self.row:

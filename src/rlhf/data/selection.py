@@ -18,7 +18,7 @@ from rlhf.errors import InputError
 OnBadRows = Literal["error", "skip"]
 
 _PROMPT_COLUMNS = ("text", "template_bos", "input_text", "spans", "reserve")
-_PAIR_COLUMNS = ("candidate_0", "candidate_1", "choice", "margin")
+_PAIR_COLUMNS = ("candidates", "ranking", "margin")
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Wants:
     """What a stage requires of a row.
 
     Attributes:
-        pair: Whether two candidates are required, must be valid if present, or do not matter. Pairs
-            of identical candidates are left out unless they do not matter.
+        pair: Whether candidates are required, must be valid if present, or do not matter. Unless
+            they do not matter, rows are left out whose candidates are all the same text.
         pass_over: Whether to pass over rows without candidate fields.
         output: Whether `output_text` is required, must be valid if present, or does not matter.
         lines: Whether the row's other fields matter, so that its line is part of the fingerprint.
@@ -152,11 +152,11 @@ def _decide(
     report.skipped += int(bad.sum())
     report.without_candidates += int(passed.sum())
     report.mended += int((good & have(Flag.MENDED)).sum())
-    report.identical += int(identical.sum())
     report.conversations += int((kept & have(Flag.CONVERSATION)).sum())
     if wants.pair != "ignored":
         report.blank_candidates += int(column_values(batch, "blank_candidates")[kept].sum())
-        sums.pairs.append(column_values(batch, "pair_hash")[kept & has_pair])
+        report.identical += int(column_values(batch, "identical_pairs")[good].sum())
+        _count_candidates(take(batch, np.flatnonzero(kept & has_pair)), report, sums)
     if wants.output != "ignored":
         report.blank_references += int(column_values(batch, "blank_references")[kept].sum())
     if bad.any():
@@ -164,6 +164,18 @@ def _decide(
     places = np.flatnonzero(kept)
     sums.index.append(places + start)
     return places
+
+
+def _count_candidates(batch: Any, report: ReadReport, sums: _Sums) -> None:
+    """Count rankings and note the pairs of rows with candidates that are kept."""
+    import pyarrow.compute as pc
+
+    sizes = pc.list_value_length(batch.column("ranking")).to_numpy(zero_copy_only=False)
+    report.rankings += int((sizes > 2).sum())
+    report.pairs += int((sizes * (sizes - 1) // 2).sum())
+    report.pairs -= int(column_values(batch, "identical_pairs").sum())
+    hashes = batch.column("pair_hashes").flatten()
+    sums.pairs.append(hashes.to_numpy(zero_copy_only=False))
 
 
 def _note_problems(

@@ -106,7 +106,10 @@ def _generate(
     wanted: Sequence[tuple[int, int]],
     start: int,
 ) -> Generation:
-    """Sample responses: `wanted` has the row, counted from `start`, and the sample of each."""
+    """Sample responses: `wanted` has row and sample of each, in order; each prompt is read once.
+
+    Rows are counted from `start`.
+    """
     uniforms = [
         rollout_uniforms(
             config.seed,
@@ -117,12 +120,15 @@ def _generate(
         )
         for row, sample in wanted
     ]
+    first = wanted[0][0]
+    rows = torch.tensor([row for row, _ in wanted], device=prompts.ids.device)
     with models.base.inference(), models.base.using(None):
         return models.generator(
             models.base,
-            prompts.select_rows([row for row, _ in wanted]),
+            prompts.select_rows(range(first, wanted[-1][0] + 1)),
             max_new_tokens=config.target_sequence_length,
             temperature=config.temperature,
             uniforms=torch.cat(uniforms),
             min_response_length=config.min_response_length,
+            groups=rows - first,
         )

@@ -47,7 +47,7 @@ INHERITED = (
     "min_response_length",
 )
 _SECONDS_BETWEEN_UPLOADS = 60.0  # a remote output is published as whole files
-_PAIRS_AT_ONCE = 256
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -304,22 +304,22 @@ def _reward_model_metrics(
     """Return how well the reward model agrees with the choices in rows that have candidates."""
     if not preferences or models.scorer is None:
         return {}
-    columns: dict[str, list[float]] = {name: [] for name in ("chosen", "rejected")}
-    lengths: dict[str, list[int]] = {name: [] for name in columns}
-    for start in range(0, len(preferences), _PAIRS_AT_ONCE):
-        rows = preferences[start : start + _PAIRS_AT_ONCE]
-        for name in columns:
-            texts = [getattr(row, name) for row in rows]
-            scores = models.scorer.score([row.prompt for row in rows], texts, config.batch_size)
-            columns[name] += scores.tolist()
-            lengths[name] += models.codec.responses(texts).lengths.tolist()
-    result = evaluate_preferences(
-        columns["chosen"],
-        columns["rejected"],
-        lengths["chosen"],
-        lengths["rejected"],
-        seed=config.seed,
-    )
+    pairs: list[tuple[float, float, int, int, int]] = []
+    for start in range(0, len(preferences), _ROWS_AT_ONCE):
+        rows = preferences[start : start + _ROWS_AT_ONCE]
+        texts = [text for row in rows for text in row.candidates]
+        prompts = [row.prompt for row in rows for _ in row.candidates]
+        scores = models.scorer.score(prompts, texts, config.batch_size).tolist()
+        lengths = models.codec.responses(texts).lengths.tolist()
+        first = 0
+        for row in rows:
+            pairs += [
+                (scores[a], scores[b], lengths[a], lengths[b], row.row)
+                for a, b in ((first + better, first + worse) for better, worse in row.pairs)
+            ]
+            first += len(row.candidates)
+    *columns, numbers = zip(*pairs, strict=True)
+    result = evaluate_preferences(*columns, rows=numbers, seed=config.seed)
     bins = [asdict(row) for row in result.bins]
     return {**result.metrics("reward_model_"), "reward_model_calibration": bins}
 

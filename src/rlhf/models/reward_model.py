@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlhf.config import StageConfig
-from rlhf.data.batching import TokenBatch, chunks
+from rlhf.data.batching import TokenBatch
 from rlhf.data.groups import consecutive, group_batches, select_group_rows
-from rlhf.data.pairs import Pairs
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptText
@@ -93,13 +92,6 @@ class RewardModel:
         with self.lm.using(self.adapter):
             return self.head(self.lm.final_states(prompts, responses, groups))
 
-    def raw_pair_scores(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Return `raw_scores` of chosen and rejected responses, reading each prompt once."""
-        both = TokenBatch.concat([pairs.chosen, pairs.rejected])
-        groups = torch.arange(len(pairs), device=both.ids.device).repeat(2)
-        scores = self.raw_scores(pairs.prompts, both, groups)
-        return scores[: len(pairs)], scores[len(pairs) :]
-
     @torch.no_grad()
     def scores(
         self, prompts: TokenBatch, responses: TokenBatch, groups: Tensor | None = None
@@ -137,22 +129,6 @@ class RewardModel:
             batch = some.to(device), responses.select_rows(rows).to(device), members
             scores[list(rows)] = self.scores(*batch).cpu()
         return scores
-
-    @torch.no_grad()
-    def score_pairs(self, pairs: Pairs, batch_size: int = 32) -> tuple[Tensor, Tensor]:
-        """Return normalized scores of chosen and rejected responses, batched by similar length.
-
-        Returns:
-            (N,) and (N,) fp32 on the CPU, in the given order.
-        """
-        scores = torch.empty(2, len(pairs))
-        for rows in chunks(pairs.tokens.argsort().tolist(), batch_size):
-            stop_point()
-            with self.lm.inference():
-                raw = self.raw_pair_scores(pairs.select_rows(rows).to(self.lm.device))
-            scores[:, list(rows)] = torch.stack(raw).cpu()
-        scores = (scores - self.record.shift) / self.record.scale
-        return scores[0], scores[1]
 
     def score(
         self,

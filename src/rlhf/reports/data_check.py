@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import DataPaths, OnBadRows, scan_files
-from rlhf.data.row_table import Flag, text_sizes
+from rlhf.data.row_table import Flag, pair_places, take, text_sizes
 from rlhf.data.rows import PromptData, ReadReport
 from rlhf.data.selection import Wants, column_values, rows_wanted
 
@@ -59,13 +59,15 @@ class CheckReport:
 
     Attributes:
         read: Summary of reading.
-        preferences: Rows with two candidates.
+        preferences: Rows with candidates.
+        candidates: Their candidates.
+        pairs: Pairs of different candidates that they make.
         prompts: Rows without.
         references: Texts of `output_text`.
         distinct_prompts: Number of different prompts.
-        second_chosen: Preferences for `candidate_1`.
-        repeating: Preferences whose candidates both begin with the row's whole input.
-        longer_chosen: Preferences for the longer candidate (in characters); a bias worth knowing.
+        second_chosen: Pairs in which the later of the two in the file was preferred.
+        repeating: Preferences whose candidates all begin with the row's whole input.
+        longer_chosen: Pairs in which the longer, in characters, was preferred: a bias to know of.
         lengths: Lengths of prompts, candidates and references.
         shortened: Prompts that lose tokens to `prompt_sequence_length`; None without a tokenizer.
         cut: Candidates and references that lose tokens to `target_sequence_length`; likewise.
@@ -74,6 +76,8 @@ class CheckReport:
 
     read: ReadReport
     preferences: int = 0
+    candidates: int = 0
+    pairs: int = 0
     prompts: int = 0
     references: int = 0
     distinct_prompts: int = 0
@@ -92,17 +96,19 @@ class CheckReport:
             f"{self.preferences} preferences, {self.prompts} prompts without candidates, "
             f"{self.references} references, {self.distinct_prompts} different prompts"
         )
-        if self.preferences:
-            second = self.second_chosen / self.preferences
-            longer = self.longer_chosen / self.preferences
-            said.append(f"preferred: candidate_1 in {second:.1%}, the longer one in {longer:.1%}")
+        if self.pairs:
+            second, longer = self.second_chosen / self.pairs, self.longer_chosen / self.pairs
+            what = "preferred: candidate_1"
+            if self.candidates > 2 * self.preferences:
+                what = f"preferred in {self.pairs} pairs: the later candidate"
+            said.append(f"{what} in {second:.1%}, the longer one in {longer:.1%}")
         if self.repeating:
-            said.append(f"both candidates begin with the whole input: {self.repeating}")
+            said.append(f"all candidates begin with the whole input: {self.repeating}")
         said += [lengths.line() for lengths in self.lengths]
         if self.shortened is not None and self.cut is not None:
             prompt_limit, response_limit = self.limits
             rows = self.preferences + self.prompts
-            answers = 2 * self.preferences + self.references
+            answers = self.candidates + self.references
             said += [
                 f"prompts over {prompt_limit} tokens, to be shortened: {self.shortened} of {rows}",
                 f"answers over {response_limit} tokens, to be cut: {self.cut} of {answers}",
@@ -186,23 +192,18 @@ def _describe(
     for batch in data.batches(_COLUMNS):
         flags = column_values(batch, "flags")
         has_pair = flags & Flag.HAS_PAIR != 0 if pairs else np.zeros(len(flags), bool)
-        choice = column_values(batch, "choice") == 1
-        candidates = [batch.column(name) for name in ("candidate_0", "candidate_1")]
-        sizes = [text_sizes(column)[0] for column in candidates]
-        chosen, other = np.where(choice, sizes[::-1], sizes)
+        candidates = _count_pairs(take(batch, np.flatnonzero(has_pair)), report)
         references = batch.column("references").flatten()
         report.preferences += int(has_pair.sum())
         report.prompts += int((~has_pair).sum())
         report.references += len(references)
-        report.second_chosen += int((has_pair & choice).sum())
-        report.longer_chosen += int((has_pair & (chosen > other)).sum())
         report.repeating += int((has_pair & (flags & Flag.REPEATS != 0)).sum())
         seen.append(np.unique(column_values(batch, "prompt_hash")))
         if codec is None:
             prompts.append(text_sizes(batch.column("text"))[0])
-            answers += [size[has_pair] for size in sizes] + [text_sizes(references)[0]]
+            answers += [text_sizes(texts)[0] for texts in (candidates, references)]
         else:
-            texts = [*(column.filter(has_pair) for column in candidates), references]
+            texts = (candidates, references)
             answers += [codec.count_responses(column.to_pylist()) for column in texts]
     report.distinct_prompts = len(np.unique(np.concatenate(seen)))
     unit = "characters" if codec is None else "tokens"
@@ -216,12 +217,27 @@ def _describe(
         report.cut = sum(int((size > codec.response_limit).sum()) for size in answers)
 
 
+def _count_pairs(batch: Any, report: CheckReport) -> Any:
+    """Count what won in rows with candidates; return the Arrow column of all candidates."""
+    import pyarrow.compute as pc
+
+    texts = batch.column("candidates").flatten()
+    better, worse = pair_places(batch.column("ranking"))
+    different = pc.not_equal(texts.take(better), texts.take(worse)).to_numpy(zero_copy_only=False)
+    better, worse = better[different], worse[different]
+    sizes, _ = text_sizes(texts)
+    report.candidates += len(texts)
+    report.pairs += len(better)
+    report.second_chosen += int((better > worse).sum())
+    report.longer_chosen += int((sizes[better] > sizes[worse]).sum())
+    return texts
+
+
 _COLUMNS = (
     "text",
     "flags",
-    "choice",
-    "candidate_0",
-    "candidate_1",
+    "candidates",
+    "ranking",
     "references",
     "prompt_hash",
 )
