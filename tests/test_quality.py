@@ -1,6 +1,7 @@
 """The benchmark of methods on the built-in corpus: its tables, and one small run."""
 
 import json
+import math
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -41,15 +42,23 @@ def test_tables_are_means_over_seeds() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_leaves_one_line_and_is_not_repeated(tmp_path: Path) -> None:
+def test_runs_leave_one_line_each_and_are_not_repeated(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     options = Namespace(results=results, folder=tmp_path, threads=1)
     options.arch, options.seeds, options.quick = ["t5"], [0], True
+    names = ["ppo_n4", "dpo", "best_of_16"]
     for _ in range(2):
-        assert quality.run_all(["ppo_n1"], options) == 0
-    (found,) = [json.loads(text) for text in results.read_text().splitlines()]
-    assert (found["arch"], found["seed"], found["method"]) == ("t5", 0, "ppo_n1")
-    assert found["responses"] == 2 * 8
-    assert [point["step"] for point in found["curve"]] == [1, 2]
-    assert 0 < found["curve"][0]["seconds"] < found["curve"][1]["seconds"] == found["seconds"]
-    assert {"gold_gain", "reward_after", "kl", "reward_model_accuracy"} <= set(found)
+        assert quality.run_all(names, options) == 0
+    found = [json.loads(text) for text in results.read_text().splitlines()]
+    assert [(one["arch"], one["seed"], one["method"]) for one in found] == [
+        ("t5", 0, name) for name in names
+    ]
+    for one in found:
+        assert {"gold_gain", "reward_after", "kl", "reward_model_accuracy"} <= set(one)
+    ppo, dpo, best = found
+    assert ppo["responses"] == 2 * 8
+    assert [point["step"] for point in ppo["curve"]] == [1, 2]
+    assert 0 < ppo["curve"][0]["seconds"] < ppo["curve"][1]["seconds"] == ppo["seconds"]
+    assert dpo["pairs"] == 2 * 4
+    assert best["kl"] == pytest.approx(math.log(16) - 15 / 16)
+    assert best["reward_after"] > best["reward_before"]
