@@ -191,7 +191,8 @@ class PPOTrainer(Trainer):
         coefficient = None if self.reference is None else self.kl_controller.value
         metrics = rollout_metrics(rollout, experience, stats, coefficient) | updates
         metrics |= self.rewards.metrics(parts, "ppo")
-        self.log_samples(rollout_samples(rollout, stats, SAMPLES_PER_STEP))
+        samples = rollout_samples(rollout, stats, SAMPLES_PER_STEP)
+        self.log_samples(self.rewards.add_to_samples(samples, parts))
         self._warn_of_deviations(metrics)
         kl = self.reduce(stats.kl.sum(1).mean(), "mean")
         episodes = self.reduce(torch.tensor(len(experience)))

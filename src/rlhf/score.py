@@ -96,8 +96,9 @@ def run_score(config: ScoreConfig) -> ScoreResult:
     _check_output(config.output, files)
     renderer = _renderer(config)
     total, skipped = _check_rows(files, renderer, config.on_bad_rows)
-    check_reward_model(config.reward_model_path, renderer)
-    scorer = load_reward_model(config.reward_model_path, device=config.device, dtype=config.dtype)
+    path, label = config.reward_model_path, config.reward_model_label
+    check_reward_model(path, renderer, label=label)
+    scorer = load_reward_model(path, device=config.device, dtype=config.dtype, label=label)
     if isinstance(scorer, RewardModel):
         record = scorer.record
         say(

@@ -1,5 +1,6 @@
 """Classifiers with several labels: which logit is the score, and what is said of a wrong label."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 from support.classifiers import LABELS, save_classifier
 
+from rlhf.config import ScoreConfig
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptText
 from rlhf.errors import InputError
 from rlhf.models.classifiers import SequenceClassifier, classifier_label
 from rlhf.models.reward_model import check_reward_model, load_reward_model
+from rlhf.score import run_score
 
 PROMPTS = [PromptText(text, ()) for text in ("the cat sat", "a dog", "x")]
 RESPONSES = [" on the dog", "", " the cat and the dog"]
@@ -59,8 +62,8 @@ def test_logits_of_several_labels_are_computed_in_float32(arch: str, tmp_path: P
     [
         (
             LABELS, None,
-            "has 3 labels; choose the one whose logit is the score with `label`: 0 (nothate), "
-            "1 (hate), 2 (other)",
+            "has 3 labels; choose the one whose logit is the score with `reward_model_label`: "
+            "0 (nothate), 1 (hate), 2 (other)",
         ),
         (LABELS, 3, "has no label 3; expected one of 0 (nothate), 1 (hate), 2 (other)"),
         (LABELS, -1, "has no label -1; expected one of 0 (nothate), 1 (hate), 2 (other)"),
@@ -93,3 +96,38 @@ def test_names_of_labels_win_over_their_numbers_as_text(tmp_path: Path) -> None:
 def test_a_reward_model_has_no_labels(cases: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="a reward model of rlhf has no labels"):
         check_reward_model(str(cases["llama"].reward), PromptRenderer(), label=0)
+
+
+def test_a_file_is_scored_by_a_label(arch: str, tmp_path: Path) -> None:
+    folder = save_classifier(arch, tmp_path)
+    data, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    pairs = zip(PROMPTS, RESPONSES, strict=True)
+    rows = [{"input_text": prompt.text, "response": text} for prompt, text in pairs]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"dataset": str(data), "output": str(output), "device": "cpu", "dtype": "float32"}
+    with pytest.raises(InputError, match="has 3 labels; choose"):
+        run_score(ScoreConfig(reward_model_path=str(folder), **fields))
+    run_score(ScoreConfig(reward_model_path=str(folder), reward_model_label="hate", **fields))
+    found = [json.loads(line)["reward"] for line in output.read_text().splitlines()]
+    assert found == pytest.approx(logits(folder)[:, 1].tolist(), rel=1e-4, abs=1e-5)
+
+
+def test_inference_scores_by_a_label(cases: dict[str, Any], arch: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = save_classifier(arch, tmp_path)
+    fields = {"reward_model_path": str(folder), "dtype": "float32"}
+    with pytest.raises(InputError, match="has no label 'kind'"):
+        cases[arch].run(tmp_path / "refused", reward_model_label="kind", **fields)
+    result = cases[arch].run(tmp_path / "out", reward_model_label="hate", **fields)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    checked = 0
+    for line in Path(result.predictions).read_text().splitlines():
+        row = json.loads(line)
+        if row["finish_reason"] == "eos" and row["prediction"] and "[" not in row["input_text"]:
+            ids = tokenizer(row["input_text"] + row["prediction"], return_tensors="pt")
+            with torch.no_grad():
+                assert row["reward"] == pytest.approx(float(model(**ids).logits[0, 1]), abs=1e-4)
+            checked += 1
+    assert checked

@@ -95,9 +95,11 @@ def test_every_reward_that_cannot_be_used_is_named_by_its_field(
         {"path": save_reward("t5", tmp_path, "a", 4), "label": 1},
         {"path": str(classifier), "label": "kind", "name": "kind"},
     ]
-    config = config_of("t5", tmp_path, rewards=rewards)
+    config = config_of("t5", tmp_path, rewards=rewards, reward_model_path=str(classifier))
     labels = "0 (nothate), 1 (hate), 2 (other)"
     assert refused(config, monkeypatch) == [
+        f"reward_model_path: {classifier}: has 3 labels; choose the one whose logit is the score "
+        f"with `label` in an entry of `rewards`: {labels}",
         f"rewards.0.path: there is no folder {tmp_path / 'nothing'}",
         f"rewards.1.path: {classifier}: has 3 labels; choose the one whose logit is the score "
         f"with `label`: {labels}",

@@ -97,6 +97,13 @@ def test_the_score_is_the_weighted_sum_of_all_rewards(arch: str, tmp_path: Path)
     }
     weighted = sum(WEIGHTS[name] * metrics[f"ppo/reward_{name}"] for name in WEIGHTS)
     assert metrics["ppo/score"] == pytest.approx(weighted, abs=1e-4)
+    samples: list[Any] = []
+    trainer.log_samples = samples.extend  # type: ignore[method-assign]
+    trainer.step()
+    for sample in samples:
+        total = sum(WEIGHTS[name] * score for name, score in sample["rewards"].items())
+        assert sample["score"] == pytest.approx(total, abs=1e-4)
+    assert samples
 
 
 def test_reward_models_share_the_base_under_names_of_their_own(arch: str, tmp_path: Path) -> None:

@@ -19,6 +19,15 @@ def compile_decode() -> Any:
     )
 
 
+def reward_model_label() -> Any:
+    """Declare the field that chooses a label of a classifier given by `reward_model_path`."""
+    return option(
+        None,
+        "Label (index or name) whose logit is the score, if reward_model_path is a classifier "
+        "with several.",
+    )
+
+
 def tuned_base(pipeline: Any) -> dict[str, Any]:
     """Return the base of the stages after SFT: its result, or what the user gave."""
     if "sft" not in pipeline.stages():

@@ -17,7 +17,7 @@ from rlhf.config.common import (
 )
 from rlhf.config.dpo import DPOConfig
 from rlhf.config.ppo import PPOConfig
-from rlhf.config.shared import PATHS, compile_decode, tuned_base
+from rlhf.config.shared import PATHS, compile_decode, reward_model_label, tuned_base
 
 
 class SFTConfig(TrainingConfig):
@@ -102,6 +102,7 @@ class InferenceConfig(StageConfig):
     reward_model_path: NonEmpty | None = option(
         None, "Reward model that scores both models' responses. Default: no scores."
     )
+    reward_model_label: int | str | None = reward_model_label()
     sampling_strategy: Literal["greedy", "temperature_sampling"] = option(
         "greedy", "How responses are generated."
     )
@@ -160,9 +161,9 @@ class ScoreConfig(Schema):
 
     reward_model_path: NonEmpty = option(
         ...,
-        "Folder written by `rlhf reward-model`, or a Hugging Face sequence classifier with one "
-        "label.",
+        "Folder written by `rlhf reward-model`, or a Hugging Face sequence classifier.",
     )
+    reward_model_label: int | str | None = reward_model_label()
     dataset: Paths = option(
         ...,
         f"Rows with a prompt and candidates, or a prediction, response or output_text. {PATHS}.",

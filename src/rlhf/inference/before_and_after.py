@@ -78,7 +78,11 @@ def load_models(
     scorer = None
     if config.reward_model_path:
         scorer = load_reward_model(
-            config.reward_model_path, device=config.device, dtype=config.dtype, policy_lm=base
+            config.reward_model_path,
+            device=config.device,
+            dtype=config.dtype,
+            policy_lm=base,
+            label=config.reward_model_label,
         )
     codec = PromptCodec(
         tuned.tokenizer,

@@ -182,7 +182,12 @@ def _read_inputs(config: InferenceConfig, source: PolicySource) -> _Inputs:
     if problems or prompts is None:
         raise InputError(problems)
     if config.reward_model_path is not None:
-        check_reward_model(config.reward_model_path, renderer, prompts.report.conversations > 0)
+        check_reward_model(
+            config.reward_model_path,
+            renderer,
+            prompts.report.conversations > 0,
+            config.reward_model_label,
+        )
     return _Inputs(source, renderer, prompts, preferences)
 
 

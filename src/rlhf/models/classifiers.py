@@ -186,7 +186,7 @@ def classifier_label(source: str, label: int | str | None, revision: str | None 
         if count != 1:
             raise InputError(
                 f"{where}: has {count} labels; choose the one whose logit is the score with "
-                f"`label`: {shown}"
+                f"`reward_model_label`: {shown}"
             )
         return 0
     found = [index for index in range(count) if label in (index, names.get(index))]

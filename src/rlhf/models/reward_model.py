@@ -280,7 +280,8 @@ def check_reward_model(
         return
     if label is not None and not (local_folder(path) / "config.json").is_file():
         raise InputError(
-            "reward_model_path: a reward model of rlhf has no labels; leave out `label`"
+            "reward_model_path: a reward model of rlhf has no labels; leave out "
+            "`reward_model_label`"
         )
     adapter = local_folder(path) / "adapter"
     if adapter.is_dir():

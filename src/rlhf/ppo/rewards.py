@@ -232,10 +232,12 @@ def check_models(
 @contextmanager
 def named_as(setting: str) -> Iterator[None]:
     """Name the setting a reward model comes from in what is raised about it."""
+    label = "`label` in an entry of `rewards`" if setting == "reward_model_path" else "`label`"
     try:
         yield
     except InputError as error:
-        problems = [re.sub(r"^reward_model_path\b", setting, problem) for problem in error.problems]
+        renamed = [problem.replace("`reward_model_label`", label) for problem in error.problems]
+        problems = [re.sub(r"^reward_model_path\b", setting, problem) for problem in renamed]
         raise InputError(problems) from error
 
 
@@ -316,6 +318,17 @@ class Rewards:
         for name in sorted(waiting, key=self._is_async):  # these wait, the others compute
             found[name] = waiting[name]()
         return {name: found[name] for name in self.scorers}
+
+    def add_to_samples(
+        self, samples: Sequence[dict[str, Any]], scores: Mapping[str, Tensor]
+    ) -> list[dict[str, Any]]:
+        """Return samples of the first responses with their scores of each of several rewards."""
+        if len(scores) == 1:
+            return list(samples)
+        return [
+            sample | {"rewards": {name: float(score[i]) for name, score in scores.items()}}
+            for i, sample in enumerate(samples)
+        ]
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum of `scores`: (B,) fp32."""
