@@ -137,6 +137,22 @@ def test_bandit_reaches_the_exact_optimum_over_the_whole_vocabulary(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["rloo", "grpo", "reinforce_pp", "reinforce_pp_baseline"])
+def test_bandit_reaches_the_exact_optimum_without_a_critic(
+    arch: str, name: str, tmp_path: Path
+) -> None:
+    rate = 3e-3 if arch == "t5" else 1e-3
+    trainer, start, optimum = bandit(
+        arch, tmp_path, 120, lora={"rank": 0}, learning_rate=rate, critic_learning_rate=None,
+        advantage=name, responses_per_prompt=4,
+    )  # fmt: skip
+    assert total_variation(start, optimum) > 0.3
+    for _ in range(120):
+        trainer.step()
+    assert total_variation(first_token_distribution(trainer), optimum) < 0.05
+
+
+@pytest.mark.slow
 def test_bandit_with_lora_reaches_what_its_rank_can_express(arch: str, tmp_path: Path) -> None:
     trainer, _, optimum = bandit(arch, tmp_path, 150, lora={"rank": 8}, learning_rate=1e-2)
     # The best that this adapter can do, by exact gradients of the same objective.
