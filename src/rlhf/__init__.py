@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rlhf.errors import InputError, StoppedBySignal
     from rlhf.inference import run_inference
     from rlhf.pipeline import run_pipeline
-    from rlhf.ppo.rewards import Reward
+    from rlhf.ppo.reward_parts import Reward
     from rlhf.ppo_trainer import PPOTrainer, train_ppo
     from rlhf.reward_model import RewardModelTrainer, train_reward_model
     from rlhf.score import run_score
@@ -38,7 +38,7 @@ _HOMES = {
     "PPOConfig": "rlhf.config",
     "PPOTrainer": "rlhf.ppo_trainer",
     "PipelineConfig": "rlhf.config",
-    "Reward": "rlhf.ppo.rewards",
+    "Reward": "rlhf.ppo.reward_parts",
     "RewardModelConfig": "rlhf.config",
     "RewardModelTrainer": "rlhf.reward_model",
     "SFTConfig": "rlhf.config",

@@ -31,7 +31,8 @@ from rlhf.ppo.experience import (
     rollout_samples,
 )
 from rlhf.ppo.inputs import PPOInputs, other_bases, read_ppo_inputs
-from rlhf.ppo.rewards import RewardFunctions, load_rewards
+from rlhf.ppo.reward_parts import RewardFunctions
+from rlhf.ppo.rewards import load_rewards
 from rlhf.ppo.roles import load_bases, make_critic, make_policy, make_reference
 from rlhf.ppo.update import Minibatch, UpdateLog, add_gradients, count_divisors
 from rlhf.reports.dry_run import dry_run_report

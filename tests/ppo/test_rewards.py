@@ -45,7 +45,7 @@ def rollout_of(trainer: PPOTrainer) -> Rollout:
 
 def expected_parts(config: PPOConfig, rollout: Rollout) -> dict[str, torch.Tensor]:
     """Each reward computed on its own, without a policy that it could share anything with."""
-    prompts = [row.prompt for row in rollout.rows]
+    prompts = rollout.prompt_texts
     texts, finished = list(rollout.texts), rollout.finished.tolist()
     parts = {}
     for name, path in (
@@ -63,7 +63,7 @@ def expected_parts(config: PPOConfig, rollout: Rollout) -> dict[str, torch.Tenso
             row = tokenizer(prompt.text + text, return_tensors="pt")
             logits.append(model(**row).logits[0, 1])
     parts["toxicity"] = torch.stack(logits)
-    targets = [ROWS[row.row].get("target") or 0 for row in rollout.rows]
+    targets = [ROWS[row.row].get("target") or 0 for row in rollout.response_rows]
     parts["near_target"] = torch.tensor(
         [-0.1 * abs(len(text) - target) for text, target in zip(texts, targets, strict=True)]
     )
@@ -104,6 +104,21 @@ def test_the_score_is_the_weighted_sum_of_all_rewards(arch: str, tmp_path: Path)
         total = sum(WEIGHTS[name] * score for name, score in sample["rewards"].items())
         assert sample["score"] == pytest.approx(total, abs=1e-4)
     assert samples
+
+
+@pytest.mark.parametrize("per_prompt", [2, 4])
+def test_responses_to_one_prompt_are_scored_as_if_each_were_alone(
+    arch: str, per_prompt: int, tmp_path: Path
+) -> None:
+    config, functions = four_rewards(
+        arch, tmp_path, responses_per_prompt=per_prompt, advantage="rloo"
+    )
+    trainer = PPOTrainer(config, reward_fn=functions)
+    rollout = trainer.rollout(trainer.next_prompts())
+    assert len(rollout.texts) == per_prompt * len(rollout.rows) == 8
+    found = trainer.reward_scores(rollout)
+    for name, scores in expected_parts(config, rollout).items():
+        torch.testing.assert_close(found[name], scores, rtol=1e-4, atol=1e-5)
 
 
 def test_reward_models_share_the_base_under_names_of_their_own(arch: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rlhf.files.local_copy import recorded_base
 from rlhf.files.run_folder import Run
 from rlhf.files.storage import exists
 from rlhf.models.reward_record import read_record
-from rlhf.ppo.rewards import (
+from rlhf.ppo.reward_parts import (
     RewardFunctions,
     RewardPart,
     check_columns,
