@@ -107,6 +107,41 @@ def test_dpo_is_tuned_beside_ppo_where_it_is_asked_for(values, tiny_checkpoint):
     assert run(values, base_model=str(tiny_checkpoint), dpo={"beta": 0.5}).metrics == result.metrics
 
 
+def test_rankings_are_enough_for_all_stages(values, tiny_checkpoint, tmp_path):
+    """Of rankings alone: held out, learned by reward model and DPO, PPO's prompts, evaluated."""
+    rows = [
+        {
+            "input_text": f"{number} {WORDS} [summary]:",
+            "candidates": [" the cat sat", f" a dog ran {number}", "", " the cat sat"],
+            "ranking": [[1, 0, 2, 3], [0, 3, 2, 1]][number % 2],
+        }
+        for number in range(40)
+    ]
+    result = run(
+        values,
+        base_model=str(tiny_checkpoint),
+        preference_dataset=write_rows(tmp_path / "ranked.jsonl", rows),
+        eval_dataset=None,
+        sft_dataset=None,
+        dpo={"train_steps": 1},
+        inference={"best_of": 3},
+    )
+    out, metrics = Path(result.output_dir), result.metrics
+    held = [json.loads(line) for line in (out / "data" / "held_out.jsonl").read_text().splitlines()]
+    assert all(row in rows for row in held)
+    pairs = 5 * len(held)  # of six, one is of identical candidates
+    assert len(held) == 2
+    assert metrics["reward_model"]["eval/pairs"] == metrics["dpo"]["eval/pairs"] == pairs
+    assert metrics["inference"]["reward_model_pairs"] == pairs
+    assert (metrics["inference"]["rows"], metrics["inference"]["best_of"]) == (2, 3)
+    predicted = [
+        json.loads(line)
+        for line in (out / "inference" / "predictions.jsonl").read_text().splitlines()
+    ]
+    assert [row["input_text"] for row in predicted] == [row["input_text"] for row in held]
+    assert all(isinstance(row["best_of_n"], str) for row in predicted)
+
+
 def test_rows_that_are_held_out_for_inference_are_not_learned_by_dpo(values):
     out = Path(run(values, eval_dataset=None, sft_dataset=None, dpo={"train_steps": 1}).output_dir)
     config = yaml.safe_load((out / "dpo" / "config.yaml").read_text())

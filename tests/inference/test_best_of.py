@@ -170,6 +170,20 @@ def test_at_most_batch_size_responses_are_decoded_at_once(case: Case, tmp_path: 
     assert sizes == [3] * N
 
 
+def test_a_prompt_is_read_once_for_its_samples(case: Case, tmp_path: Path) -> None:
+    models, config, rows = loaded(case, tmp_path, batch_size=2 * N)
+    prompts, groups = [], []
+
+    def generator(lm: Any, batch: Any, **options: Any) -> Any:
+        prompts.append(len(batch))
+        groups.append(options["groups"].tolist())
+        return generate(lm, batch, **options)
+
+    best_of.sample_rows(replace(models, generator=generator), config, rows[:3], 0)
+    assert prompts == [2, 1]
+    assert groups == [[0] * N + [1] * N, [0] * N]
+
+
 def test_the_tuned_and_untuned_responses_are_as_without(case: Case, tmp_path: Path) -> None:
     plain, more = (
         case.run(tmp_path / str(n), best_of=n, sampling_strategy="temperature_sampling")
