@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from support.classifiers import LABELS, save_classifier
 
 from rlhf.config import ScoreConfig
@@ -80,6 +81,22 @@ def test_a_wrong_label_is_named_without_reading_weights(
     with pytest.raises(InputError) as caught:
         check_reward_model(str(folder), PromptRenderer(), label=label)
     assert caught.value.problems == [f"reward_model_path: {folder}: {said}"]
+
+
+def test_a_label_is_checked_in_a_bucket_without_its_weights(tmp_path: Path) -> None:
+    folder = save_classifier("llama", tmp_path)
+    store, address = MemoryFileSystem(), "memory://bucket/classifier"
+    for path in folder.iterdir():
+        if path.name != "model.safetensors":
+            store.pipe(f"/bucket/classifier/{path.name}", path.read_bytes())
+    store.pipe("/bucket/classifier/model.safetensors", b"not weights")
+    check_reward_model(address, PromptRenderer(), label="hate")
+    with pytest.raises(InputError) as caught:
+        check_reward_model(address, PromptRenderer(), label="kind")
+    assert caught.value.problems == [
+        f"reward_model_path: {address}: has no label 'kind'; expected one of 0 (nothate), "
+        "1 (hate), 2 (other)"
+    ]
 
 
 def test_one_label_needs_no_name(tmp_path: Path) -> None:

@@ -46,6 +46,10 @@ from rlhf.vertex.image import pinned
             ["reward_model.normalization_dataset: n.jsonl is on this machine"],
         ),
         (["--inference.reward_model_path=rm"], ["inference.reward_model_path: rm is on this"]),
+        (
+            ["--ppo.rewards=./judge", "--ppo.rewards=gs://bkt/one", "--ppo.rewards=org/two"],
+            ["ppo.rewards.0.path: ./judge is on this machine"],
+        ),
         (["--tensorboard_dir=logs"], ["tensorboard_dir: logs/reward_model is on this", "/policy"]),
         (["--output_dir=runs/x"], ["output_dir: expected gs://BUCKET/FOLDER/RUN, got runs/x"]),
         (["--output_dir=gs://bkt"], ["output_dir: expected gs://BUCKET/FOLDER/RUN"]),

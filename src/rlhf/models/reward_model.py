@@ -275,17 +275,20 @@ def check_reward_model(
     """
     record = read_record(path)
     if record is None:
-        if not is_remote(path):  # whose files are fetched when it is loaded
-            classifier_label(path, label)
+        source = str(local_folder(path, weights=False)) if is_remote(path) else path
+        try:
+            classifier_label(source, label)
+        except InputError as error:
+            raise InputError([one.replace(source, path) for one in error.problems]) from error
         return
-    if label is not None and not (local_folder(path) / "config.json").is_file():
+    folder = local_folder(path, weights=False)
+    if label is not None and not (folder / "config.json").is_file():
         raise InputError(
             "reward_model_path: a reward model of rlhf has no labels; leave out "
             "`reward_model_label`"
         )
-    adapter = local_folder(path) / "adapter"
-    if adapter.is_dir():
-        read_adapter_config(adapter)
+    if (folder / "adapter").is_dir():
+        read_adapter_config(folder / "adapter")
     if record.instruction != renderer.instruction:
         difference = (
             f"with instruction {record.instruction!r}, but instruction is {renderer.instruction!r}"

@@ -85,7 +85,7 @@ def read_record(path: str) -> RewardRecord | None:
     Raises:
         InputError: There is no such folder, or its record cannot be read.
     """
-    folder = local_folder(path)
+    folder = local_folder(path, weights=False)
     if path.startswith(("/", "./", "../")) and not folder.is_dir():
         raise InputError(f"reward_model_path: there is no folder {path}")
     file = folder / RECORD_FILE
