@@ -14,7 +14,8 @@ from rlhf.config import ScoreConfig
 from rlhf.console import say, show
 from rlhf.data.json_lines import MAX_PROBLEMS, expand_paths, read_json_lines
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.schema import PromptText, RowChecker, ranked_pairs
+from rlhf.data.row_checker import RowChecker
+from rlhf.data.schema import PromptText, ranked_pairs
 from rlhf.errors import InputError
 from rlhf.evaluation import bootstrap_interval, evaluate_preferences
 from rlhf.files.local_copy import local_folder

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.data.json_lines import MAX_PROBLEMS, expand_paths, mend, open_file, read_json_lines
-from rlhf.data.schema import RowChecker, add_names, holds_something, in_words, named
+from rlhf.data.row_checker import RowChecker, add_names, holds_something, in_words, named
 from rlhf.data.turns import (
     NoPreferenceError,
     RowError,

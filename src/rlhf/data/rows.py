@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.data.row_checker import named
 from rlhf.data.row_table import RowTable, take
-from rlhf.data.schema import PreferenceRow, PromptRow, PromptText, named
+from rlhf.data.schema import PreferenceRow, PromptRow, PromptText
 
 RowT = TypeVar("RowT", PromptRow, PreferenceRow)
 _BASE_COLUMNS = ("text", "template_bos", "spans", "reserve", "input_text", "file", "line")

@@ -10,15 +10,9 @@ from typing import Any, NamedTuple
 
 from rlhf.data.json_lines import MAX_PROBLEMS, JsonLine, read_json_lines
 from rlhf.data.prompts import PromptRenderer
+from rlhf.data.row_checker import RowChecker, add_names, holds_something, in_words
 from rlhf.data.row_table import Flag, RowTable, TableWriter
-from rlhf.data.schema import (
-    Candidates,
-    PromptText,
-    RowChecker,
-    add_names,
-    holds_something,
-    in_words,
-)
+from rlhf.data.schema import Candidates, PromptText
 
 MOST_FIELDS = 1000
 _LONGEST_FIELD = 1000

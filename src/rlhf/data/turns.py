@@ -6,7 +6,7 @@ and texts are, ignoring surrounding spaces.
 
 from typing import Any
 
-from rlhf.data.schema import in_words
+from rlhf.data.row_checker import in_words
 
 Turn = dict[str, Any]
 

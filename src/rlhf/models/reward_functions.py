@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.data.schema import PromptText, named
+from rlhf.data.row_checker import named
+from rlhf.data.schema import PromptText
 from rlhf.errors import InputError, StoppedBySignal, closest
 from rlhf.models.function_calls import LOOP, CallTimedOut, Pending, in_thread
 
