@@ -30,7 +30,7 @@ Given = Mapping[str, Mapping[str, Any]]
 
 
 def run_pipeline(config: PipelineConfig, *, reward_fn: Any = None) -> RunResult:
-    """Run SFT (if there are demonstrations), reward model, PPO and inference.
+    """Run SFT (if there are demonstrations), reward model, PPO, DPO (if asked for) and inference.
 
     Writes a folder per stage, `config.yaml` and `metrics.json`. Every file of every stage is
     checked before the first model is loaded. Without `eval_dataset` a share of the preference
