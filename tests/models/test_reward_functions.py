@@ -229,17 +229,20 @@ def test_a_sync_function_that_takes_too_long_is_an_error(never: threading.Event)
 
 
 def test_an_async_function_that_takes_too_long_is_cancelled() -> None:
-    left = threading.Event()
+    begun, left = threading.Event(), threading.Event()
 
     async def slow(prompts: Any, responses: Any) -> list[float]:
+        begun.set()
         try:
             await asyncio.Event().wait()
         finally:
             left.set()
         return [0.0]
 
+    waiting = RewardFn(slow, timeout=0.05).start(texts("a"))
+    assert begun.wait(LONG)
     with pytest.raises(InputError) as caught:
-        scores(slow, texts("a"), 0.05)
+        waiting()
     assert caught.value.problems == [
         "reward_fn slow: took longer than reward_timeout 0.05 s for 1 response"
     ]
@@ -352,6 +355,7 @@ def test_the_message_about_a_late_call_in_a_blocked_loop(never: threading.Event)
         never.wait()
         return [0.0]
 
+    waiting = RewardFn(blocks, timeout=0.05).start(texts("a"))
+    assert blocked.wait(LONG)
     with pytest.raises(InputError, match=re.escape("took longer than reward_timeout 0.05 s")):
-        scores(blocks, texts("a"), 0.05)
-    assert blocked.is_set()
+        waiting()
