@@ -232,9 +232,9 @@ METHODS: dict[str, Method] = {
         {
             "batch_size": 16,
             "train_steps": 240,
-            "learning_rate": 0.0002,
+            "learning_rate": 0.0005,
             "warmup_steps": 10,
-            "beta": 0.3,
+            "beta": 0.5,
         },
     ),
     "best_of_16": Method(best_of, {"best_of": 16}),
