@@ -11,17 +11,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import parity
+import parity_sides
+from parity_cases import CASES, LORA, RESPONSE, Quantity, compare
 from report import table_lines
 
 
 def test_measured_quantities_agree_unless_a_reason_is_given() -> None:
     results = json.loads(parity.RESULTS.read_text())
-    assert set(results["cases"]) == set(parity.CASES)
+    assert set(results["cases"]) == set(CASES)
     for name, case in results["cases"].items():
-        quantities = [parity.Quantity(**one) for one in case["quantities"]]
+        quantities = [Quantity(**one) for one in case["quantities"]]
         assert all(one.as_expected for one in quantities)
         reasons = {one.name: one.why for one in quantities if one.why}
-        assert reasons == parity.CASES[name].differ
+        assert reasons == CASES[name].differ
     assert parity.markdown(results) in parity.PAGE.read_text()
 
 
@@ -29,7 +31,7 @@ def test_differences_are_relative_to_the_largest_value_or_advantage() -> None:
     theirs = {"returns": torch.tensor([4.0, -8.0]), "policy loss": torch.tensor(0.0)}
     ours = {"returns": torch.tensor([4.0, -7.0]), "policy loss": torch.tensor(1.0)}
     theirs["advantages"] = torch.tensor([2.0, -4.0])
-    returns, loss = parity.compare(ours, theirs, {"policy loss": "a reason"})
+    returns, loss = compare(ours, theirs, {"policy loss": "a reason"})
     assert (returns.difference, loss.difference) == (1 / 8, 1 / 4)
     assert returns.theirs == pytest.approx(40**0.5)
     assert not returns.as_expected
@@ -39,7 +41,7 @@ def test_differences_are_relative_to_the_largest_value_or_advantage() -> None:
 
 
 def test_gradient_of_whole_weights_is_projected_on_an_adapter() -> None:
-    scale = parity.LORA["alpha"] / parity.LORA["rank"]
+    scale = LORA["alpha"] / LORA["rank"]
     source = torch.Generator().manual_seed(0)
     sizes = ((2, 5), (4, 2), (4, 5), (3, 5))
     a, b, whole, inputs = (torch.randn(size, generator=source).double() for size in sizes)
@@ -55,18 +57,18 @@ def test_gradient_of_whole_weights_is_projected_on_an_adapter() -> None:
     parts = [part.clone().requires_grad_() for part in (a, b)]
     loss(whole + scale * parts[1] @ parts[0]).backward()
     expected = torch.cat([part.grad.flatten() for part in parts])
-    torch.testing.assert_close(parity.projected(theirs, critic), expected)
+    torch.testing.assert_close(parity_sides.projected(theirs, critic), expected)
 
 
 @pytest.mark.parametrize("name", ["ppo_eos", "rloo"])
 def test_our_half_computes_what_is_compared(name: str, tmp_path: Path) -> None:
     """A rollout of our own stands for TRL's, and the policy stays as it is between updates."""
-    trainer = parity.make_trainer(parity.CASES[name], tmp_path)
+    trainer = parity_sides.make_trainer(CASES[name], tmp_path)
     rollout = trainer.rollout(trainer.next_prompts())
-    count, width = len(rollout.responses), parity.RESPONSE
+    count, width = len(rollout.responses), RESPONSE
     per_prompt = count // len(rollout.prompts)
     longest = int(rollout.prompts.lengths.max())
-    queries = torch.full((len(rollout.prompts), longest), parity.PAD)
+    queries = torch.full((len(rollout.prompts), longest), parity_sides.PAD)
     for row, ids in zip(queries, rollout.prompts.tolists(), strict=True):
         row[longest - len(ids) :] = torch.tensor(ids)
     mask = rollout.responses.mask
@@ -78,7 +80,7 @@ def test_our_half_computes_what_is_compared(name: str, tmp_path: Path) -> None:
     }
     adapter = trainer.policy.named_trainable("")
     theirs |= {f"adapter/{n}": p.detach().clone() for n, p in adapter}
-    found = parity.our_step(trainer, theirs)
+    found = parity_sides.our_step(trainer, theirs)
     assert mask.shape[1] <= width
     torch.testing.assert_close(found["log-probabilities"], rollout.logprobs, rtol=1e-4, atol=1e-4)
     updates = [key for key in found if key.endswith(", second update")]

@@ -1,6 +1,6 @@
 """What TRL 1.12.0 computes in one step of PPO or RLOO, looked at while it runs.
 
-    python trl_parity.py FOLDER SPEC        SPEC: JSON, see `parity.Case`
+    python trl_parity.py FOLDER SPEC        SPEC: JSON, see `parity_cases.Case`
 
 FOLDER has base/, adapter/ (the policy's), value/ (the critic as a whole model) and head.pt. The
 quantities go to theirs.pt. Nothing of TRL is computed again here: its own loops run, and hooks read
