@@ -33,7 +33,10 @@ def main() -> int:
     chosen = choose(options.only, options.device)
     if options.quick:  # which makes all points of a scaling identical
         chosen = {n: one for n, one in chosen.items() if one.group == "main" or n == "scaling_base"}
-    path = RESULTS / f"{options.device}.json"
+    section = options.section or options.device
+    path = RESULTS / f"{section}.json"
+    if report.insert(PAGE.read_text(), section, "new") == PAGE.read_text():
+        sys.exit(f"--section: {PAGE.name} has no markers <!-- {section}: begin --> and end")
     here = machine(options.device, options.threads)
     results = start(path, here, keep=bool(options.only) and not options.quick)
     for number, (name, comparison) in enumerate(chosen.items(), 1):
@@ -42,7 +45,7 @@ def main() -> int:
         found = results["comparisons"] | {name: measured | {"machine": here}}
         results["comparisons"] = {name: found[name] for name in COMPARISONS if name in found}
         if not options.quick:
-            write(results, path, options.device)
+            write(results, path, section)
     show(results, list(chosen))
     sides = [side for name in chosen for side in results["comparisons"][name]["sides"].values()]
     return int(any("error" in side for side in sides))
@@ -55,6 +58,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="after one of warm-up")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names, * matches anything")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every process")
+    parser.add_argument(
+        "--section", help="of README.md, for another machine's figures; default: the device"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models, one round")
     return parser.parse_args()
 
@@ -103,11 +109,11 @@ def measure(comparison: Comparison, options: argparse.Namespace) -> dict[str, An
             return entry(comparison, dict.fromkeys(comparison.sides, failed))
 
 
-def write(results: dict[str, Any], path: Path, device: str) -> None:
+def write(results: dict[str, Any], path: Path, section: str) -> None:
     """Save what has been measured so far, raw and as tables."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(report.insert(PAGE.read_text(), device, report.markdown(results)))
+    PAGE.write_text(report.insert(PAGE.read_text(), section, report.markdown(results)))
 
 
 def show(results: dict[str, Any], names: list[str]) -> None:

@@ -129,9 +129,9 @@ def describe(machine: Mapping[str, Any]) -> str:
     )
 
 
-def insert(page: str, device: str, text: str) -> str:
-    """Return the page with `text` between the device's markers."""
-    begin, end = f"<!-- {device}: begin -->", f"<!-- {device}: end -->"
+def insert(page: str, section: str, text: str) -> str:
+    """Return the page with `text` between the section's markers."""
+    begin, end = f"<!-- {section}: begin -->", f"<!-- {section}: end -->"
     pattern = re.compile(rf"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     return pattern.sub(lambda _: f"{begin}\n\n{text}\n{end}", page)
 

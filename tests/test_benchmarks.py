@@ -293,14 +293,17 @@ def test_tables_say_what_was_measured(results: dict[str, object]) -> None:
     assert "| llama_toy | 16 | 64 | 16 | 2.5 (2.5 to 2.5) | 2.50x | 0.62 | 0.00 |" in text
 
 
-def test_tables_go_between_the_markers_of_their_device(results: dict[str, object]) -> None:
+@pytest.mark.parametrize("section", ["cpu", "cpu-avx512", "cuda"])
+def test_tables_go_between_the_markers_of_their_section(
+    results: dict[str, object], section: str
+) -> None:
     page = (FOLDER / "README.md").read_text()
     text = report.markdown(results)
-    filled = report.insert(page, "cpu", text)
+    filled = report.insert(page, section, text)
     assert text in filled
-    assert filled.startswith(page.split("<!-- cpu: begin -->")[0])
-    assert filled.endswith(page.split("<!-- cpu: end -->")[1])
-    assert report.insert(filled, "cpu", text) == filled
+    assert filled.startswith(page.split(f"<!-- {section}: begin -->")[0])
+    assert filled.endswith(page.split(f"<!-- {section}: end -->")[1])
+    assert report.insert(filled, section, text) == filled
 
 
 def test_driver_needs_nothing_but_python() -> None:
