@@ -35,8 +35,10 @@ from rlhf.vertex.failure import Failure
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = {
-    "run": ["--reward_model.train_steps", "1", "--ppo.train_steps", "1", "--batch_size", "2",
+    "run": ["--reward_model.train_steps", "1", "--ppo.train_steps", "1", "--batch_size", "4",
             "--target_sequence_length", "4", "--prompt_sequence_length", "64"],
+    "dpo": ["--train_steps", "1", "--batch_size", "2", "--target_sequence_length", "4",
+            "--prompt_sequence_length", "64"],
 }  # fmt: skip
 VERTEX = ROOT / "docs" / "vertex.md"
 # What no test runs, and why. Their syntax, variables and files are looked at all the same.
