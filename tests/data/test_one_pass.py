@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import tracemalloc
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -352,9 +353,11 @@ def test_an_instruction_that_does_not_fit_is_found_in_every_row(
     layout = prompt_layout(AutoConfig.from_pretrained(path), tokenizer)
     file = write(tmp_path / "a.jsonl", *({"input_text": "the cat " * n} for n in range(1, 40)))
     prompts = load_prompts(file, renderer=PromptRenderer(instruction))
-    needed = min(
-        limit for limit in range(1, 400) if fits(PromptCodec(tokenizer, layout, limit, 8), prompts)
+    limits = range(1, 400)
+    place = bisect_left(
+        limits, True, key=lambda limit: fits(PromptCodec(tokenizer, layout, limit, 8), prompts)
     )
+    needed = limits[place]
     assert PromptCodec(tokenizer, layout, needed, 8).check_prompts(prompts).count == 39
     with pytest.raises(InputError) as caught:
         PromptCodec(tokenizer, layout, needed - 1, 8).check_prompts(prompts)

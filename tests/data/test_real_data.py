@@ -43,9 +43,8 @@ def run(places: dict[str, str], output: Path, policy: str, scorer: str) -> dict[
     return json.loads((output / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize(
-    ("policy", "scorer"), [("llama", "llama"), ("t5", "t5"), ("llama", "t5"), ("t5", "llama")]
-)
+# Of one family with itself the quickstart's tests are as good.
+@pytest.mark.parametrize(("policy", "scorer"), [("llama", "t5"), ("t5", "llama")])
 def test_all_stages(places: dict[str, str], policy: str, scorer: str, tmp_path: Path) -> None:
     metrics = run(places, tmp_path / "out", policy, scorer)
     assert metrics["ppo"]["ppo/ratio_first"] < 1e-4
