@@ -34,7 +34,7 @@ test: $(STAMP) ## all tests with coverage; make test ARGS="-m 'not slow'" for th
 numerics: $(STAMP) ## the fast tensor tests again, as on an older CPU and in another order
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 \
 		$(BIN)/python tests/support/isolated.py -m pytest -m "numerics and not slow" \
-		-n 2 --dist worksteal --shuffle $$(date +%j) $(ARGS)
+		--shuffle $$(date +%j) $(ARGS)
 
 lint: $(STAMP) ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .
