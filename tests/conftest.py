@@ -55,11 +55,19 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     return None if seed is None else f"order: --shuffle {seed}"
 
 
+# Their tests need tensors, but what they look at is no number.
+ABOUT_FILES_AND_PROCESSES = {
+    "files", "vertex", "data", "test_signals.py", "test_benchmarks.py", "test_bad_input.py",
+}  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests that compute; shuffle files, and the tests in each, which share its fixtures."""
     for item in items:
-        if hasattr(getattr(item, "module", None), "torch"):
+        place = item.path.relative_to(Path(__file__).parent)
+        about_files = place.parts[0] in ABOUT_FILES_AND_PROCESSES
+        if hasattr(getattr(item, "module", None), "torch") and not about_files:
             item.add_marker(pytest.mark.numerics)
     seed = config.getoption("--shuffle")
     if seed is None:
