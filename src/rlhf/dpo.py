@@ -16,13 +16,13 @@ from rlhf.config import DPOConfig
 from rlhf.data.batching import chunks, micro_batches, rows_for_step
 from rlhf.data.pairs import Pairs
 from rlhf.data.prompt_codec import PromptCodec
-from rlhf.data.reading import PreferenceData, split_holdout
+from rlhf.data.reading import PreferenceData
 from rlhf.data.schema import PreferenceRow
 from rlhf.evaluation import evaluate_preferences
 from rlhf.files.run_folder import Run
 from rlhf.models.generation import Generator, generate
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.saving import save_adapter, save_merged
+from rlhf.models.saving import save_policy
 from rlhf.objectives import dpo_loss, ipo_loss
 from rlhf.ppo.roles import Role, load_bases, make_policy
 from rlhf.reports.dry_run import dry_run_report
@@ -110,11 +110,8 @@ def read_dpo_inputs(
     held_out = inputs.read("eval_dataset")
     run = inputs.finish(optimizer=(trainer or DPOTrainer).optimizer_settings())
     assert train is not None
-    lines = inputs.lines
-    if not held_out:
-        train, held_out = split_holdout(train, seed=config.seed)
-        lines.append(f"preference_dataset: {len(held_out)} rows held out by prompt for evaluation")
-    return DPOInputs(inputs.tokenizer, train, held_out, lines, run)
+    train, held_out = inputs.hold_out(train, held_out)
+    return DPOInputs(inputs.tokenizer, train, held_out, inputs.lines, run)
 
 
 class DPOTrainer(Trainer):
@@ -322,9 +319,7 @@ class DPOTrainer(Trainer):
         prompts = self.codec.prompts([row.prompt for row in rows]).to(self.device)
         chosen = self.codec.responses([row.chosen for row in rows]).to(self.device)
         with policy.lm.inference():
-            if policy.adapter is not None:
-                save_adapter(policy.lm, policy.adapter, folder / "adapter")
-            kl = save_merged(policy.lm, policy.adapter, folder / "merged", (prompts, chosen))
+            kl = save_policy(policy.lm, policy.adapter, folder, (prompts, chosen))
         metrics = {} if kl is None else {"dpo/kl_merged_adapter": kl}
         shown = {name: m for name, m in self.final_metrics.items() if name.startswith(CARD_METRICS)}
         write_card(folder, self.stage, self.config, shown | metrics, self.inputs.lines)

@@ -19,7 +19,7 @@ from rlhf.files.output import path_in
 from rlhf.files.storage import exists
 from rlhf.models.generation import Generator, generate_in_chunks, rollout_uniforms
 from rlhf.models.reward_record import RECORD_FILE
-from rlhf.models.saving import save_adapter, save_merged
+from rlhf.models.saving import save_policy
 from rlhf.ppo.deviations import deviation_warnings
 from rlhf.ppo.experience import (
     Experience,
@@ -383,12 +383,10 @@ class PPOTrainer(Trainer):
     def export(self) -> dict[str, float]:
         """Write adapter/ and merged/, and return what merging cost."""
         policy, folder = self.policy, self.output_path
-        if policy.adapter is not None:
-            save_adapter(policy.lm, policy.adapter, folder / "adapter")
         rows = self.next_prompts()[: self.config.effective_micro_batch_size]
         rollout = self.rollout(rows, responses_per_prompt=1)
         probe = (rollout.prompts, rollout.responses)
-        kl = save_merged(policy.lm, policy.adapter, folder / "merged", probe)
+        kl = save_policy(policy.lm, policy.adapter, folder, probe)
         metrics = {} if kl is None else {"ppo/kl_merged_adapter": kl}
         shown = {name: m for name, m in self.final_metrics.items() if name.startswith(CARD_METRICS)}
         write_card(folder, self.stage, self.config, shown | metrics, self.lines)

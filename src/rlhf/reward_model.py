@@ -19,7 +19,6 @@ from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import (
     PreferenceData,
     PromptData,
-    split_holdout,
 )
 from rlhf.data.schema import PreferenceRow
 from rlhf.evaluation import evaluate_preferences
@@ -126,12 +125,9 @@ def read_reward_model_inputs(
     demonstrations = inputs.read("normalization_dataset")
     run = inputs.finish(optimizer=(trainer or RewardModelTrainer).optimizer_settings())
     assert rows is not None
-    train, lines = rows, inputs.lines
-    if not held_out:
-        train, held_out = split_holdout(rows, seed=config.seed)
-        lines.append(f"preference_dataset: {len(held_out)} rows held out by prompt for evaluation")
+    train, held_out = inputs.hold_out(rows, held_out)
     return RewardModelInputs(
-        inputs.tokenizer, inputs.renderer, train, held_out, demonstrations, lines, run
+        inputs.tokenizer, inputs.renderer, train, held_out, demonstrations, inputs.lines, run
     )
 
 

@@ -17,7 +17,7 @@ from rlhf.data.schema import PromptRow
 from rlhf.files.run_folder import Run
 from rlhf.models.generation import Generator, generate
 from rlhf.models.loading import load_language_model
-from rlhf.models.saving import save_adapter, save_merged
+from rlhf.models.saving import save_policy
 from rlhf.reports.dry_run import dry_run_report
 from rlhf.reports.model_card import write_card
 from rlhf.signals import stop_point
@@ -296,11 +296,7 @@ class SFTTrainer(Trainer):
         some = rows[: self.config.effective_micro_batch_size]
         probe = self.tokenize(some, [row.references[0] for row in some])
         with self.lm.inference():
-            if self.adapter is not None:
-                save_adapter(self.lm, self.adapter, folder / "adapter")
-            kl = save_merged(
-                self.lm, self.adapter, folder / "merged", (probe.prompts, probe.responses)
-            )
+            kl = save_policy(self.lm, self.adapter, folder, (probe.prompts, probe.responses))
         metrics = {} if kl is None else {"sft/kl_merged_adapter": kl}
         shown = {
             name: self.final_metrics[name] for name in CARD_METRICS if name in self.final_metrics

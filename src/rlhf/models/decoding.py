@@ -185,7 +185,7 @@ def cached_attention(module: Any, queries: Tensor, *parts: Cached) -> Tensor:
     weights = scores.softmax(-1, dtype=torch.float32).to(queries.dtype)
     widths = [part.keys.shape[2] for part in parts]
     read = [part.read(w) for part, w in zip(parts, weights.split(widths, -1), strict=True)]
-    return torch.stack(read).sum(0).flatten(1)[:, None]
+    return sum(read[1:], start=read[0]).flatten(1)[:, None]
 
 
 def cached_responses(

@@ -107,6 +107,19 @@ def read_origin(folder: Path) -> dict[str, Any] | None:
     return origin
 
 
+def save_policy(
+    lm: LanguageModel, adapter: str | None, folder: Path, probe: tuple[TokenBatch, TokenBatch]
+) -> float | None:
+    """Write adapter/, if there is one, and merged/ below a folder.
+
+    Returns:
+        What `save_merged` returns.
+    """
+    if adapter is not None:
+        save_adapter(lm, adapter, folder / "adapter")
+    return save_merged(lm, adapter, folder / "merged", probe)
+
+
 def save_merged(
     lm: LanguageModel,
     adapter: str | None,

@@ -9,7 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config import StageConfig
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.reading import PreferenceData, PromptData, load_preferences, load_prompts
+from rlhf.data.reading import (
+    PreferenceData,
+    PromptData,
+    load_preferences,
+    load_prompts,
+    split_holdout,
+)
 from rlhf.errors import InputError
 from rlhf.files.run_folder import Run, prepare_output
 from rlhf.hardware import pick_device
@@ -128,6 +134,18 @@ class StageInputs:
         if lengths.shortened:
             self.lines.append(f"{name}: {lengths.line()}")
         return data
+
+    def hold_out(
+        self, train: PreferenceData, held_out: PreferenceData | None
+    ) -> tuple[PreferenceData, PreferenceData]:
+        """Return rows to train on and rows to evaluate on, held out by prompt if none are given."""
+        if held_out:
+            return train, held_out
+        train, held_out = split_holdout(train, seed=self.config.seed)
+        self.lines.append(
+            f"preference_dataset: {len(held_out)} rows held out by prompt for evaluation"
+        )
+        return train, held_out
 
     def finish(self, **fingerprints: str) -> Run:
         """Inspect the output folder once all data is valid.
