@@ -237,7 +237,7 @@ def command(name: str, case: Case, folder: Path) -> list[str]:
         ("reward-model", reward_model, "load_language_model"),
         ("reward-model", reward_model, "save_sequence_classifier"),  # in the export
         ("ppo", ppo_trainer, "load_bases"),
-        ("ppo", ppo_trainer, "save_merged"),
+        ("ppo", ppo_trainer, "save_policy"),
         ("infer", rlhf.inference.stage, "load_models"),
         ("infer", rlhf.inference.stage, "samples_markdown"),  # all is predicted
         ("score", score, "load_reward_model"),
