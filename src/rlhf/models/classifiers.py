@@ -14,7 +14,7 @@ from rlhf.data.schema import PromptText
 from rlhf.data.special_tokens import added_ids
 from rlhf.errors import InputError
 from rlhf.models.checkpoint_files import check_checkpoint, count_stored
-from rlhf.models.families import FAMILIES
+from rlhf.models.families import family_of
 from rlhf.signals import stop_point
 
 
@@ -83,7 +83,7 @@ class SequenceClassifier:
         self._ends_in_eos = _ends_in_eos(self.model, self.tokenizer)
         self._codec = None
         if limits is not None:
-            layout = FAMILIES[self.model.config.model_type].prompt_layout(self.tokenizer)
+            layout = family_of(self.model.config).prompt_layout(self.tokenizer)
             self._codec = PromptCodec(
                 self.tokenizer, layout, limits.prompt, limits.response, limits.truncation_side
             )

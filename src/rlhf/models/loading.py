@@ -24,21 +24,19 @@ from rlhf.models.attention import SDPA_FLOAT32
 from rlhf.models.checkpoint_files import check_checkpoint, check_config, count_stored
 from rlhf.models.compat import attention_kind, has_adapters, set_attention_kind
 from rlhf.models.content import check_written
-from rlhf.models.families import FAMILIES
+from rlhf.models.families import family_of
 from rlhf.models.heap import keep_freed_memory
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.special_ids import special_id_problems
 from rlhf.models.targets import target_problems
 from rlhf.models.weights import cast_weights, quiet_transformers
 
-SUPPORTED = "rlhf trains T5 (also v1.1 and Flan) and LLaMA models"
-
 
 def read_model_config(base_model: str, revision: str | None = None) -> PretrainedConfig:
     """Return the checkpoint's config.json, without loading its weights.
 
     Raises:
-        InputError: There is no such checkpoint, or it is neither T5 nor LLaMA.
+        InputError: There is no such checkpoint, or no family computes such models.
     """
     source = _existing(base_model, weights=False)
     check_checkpoint(source, f"base_model: {base_model}", revision)
@@ -46,9 +44,8 @@ def read_model_config(base_model: str, revision: str | None = None) -> Pretraine
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # each of transformers' checks raises its own type
         raise InputError(f"base_model: {base_model}: config.json: {_reason(error)}") from error
-    if config.model_type not in FAMILIES:
-        raise InputError(f"base_model: {base_model} is a {config.model_type!r} model; {SUPPORTED}")
-    check_config(config, FAMILIES[config.model_type], f"base_model: {base_model}")
+    where = f"base_model: {base_model}"
+    check_config(config, family_of(config, where), where)
     sources = [("config.json", config), ("generation_config.json", _generation(source, revision))]
     problems = special_id_problems(sources, config.vocab_size)
     if problems:
@@ -121,8 +118,7 @@ def load_language_model(
         tokenizer = tokenizer or load_tokenizer(name, revision)
     if tokenizer is None:
         raise InputError("tokenizer: a model given as an object needs its tokenizer too")
-    if model.config.model_type not in FAMILIES:
-        raise InputError(f"model: {model.config.model_type!r} is not supported; {SUPPORTED}")
+    family = family_of(model.config, "model")
     _check_tokenizer(tokenizer, name)
     _check_vocabulary(model, tokenizer, name)
     if has_adapters(model):
@@ -133,7 +129,7 @@ def load_language_model(
         for part in model.modules():  # T5's encoder and decoder have their own configurations
             if isinstance(part, PreTrainedModel):
                 set_attention_kind(part.config, SDPA_FLOAT32)
-    lm = FAMILIES[model.config.model_type](
+    lm = family(
         model.to(device),
         tokenizer,
         trainable=trainable,
@@ -149,12 +145,12 @@ def load_language_model(
 
 def prompt_layout(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PromptLayout:
     """Return what the model wants around prompts; this does not need its weights."""
-    return FAMILIES[config.model_type].prompt_layout(tokenizer)
+    return family_of(config).prompt_layout(tokenizer)
 
 
 def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: int) -> list[str]:
     """Return what is wrong with the sequence limits for this model; empty if it has no limit."""
-    limit = FAMILIES[config.model_type].position_limit(config)
+    limit = family_of(config).position_limit(config)
     if limit is None or prompt_limit + response_limit <= limit:
         return []
     return [
@@ -169,7 +165,7 @@ def without_storage(config: PretrainedConfig) -> Any:
     Raises:
         InputError: It describes no valid model.
     """
-    family = FAMILIES[config.model_type]
+    family = family_of(config)
     try:
         with torch.device("meta"):
             model: Any = family.auto_class.from_config(config)
@@ -197,7 +193,7 @@ def check_adapter(config: StageConfig, model_config: PretrainedConfig, model: An
     head = module.get_output_embeddings().weight
     unread = head if isinstance(config, RewardModelConfig) else None
     try:
-        targets = FAMILIES[model_config.model_type].peft_config(lora)
+        targets = family_of(model_config).peft_config(lora)
     except InputError as error:
         return error.problems
     problems = target_problems(module, targets, lora.target_modules or (), unread=unread)
@@ -211,7 +207,7 @@ def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention
     check_written(Path(source))
     try:
         with quiet_transformers():
-            model, info = FAMILIES[config.model_type].auto_class.from_pretrained(
+            model, info = family_of(config).auto_class.from_pretrained(
                 source,
                 revision=revision,
                 dtype=dtype,

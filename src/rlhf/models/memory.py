@@ -20,7 +20,7 @@ from rlhf.config import (
     TrainingConfig,
 )
 from rlhf.hardware import pick_device, pick_dtype
-from rlhf.models.families import FAMILIES
+from rlhf.models.families import family_of
 from rlhf.models.loading import without_storage
 from rlhf.models.logprobs import LOGITS_PER_CHUNK, LOGITS_PER_CHUNK_CPU
 from rlhf.models.lora import MERGED_AT_ONCE
@@ -63,7 +63,7 @@ def count_parameters(config: PretrainedConfig, lora: LoRAConfig | None = None) -
     base = sum(parameter.numel() for parameter in model.parameters())
     adapter = largest = 0
     if lora is not None and lora.rank:
-        layers = adapted_layers(model, FAMILIES[config.model_type].peft_config(lora))
+        layers = adapted_layers(model, family_of(config).peft_config(lora))
         adapter = sum(lora.rank * sum(layer.weight.shape) for layer in layers.values())
         largest = max(layer.weight.numel() for layer in layers.values())
     return Counts(base, adapter, int(config.hidden_size), largest)
@@ -157,7 +157,7 @@ def _export(config: PretrainedConfig, stage: TrainingConfig, counts: Counts, wid
 def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) -> int:
     """Return the bytes kept for the backward pass of one micro-batch of the longest rows."""
     prompt, response = stage.prompt_sequence_length, stage.target_sequence_length
-    shape = FAMILIES[config.model_type].shape(config)
+    shape = family_of(config).shape(config)
     encoder, decoder = shape.encoder_layers, shape.decoder_layers
     rows, tokens = stage.micro_batch_limits
     shared = _responses_per_prompt(stage)
@@ -184,7 +184,7 @@ def _cache(config: PretrainedConfig, stage: StageConfig, rows: int, width: int) 
     """Return the bytes of keys and values while `rows` responses are generated."""
     shared = min(rows, _responses_per_prompt(stage))
     tokens = rows * stage.target_sequence_length + -(-rows // shared) * stage.prompt_sequence_length
-    return FAMILIES[config.model_type].shape(config).cached * tokens * width
+    return family_of(config).shape(config).cached * tokens * width
 
 
 def _responses_per_prompt(stage: StageConfig) -> int:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.models.families import FAMILIES
+from rlhf.models.families import family_of
 
 Arch = Literal["t5", "llama"]
 _WIDTH = 128
@@ -49,5 +49,5 @@ def make_toy_model(
         pad_token_id=tokenizer.pad_token_id,
         **_SHAPES[arch],
     )
-    model: PreTrainedModel = FAMILIES[arch].auto_class.from_config(config)
+    model: PreTrainedModel = family_of(config).auto_class.from_config(config)
     return model

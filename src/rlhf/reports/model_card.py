@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import AutoConfig
 
 from rlhf.config import TrainingConfig
+from rlhf.errors import InputError
 from rlhf.files.text import write_text
-from rlhf.models.families import FAMILIES
+from rlhf.models.families import family_of
 from rlhf.stages import STAGES, Card, Stage
 from rlhf.untrusted import as_code, as_markdown, without_secrets
 
@@ -112,11 +114,11 @@ A score is (raw - shift) / scale with the constants in `reward_model.json`."""
 
 def _auto_class(merged: Path) -> str:
     try:
-        config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
-    family = FAMILIES.get(config.get("model_type"))
-    return family.auto_class.__name__ if family else "AutoModelForCausalLM"
+        config = AutoConfig.from_pretrained(merged, trust_remote_code=False)
+        auto_class = family_of(config).auto_class
+    except (OSError, ValueError, InputError):  # a model of a user's own class
+        return "AutoModelForCausalLM"
+    return str(auto_class.__name__)
 
 
 def _settings(config: TrainingConfig) -> dict[str, Any]:

@@ -8,8 +8,27 @@ follow from it. Register your own from outside, before loading its first checkpo
 Loading compares it with transformers' own forward (`rlhf.models.agreement`).
 """
 
+from transformers import PretrainedConfig
+
+from rlhf.errors import InputError
 from rlhf.models.families.llama import Llama
 from rlhf.models.families.t5 import T5
 from rlhf.models.language_model import LanguageModel
 
 FAMILIES: dict[str, type[LanguageModel]] = {"llama": Llama, "t5": T5}
+
+
+def family_of(config: PretrainedConfig, where: str = "base_model") -> type[LanguageModel]:
+    """Return the family that computes the models of a config.json.
+
+    Args:
+        config: The model's configuration.
+        where: The setting that names the model, for messages.
+
+    Raises:
+        InputError: No family computes such models.
+    """
+    kind = config.model_type
+    if kind not in FAMILIES:
+        raise InputError(f"{where}: a {kind!r} model; rlhf trains {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[kind]
