@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 sys.path.insert(0, str(Path(__file__).parent))
 
 from support.cases import Case, make_case
+from support.hub import Hub, running_hub
 from support.object_store import ObjectStore, running_store
 from support.tiny import make_tokenizer
 from support.tiny import tiny_model as make_model
@@ -149,6 +150,13 @@ def object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ob
     """An object store for gs://, empty and without faults."""
     with running_store(tmp_path, monkeypatch) as store:
         yield store
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub of models and data sets, empty and without faults, with its own cache."""
+    with running_hub(tmp_path / "hub-cache", monkeypatch) as hub:
+        yield hub
 
 
 @pytest.fixture
