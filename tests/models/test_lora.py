@@ -6,14 +6,21 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Conv1D
 
 from rlhf.models.lora import LoRALinear
 
 
-def make_layer(bias: bool, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Linear:
+def make_layer(
+    bias: bool, dtype: torch.dtype = torch.float32, dropout: float = 0.0, *, conv: bool = False
+) -> Linear:
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(24, 40, bias=bias)).to(dtype).requires_grad_(False)
-    config = LoraConfig(r=4, lora_alpha=6, target_modules=["0"], lora_dropout=dropout)
+    inner = Conv1D(40, 24) if conv else nn.Linear(24, 40, bias=bias)
+    nn.init.normal_(inner.weight)
+    module = nn.Sequential(inner).to(dtype).requires_grad_(False)
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["0"], lora_dropout=dropout, fan_in_fan_out=conv
+    )
     layer = get_peft_model(module, config).base_model.model[0]
     nn.init.normal_(layer.lora_B["default"].weight)
     return layer
@@ -29,10 +36,12 @@ def outcome(layer: Linear, x: torch.Tensor) -> list[torch.Tensor]:
     return [y, x.grad, *(weight.grad.clone() for weight in weights)]
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("bias", "conv"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("shape", [(7, 24), (2, 5, 24), (1, 24)])
-def test_output_and_gradients_are_those_of_peft(bias: bool, shape: tuple[int, ...]) -> None:
-    layer = make_layer(bias).double()
+def test_output_and_gradients_are_those_of_peft(
+    bias: bool, conv: bool, shape: tuple[int, ...]
+) -> None:
+    layer = make_layer(bias, conv=conv).double()
     x = torch.randn(shape, dtype=torch.float64)
     expected = outcome(layer, x)
     layer.__class__ = LoRALinear
@@ -89,9 +98,10 @@ def test_no_adapter_means_the_base_alone() -> None:
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
+@pytest.mark.parametrize("conv", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matrices_that_were_cast_before_give_the_same(dtype: torch.dtype) -> None:
-    layer = make_layer(True, dtype)
+def test_matrices_that_were_cast_before_give_the_same(dtype: torch.dtype, conv: bool) -> None:
+    layer = make_layer(True, dtype, conv=conv)
     layer.__class__ = LoRALinear
     x = torch.randn(6, 1, 24).to(dtype)
     with torch.no_grad():
@@ -105,3 +115,18 @@ def test_matrices_that_were_cast_before_give_the_same(dtype: torch.dtype) -> Non
     # The same products with one more rounding of each factor: 2^-24 in float32, 2^-9 in bfloat16.
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     assert (ours - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_a_merged_weight_is_stored_as_the_base_and_computes_as_peft_merges(conv: bool) -> None:
+    layer = make_layer(True, conv=conv)
+    layer.__class__ = LoRALinear
+    x = torch.randn(6, 24)
+    ours = layer.merged_weight("default", torch.float32, torch.device("cpu"))
+    layer.merging = "default"
+    merging = layer(x)
+    layer.merging = None
+    layer.__class__ = Linear
+    layer.merge()
+    torch.testing.assert_close(ours, layer.base_layer.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(merging, layer(x), rtol=1e-5, atol=1e-5)

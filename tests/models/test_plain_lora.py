@@ -90,7 +90,6 @@ REFUSED: dict[str, Any] = {
     "trainable_token_indices": [1, 2],
     "target_parameters": ["q.weight"],
     "layer_replication": [[0, 1], [0, 2]],
-    "fan_in_fan_out": True,
     "alora_invocation_tokens": [5],
     "use_qalora": True,
     "arrow_config": {"top_k": 2},

@@ -122,7 +122,7 @@ def test_what_is_adapted_is_what_peft_adapts(arch: str, where: str) -> None:
     assert ours == theirs
     assert FULL[arch] in ours
     assert (
-        set(adapted_layers(lm.module, lm.peft_config(lora))) == ours
+        set(adapted_layers(lm.module, lm.peft_config(lora, lm.module))) == ours
     )  # adapters are looked through
     counted = count_parameters(lm.config, lora).adapter
     assert counted == sum(p.numel() for _, p in lm.named_trainable("policy"))

@@ -14,12 +14,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Conv1D, PreTrainedModel
 
 from rlhf.data.batching import seeded_generator
 from rlhf.errors import InputError
 from rlhf.models.lora import LoRALinear
-from rlhf.models.targets import target_problems
+from rlhf.models.targets import adapted_layers, target_problems
 
 
 class AdapterSet:
@@ -76,6 +76,9 @@ class AdapterSet:
         if problems:
             raise InputError([f"lora.target_modules: {problem}" for problem in problems])
         config.task_type = self._task_type
+        # GPT-2's kind of layer; peft would find out itself, with a warning per layer.
+        layers = adapted_layers(self._module, config).values()
+        config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in layers)
         device = self._module.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seeded_generator(f"adapter {name}", seed).initial_seed())
@@ -144,7 +147,8 @@ class AdapterSet:
         try:
             for layer, base, original in zip(layers, bases, originals, strict=True):
                 weight = original + layer.get_delta_weight(name)
-                base.weight.data = weight.t().contiguous().t()
+                transposed = getattr(layer, "fan_in_fan_out", False)
+                base.weight.data = weight if transposed else weight.t().contiguous().t()
             with self.using(None):
                 yield
         finally:

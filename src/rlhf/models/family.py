@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from peft import LoraConfig
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf.config import LoRAConfig
@@ -68,13 +69,22 @@ class Family(ABC):
         """
 
     @classmethod
-    def peft_config(cls, lora: LoRAConfig) -> LoraConfig:
+    def default_targets(cls, module: nn.Module) -> list[str]:  # noqa: ARG003
+        """Return the names of the linear layers of a model that adapters sit on by default."""
+        return list(cls.adapter_modules)
+
+    @classmethod
+    def peft_config(cls, lora: LoRAConfig, module: nn.Module) -> LoraConfig:
         """Return peft's configuration of an adapter.
+
+        Args:
+            lora: The user's configuration.
+            module: The model, which needs no storage and may have other adapters.
 
         Raises:
             InputError: The family has no part that `lora.where` names.
         """
-        names = lora.target_modules or list(cls.adapter_modules)
+        names = lora.target_modules or cls.default_targets(module)
         return LoraConfig(
             r=lora.rank,
             lora_alpha=lora.effective_alpha,

@@ -285,7 +285,7 @@ class LanguageModel(Family):
         Raises:
             InputError: `lora.target_modules` or `lora.where` do not fit the model.
         """
-        config, names = self.peft_config(lora), lora.target_modules or ()
+        config, names = self.peft_config(lora, self.module), lora.target_modules or ()
         self.adapters.add(name, config, trainable=trainable, seed=seed, asked_for=names)
 
     @contextmanager

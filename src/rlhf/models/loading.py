@@ -193,7 +193,7 @@ def check_adapter(config: StageConfig, model_config: PretrainedConfig, model: An
     head = module.get_output_embeddings().weight
     unread = head if isinstance(config, RewardModelConfig) else None
     try:
-        targets = family_of(model_config).peft_config(lora)
+        targets = family_of(model_config).peft_config(lora, module)
     except InputError as error:
         return error.problems
     problems = target_problems(module, targets, lora.target_modules or (), unread=unread)

@@ -2,6 +2,8 @@
 
 peft's own forward multiplies and adds whole outputs and keeps them for backward; at rank 8, these
 passes over memory take longer than the product with W.
+
+GPT-2 keeps its weights transposed (`Conv1D`), which peft calls `fan_in_fan_out`.
 """
 
 from typing import Any
@@ -55,6 +57,10 @@ class LoRALinear(Linear):
     low_rank: tuple[Tensor, Tensor] | None = None
     merging: str | None = None
 
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        """Turn (out, in) into the orientation in which the base layer keeps its weight, or back."""
+        return weight.t() if self.fan_in_fan_out else weight
+
     def prepare(self, name: str) -> None:
         """Cast an adapter once for many calls without gradients, until `low_rank` is None."""
         dtype = self.base_layer.weight.dtype
@@ -62,18 +68,19 @@ class LoRALinear(Linear):
         self.low_rank = a.to(dtype).t(), (b * self.scaling[name]).to(dtype).t()
 
     def merged_weight(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return (out, in): the weight with an adapter added, summed in fp32 and cast once.
+        """Return the weight, as it is stored, with an adapter added, summed in fp32 and cast once.
 
         Works on one block of rows at a time, so that the fp32 sums take little memory.
         """
         weight, scale = self.base_layer.weight.detach(), self.scaling[name]
         a = self.lora_A[name].weight.detach().to(device, torch.float32)
         b = self.lora_B[name].weight.detach().to(device, torch.float32)
+        left, right = (a.t(), b.t()) if self.fan_in_fan_out else (b, a)
         merged = torch.empty(weight.shape, dtype=dtype, device=device)
         rows = max(1, MERGED_AT_ONCE // weight.shape[1])
-        parts = zip(merged.split(rows), weight.split(rows), b.split(rows), strict=True)
+        parts = zip(merged.split(rows), weight.split(rows), left.split(rows), strict=True)
         for target, old, low in parts:
-            target.copy_(old.to(device, torch.float32) + (low @ a).mul_(scale))
+            target.copy_(old.to(device, torch.float32) + (low @ right).mul_(scale))
         return merged
 
     @override
@@ -81,7 +88,7 @@ class LoRALinear(Linear):
         if self.merging is not None:
             weight = self.base_layer.weight
             weight = self.merged_weight(self.merging, weight.dtype, weight.device)
-            return torch.nn.functional.linear(x, weight, self.base_layer.bias)
+            return torch.nn.functional.linear(x, self._as_stored(weight), self.base_layer.bias)
         if self.low_rank is not None:
             a, b = self.low_rank
             flat = x.reshape(-1, x.shape[-1])
@@ -94,5 +101,6 @@ class LoRALinear(Linear):
             return super().forward(x, *args, **kwargs)
         base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
         flat = x.reshape(-1, x.shape[-1])
-        product = _LoRAProduct.apply(flat, base.weight, base.bias, a, b, self.scaling[name])
+        weight = self._as_stored(base.weight)
+        product = _LoRAProduct.apply(flat, weight, base.bias, a, b, self.scaling[name])
         return product.view(*x.shape[:-1], -1)

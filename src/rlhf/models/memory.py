@@ -63,7 +63,7 @@ def count_parameters(config: PretrainedConfig, lora: LoRAConfig | None = None) -
     base = sum(parameter.numel() for parameter in model.parameters())
     adapter = largest = 0
     if lora is not None and lora.rank:
-        layers = adapted_layers(model, family_of(config).peft_config(lora))
+        layers = adapted_layers(model, family_of(config).peft_config(lora, model))
         adapter = sum(lora.rank * sum(layer.weight.shape) for layer in layers.values())
         largest = max(layer.weight.numel() for layer in layers.values())
     return Counts(base, adapter, int(config.hidden_size), largest)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import InputError
 from rlhf.models.compat import rank_of
-from rlhf.models.targets import adapted_layers, target_problems
+from rlhf.models.targets import adapted_layers, linear_sizes, target_problems
 from rlhf.untrusted import parse_json
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -24,6 +24,7 @@ _PREFIX = "base_model.model."
 _WITHOUT_EFFECT = frozenset(
     {
         "auto_mapping",
+        "fan_in_fan_out",  # peft itself corrects it by the type of each layer
         "inference_mode",
         "megatron_core",
         "peft_version",
@@ -138,9 +139,9 @@ def check_fit(module: nn.Module, config: LoraConfig, state: Mapping[str, Tensor]
         return [f"target_modules: {problem}; {_FIX}" for problem in problems]
     expected: dict[str, tuple[int, ...]] = {}
     for name, layer in adapted_layers(module, config).items():
-        rank = rank_of(config, name)
-        expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, layer.in_features)
-        expected[f"{_PREFIX}{name}.lora_B.weight"] = (layer.out_features, rank)
+        rank, (inputs, outputs) = rank_of(config, name), linear_sizes(layer)
+        expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, inputs)
+        expected[f"{_PREFIX}{name}.lora_B.weight"] = (outputs, rank)
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected]
     shapes = [n for n, shape in expected.items() if n in state and tuple(state[n].shape) != shape]

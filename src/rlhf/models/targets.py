@@ -10,6 +10,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import Conv1D
 
 from rlhf.models.compat import is_targeted
 
@@ -24,6 +25,12 @@ def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
         config: The adapter's configuration.
     """
     return {name: layer for name, layer in _layers(model) if is_targeted(config, name)}
+
+
+def linear_sizes(layer: Any) -> tuple[int, int]:
+    """Return the numbers of inputs and outputs of a linear layer."""
+    first, second = layer.weight.shape
+    return (first, second) if isinstance(layer, Conv1D) else (second, first)
 
 
 def target_problems(
@@ -65,7 +72,7 @@ def target_problems(
 def _reason_against(
     name: str, layer: Any, holders: dict[int, list[str]], unread: Tensor | None
 ) -> str | None:
-    if type(layer) is not nn.Linear:
+    if type(layer) not in (nn.Linear, Conv1D):
         return f"cannot be adapted: not a linear layer ({type(layer).__name__})"
     others = [holder for holder in holders[_key(layer.weight)] if holder != name]
     if others:
