@@ -36,6 +36,8 @@ _SIZES: dict[str, tuple[int, int]] = {
     "num_decoder_layers": (1, 2000),
     "d_kv": (1, 2**16),
     "d_ff": (1, 2**20),
+    "local_radius": (1, 2**20),
+    "global_block_size": (1, 2**20),
     "relative_attention_num_buckets": (4, 2**16),
     "relative_attention_max_distance": (2, 2**31),
 }

@@ -1,6 +1,7 @@
 """What a family of models knows about its models before any weights are loaded."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,12 +22,17 @@ class Shape:
         decoder_layers: Layers that read responses.
         kept_matrices: Attention matrices that a layer keeps for the backward pass.
         cached: Numbers in the cache per token.
+        encoder_keys: Maps the length of a prompt to how many keys an attention matrix of the
+            encoder has for each of its tokens.
+        shares_prompts: Whether the cache keeps a prompt once, whatever the number of its responses.
     """
 
     encoder_layers: int
     decoder_layers: int
     kept_matrices: int
     cached: int
+    encoder_keys: Callable[[int], int] = lambda prompt: prompt
+    shares_prompts: bool = True
 
 
 class Family(ABC):

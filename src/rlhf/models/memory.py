@@ -166,7 +166,9 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
     read = shared * response + (0 if encoder else prompt)
     rows = max(1, min(rows if pair else rows // shared, tokens // (prompt + shared * response)))
     hidden = int(config.hidden_size)
-    in_encoder = prompt * (KEPT_PER_HIDDEN * hidden + shape.kept_matrices * prompt)
+    in_encoder = prompt * (
+        KEPT_PER_HIDDEN * hidden + shape.kept_matrices * shape.encoder_keys(prompt)
+    )
     in_decoder = read * (KEPT_PER_HIDDEN * hidden + shape.kept_matrices * (prompt + read))
     if stage.gradient_checkpointing:  # the input of each layer, and all of the recomputed one
         kept = (encoder * prompt + decoder * read) * hidden

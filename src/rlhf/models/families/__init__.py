@@ -12,10 +12,19 @@ from transformers import PretrainedConfig
 
 from rlhf.errors import InputError
 from rlhf.models.families.llama import Llama
+from rlhf.models.families.longt5 import LongT5
+from rlhf.models.families.mt5 import MT5
 from rlhf.models.families.t5 import T5
+from rlhf.models.families.umt5 import UMT5
 from rlhf.models.language_model import LanguageModel
 
-FAMILIES: dict[str, type[LanguageModel]] = {"llama": Llama, "t5": T5}
+FAMILIES: dict[str, type[LanguageModel]] = {
+    "llama": Llama,
+    "longt5": LongT5,
+    "mt5": MT5,
+    "t5": T5,
+    "umt5": UMT5,
+}
 
 
 def family_of(config: PretrainedConfig, where: str = "base_model") -> type[LanguageModel]:

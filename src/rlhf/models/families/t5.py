@@ -25,17 +25,13 @@ class T5(EncoderDecoderModel):
         return layers
 
     @override
-    def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.module.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-
-    @override
     def embed(self, ids: Tensor) -> Tensor:
         return self.module.decoder.embed_tokens(ids)
 
     @override
-    def position_bias(self, length: int, columns: int, first: int | Tensor) -> Tensor:
+    def position_biases(self, length: int, columns: int, first: int | Tensor) -> list[Tensor]:
         attention = self.layers[0].layer[0].SelfAttention  # all layers use the first one's bias
-        return attention.compute_bias(length, columns, past_seen_tokens=first)
+        return [attention.compute_bias(length, columns, past_seen_tokens=first)]
 
     @override
     def prompt_attention(self, layer: Any) -> Any:
@@ -81,6 +77,11 @@ class T5(EncoderDecoderModel):
         # transformers 5 always writes tie_word_embeddings=true: a v1.1 or Flan model saved that way
         # would load with scaled outputs.
         return {} if config.scale_decoder_outputs else {"tie_word_embeddings": False}
+
+    @classmethod
+    @override
+    def position_limit(cls, config: PretrainedConfig) -> int | None:
+        return None  # relative positions
 
     @classmethod
     @override
