@@ -12,10 +12,11 @@ import numpy as np
 
 from rlhf.config import ScoreConfig
 from rlhf.console import say, show
-from rlhf.data.json_lines import MAX_PROBLEMS, expand_paths, read_json_lines
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.row_checker import RowChecker
 from rlhf.data.schema import PromptText, ranked_pairs
+from rlhf.data.sources.reading import Source, find_sources, place, read_records
+from rlhf.data.sources.record import MAX_PROBLEMS
 from rlhf.errors import InputError
 from rlhf.evaluation import bootstrap_interval, evaluate_preferences
 from rlhf.files.local_copy import local_folder
@@ -93,10 +94,10 @@ def run_score(config: ScoreConfig) -> ScoreResult:
         InputError: If rows are bad, the output is an input, or the reward model cannot be loaded.
     """
     pick_device(config.device)
-    files = expand_paths(config.dataset, "dataset")
-    _check_output(config.output, files)
+    sources = find_sources(config.dataset, "dataset")
+    _check_output(config.output, [source.name for source in sources])
     renderer = _renderer(config)
-    total, skipped = _check_rows(files, renderer, config.on_bad_rows)
+    total, skipped = _check_rows(sources, renderer, config.on_bad_rows)
     path, label = config.reward_model_path, config.reward_model_label
     check_reward_model(path, renderer, label=label)
     scorer = load_reward_model(path, device=config.device, dtype=config.dtype, label=label)
@@ -109,7 +110,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
     figures = _Figures()
     with whole_file(config.output, "output") as file:
         progress = ProgressLine(STAGE, total, 0, ("reward",))
-        rows = _rows(files, renderer)
+        rows = _rows(sources, renderer)
         try:
             while batch := list(islice(rows, config.batch_size * _BATCHES_AT_ONCE)):
                 for row, rewards in zip(batch, _scores(scorer, batch, config), strict=True):
@@ -145,7 +146,7 @@ def _renderer(config: ScoreConfig) -> PromptRenderer:
 
 
 def _check_rows(
-    files: Sequence[str], renderer: PromptRenderer, on_bad_rows: str
+    sources: Sequence[Source], renderer: PromptRenderer, on_bad_rows: str
 ) -> tuple[int, int]:
     """Return the numbers of good and of bad rows.
 
@@ -154,7 +155,7 @@ def _check_rows(
     """
     problems: list[str] = []
     good = bad = 0
-    for where, found in _read(files, renderer):
+    for where, found in _read(sources, renderer):
         if isinstance(found, _Row):
             good += 1
         else:
@@ -169,17 +170,16 @@ def _check_rows(
     return good, bad
 
 
-def _rows(files: Sequence[str], renderer: PromptRenderer) -> Iterator[_Row]:
-    return (found for _, found in _read(files, renderer) if isinstance(found, _Row))
+def _rows(sources: Sequence[Source], renderer: PromptRenderer) -> Iterator[_Row]:
+    return (found for _, found in _read(sources, renderer) if isinstance(found, _Row))
 
 
 def _read(
-    files: Sequence[str], renderer: PromptRenderer
+    sources: Sequence[Source], renderer: PromptRenderer
 ) -> Iterator[tuple[str, "_Row | list[str]"]]:
-    """Yield every line with its place: a row, or what is wrong with it."""
-    for line in read_json_lines(files):
-        path = files[line.file]
-        where = path if line.whole_file else f"{path}:{line.line}"
+    """Yield every record with its place: a row, or what is wrong with it."""
+    for line in read_records(sources):
+        where = place(sources, line)
         if line.problem or not isinstance(line.value, dict):
             yield where, [line.problem or "is not an object, expected a JSON object"]
             continue

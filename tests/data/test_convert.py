@@ -391,7 +391,7 @@ def test_rows_of_no_layout(tmp_path: Path, row: Any, expected: str) -> None:
 
 def test_arrays_name_their_items(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, PAIR, {**PAIR, "choice": 3}, array=True)
-    assert found.startswith(f"{tmp_path}/source.jsonl[1]: choice:")
+    assert found.startswith(f"{tmp_path}/source.jsonl:2: choice:")
 
 
 @pytest.mark.parametrize(
@@ -399,8 +399,8 @@ def test_arrays_name_their_items(tmp_path: Path) -> None:
     [
         (b"", "is empty"),
         (b"[]", "is an empty array"),
-        (b"[1", "is not JSON"),
-        (b'["\xff"]', "is not JSON"),
+        (b"[1", "is not one JSON array"),
+        (b'["\xff"]', "is not UTF-8"),
         (b"[" * 200_000, "is nested too deeply"),
         (b"{", "is one JSON value over several lines"),
     ],

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from rlhf import pipeline
 from rlhf.config import PipelineConfig
-from rlhf.data import json_lines, reading, row_table
+from rlhf.data import reading, row_table
 from rlhf.data.counting import TokenCounter
 from rlhf.data.encoding import TextEncoder
 from rlhf.data.prompt_codec import PromptCodec
@@ -25,6 +25,8 @@ from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_preferences, load_prompts, read_once
 from rlhf.data.scanning import RowReader
 from rlhf.data.schema import PromptText
+from rlhf.data.sources import files as source_files
+from rlhf.data.sources import reading as source_reading
 from rlhf.errors import InputError
 from rlhf.models.loading import prompt_layout
 from rlhf.reports.data_check import check_files
@@ -75,13 +77,13 @@ def write(path: Path, *values: Any) -> str:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The paths that are opened to read rows, in order."""
     paths: list[str] = []
-    original = json_lines.open_file
+    original = source_files.open_file
 
     def counted(path: str) -> Any:
         paths.append(path)
         return original(path)
 
-    monkeypatch.setattr(json_lines, "open_file", counted)
+    monkeypatch.setattr(source_reading, "open_file", counted)
     return paths
 
 

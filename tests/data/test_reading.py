@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlhf.data import json_lines
 from rlhf.data.duplicates import count_pairs, pair_hash
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_preferences, load_prompts, split_holdout
+from rlhf.data.sources.record import MAX_ROW_BYTES
 from rlhf.errors import InputError
 from rlhf.reports.data_check import check_files
 
@@ -292,8 +292,8 @@ def test_pairs_are_counted_like_sets_count_them(rows: list[tuple[str, str, str, 
         (b"\n \r\n", "{path}: is empty"),
         (b"\xef\xbb\xbf", "{path}: is empty"),
         (b'{"input_text": "a"}\n{"input_text": }\n', "{path}:2: is not JSON (expecting value at"),
-        (b'[{"input_text": "a"}]', "{path}: is a JSON array, expected one object per line"),
-        (b"[\n  {\n", "{path}: is a JSON array"),
+        (b"[\n  {\n", "{path}:1: is not JSON (expecting property name"),
+        (b" [ ]", "{path}: is an empty array"),
         (b'{\n  "input_text": "a"\n}\n', "{path}: is one JSON value over several lines"),
         (b'{"input_text": "a"}\n[1]\n', "{path}:2: is a list, expected a JSON object"),
         (b"3\n", "{path}:1: is the number 3, expected a JSON object"),
@@ -375,14 +375,20 @@ def test_paths_globs_and_lists(tmp_path: Path) -> None:
 
 def test_missing_files_are_all_named(tmp_path: Path) -> None:
     write(tmp_path / "prompts.jsonl", PAIR)
+    (tmp_path / "empty").mkdir()
     found = problems(
-        [f"{tmp_path}/prompt.jsonl", f"{tmp_path}/*.json", str(tmp_path), f"{tmp_path}/x/y.jsonl"],
+        [
+            f"{tmp_path}/prompt.jsonl",
+            f"{tmp_path}/*.json",
+            f"{tmp_path}/empty",
+            f"{tmp_path}/x/y.jsonl",
+        ],
         load_prompts,
     )
     assert found[0].startswith(f"prompt_dataset: {tmp_path}/prompt.jsonl does not exist")
     assert f"did you mean {tmp_path}/prompts.jsonl?" in found[0]
     assert found[1].endswith("*.json matches no file")
-    assert "is a folder" in found[2]
+    assert "is a folder without data files" in found[2]
     assert f"there is no folder {tmp_path}/x" in found[3]
     assert problems([], load_prompts) == ["prompt_dataset: names no file, expected at least one"]
 
@@ -578,4 +584,4 @@ def test_real_tldr_preferences_load_completely(shared: Path) -> None:
 
 
 def test_the_line_limit_is_sixteen_mebibytes() -> None:
-    assert json_lines.MAX_LINE_BYTES == 2**24
+    assert MAX_ROW_BYTES == 2**24

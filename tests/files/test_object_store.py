@@ -30,9 +30,9 @@ from tensorboard.compat.proto.event_pb2 import Event
 from rlhf.cli import main
 from rlhf.config import InferenceConfig
 from rlhf.data.convert import convert
-from rlhf.data.json_lines import read_json_lines
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_prompts
+from rlhf.data.sources.reading import FileSource, read_records
 from rlhf.errors import InputError, StoppedBySignal, StorageError
 from rlhf.files import storage
 from rlhf.files.local_copy import local_folder
@@ -136,7 +136,7 @@ def test_lines_survive_the_borders_of_blocks(
         patch.setattr(gcsfs.GCSFileSystem, "default_block_size", block)
         if random.Random(seed).random() < 0.5:
             store.cut_answer(1, "GET /download")
-        found = list(read_json_lines([f"{bucket}/rows.jsonl"]))
+        found = list(read_records([FileSource(f"{bucket}/rows.jsonl")]))
         store.heal()
     assert [line.problem for line in found] == [""] * len(rows)
     assert [line.value for line in found] == rows
@@ -148,7 +148,7 @@ def test_lines_longer_than_a_block_of_gcsfs(object_store: ObjectStore) -> None:
     address = f"{object_store.bucket()}/rows.jsonl"
     object_store.write(address, "\n".join(map(json.dumps, rows)).encode())
     trouble(object_store, 1, "GET /download")
-    assert [line.value for line in read_json_lines([address])] == rows
+    assert [line.value for line in read_records([FileSource(address)])] == rows
     assert object_store.faults_served >= 4
 
 

@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.data.json_lines import MAX_PROBLEMS, expand_paths, mend, open_file, read_json_lines
 from rlhf.data.row_checker import RowChecker, add_names, holds_something, in_words, named
+from rlhf.data.sources.reading import Source, find_sources, place, read_records
+from rlhf.data.sources.record import MAX_PROBLEMS
 from rlhf.data.turns import (
     NoPreferenceError,
     RowError,
@@ -92,7 +93,7 @@ def convert(
     """Convert files in another layout to the library's rows, all of them or nothing.
 
     Args:
-        source_path: JSON Lines or JSON arrays: a path, glob, fsspec address, or a list of these.
+        source_path: A path, glob, folder, fsspec address, or a list of these.
         output_path: Local path or fsspec address of the file to write; replaced if it exists.
         layout: One of those in the module docstring; "auto" recognizes it from the first row.
 
@@ -101,12 +102,12 @@ def convert(
     """
     if layout not in ("auto", *_LAYOUTS):
         raise InputError(f"layout: is {layout!r}, expected one of {', '.join(('auto', *_LAYOUTS))}")
-    files = expand_paths(source_path, "source_path")
+    sources = find_sources(source_path, "source_path")
     report = ConvertReport(layout, output_path)
     problems: list[str] = []
     count = 0
     with whole_file(output_path, "output_path") as output:
-        for place, value, problem in _values(files):
+        for where, value, problem in _values(sources):
             try:
                 if problem or not isinstance(value, dict):
                     raise RowError(problem or f"is {in_words(value)}, expected a JSON object")
@@ -120,7 +121,7 @@ def convert(
             except RowError as error:
                 count += 1
                 if len(problems) < MAX_PROBLEMS:
-                    problems.append(f"{place}: {error}")
+                    problems.append(f"{where}: {error}")
                 continue
             output.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             report.rows += 1
@@ -136,35 +137,10 @@ def convert(
     return report
 
 
-def _values(files: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
-    """Yield every row of JSON Lines and JSON arrays as (place, value, problem)."""
-    for path in files:
-        array, problem = _array(path)
-        if problem:
-            yield path, None, problem
-        elif array is not None:
-            for number, value in enumerate(array):
-                yield f"{path}[{number}]", mend(value), ""
-        else:
-            for line in read_json_lines([path]):
-                place = path if line.whole_file else f"{path}:{line.line}"
-                yield place, line.value, line.problem
-
-
-def _array(path: str) -> tuple[list[Any] | None, str]:
-    """Return the items of a file that is one JSON array, or its problem; else (None, "")."""
-    with open_file(path) as stream:
-        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if not start.startswith(b"["):
-            return None, ""
-    with open_file(path) as stream:
-        try:
-            items = json.loads(stream.read().decode("utf-8-sig"))
-        except RecursionError:
-            return None, "is nested too deeply, expected an array of flat objects"
-        except ValueError as error:  # invalid JSON or UTF-8, or a number with too many digits
-            return None, f"is not JSON ({error}), expected an array of objects"
-    return (items, "") if items else (None, "is an empty array, expected objects")
+def _values(sources: Sequence[Source]) -> Iterator[tuple[str, Any, str]]:
+    """Yield every row as (place, value, problem)."""
+    for record in read_records(sources):
+        yield place(sources, record), record.value, record.problem
 
 
 def _recognize(row: Row) -> str:

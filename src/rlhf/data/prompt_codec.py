@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from rlhf.data.batching import TokenBatch, chunks
 from rlhf.data.counting import MARGIN, TokenCounter, surely_short
 from rlhf.data.encoding import ANCHORS, Piece, TextEncoder, overlap
-from rlhf.data.json_lines import MAX_PROBLEMS
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.row_table import take, text_sizes
 from rlhf.data.rows import RowData, prompt_of
 from rlhf.data.schema import Message, PromptFields, PromptText
+from rlhf.data.sources.record import MAX_PROBLEMS
 from rlhf.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""From JSON Lines to checked, rendered rows on disk.
+"""From data sources to checked, rendered rows on disk.
 
 Nothing here needs a model. Memory stays bounded for any input: one pass writes every row to a
 temporary Arrow file, and each stage selects the rows it needs. Inside `read_once` no file is read
@@ -6,7 +6,6 @@ twice.
 """
 
 import contextlib
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -14,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.data.json_lines import expand_paths
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.rows import PreferenceData, PromptData, ReadReport
 from rlhf.data.scanning import Scan, scan
 from rlhf.data.selection import OnBadRows, Wants, column_values, group_rows, rows_wanted
-from rlhf.files.storage import is_remote, open_store
+from rlhf.data.sources.reading import Source, find_sources
 
 __all__ = [
     "OnBadRows",
@@ -149,18 +147,18 @@ def split_holdout(
 
 
 class _Scans:
-    """The latest scans of a run, keyed by files and rendering."""
+    """The latest scans of a run, keyed by sources and rendering."""
 
     def __init__(self, keep_lines: bool) -> None:
         self.keep_lines = keep_lines
         self._scans: OrderedDict[tuple[object, ...], Scan] = OrderedDict()
 
-    def get(self, files: Sequence[str], renderer: PromptRenderer, keep_lines: bool) -> Scan:
-        """Return the scan of some files; scan them again if they changed."""
+    def get(self, sources: Sequence[Source], renderer: PromptRenderer, keep_lines: bool) -> Scan:
+        """Return the scan of some sources; scan them again if they changed."""
         keep_lines = keep_lines or self.keep_lines
-        key = (renderer.identity, keep_lines, *map(_stamp, files))
+        key = (renderer.identity, keep_lines, *(source.stamp() for source in sources))
         if key not in self._scans:
-            self._scans[key] = scan(files, renderer, keep_lines)
+            self._scans[key] = scan(sources, renderer, keep_lines)
             if len(self._scans) > _MOST_SCANS:
                 self._scans.popitem(last=False)
         self._scans.move_to_end(key)
@@ -202,19 +200,7 @@ def scan_files(
     Raises:
         InputError: If files are missing.
     """
-    files = expand_paths(paths, name)
+    sources = find_sources(paths, name)
     if _scans is None:
-        return scan(files, renderer, keep_lines)
-    return _scans.get(files, renderer, keep_lines)
-
-
-def _stamp(path: str) -> tuple[object, ...]:
-    """Return a value that changes whenever the file does."""
-    try:
-        if is_remote(path):
-            filesystem, root = open_store(path)
-            return path, filesystem.ukey(root)
-        about = os.stat(path)
-    except Exception:  # every store raises its own kind; reading will report the problem
-        return path, object()
-    return path, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+        return scan(sources, renderer, keep_lines)
+    return _scans.get(sources, renderer, keep_lines)

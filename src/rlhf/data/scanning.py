@@ -1,6 +1,6 @@
-"""One pass over files, from which every stage takes the rows it needs.
+"""One pass over data sources, from which every stage takes the rows it needs.
 
-Each line becomes a row of a `RowTable`, together with the problems of its parts: whether it is a
+Each record becomes a row of a `RowTable`, together with the problems of its parts: whether it is a
 good row depends on what a stage wants (`rlhf.data.selection`).
 """
 
@@ -8,11 +8,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rlhf.data.json_lines import MAX_PROBLEMS, JsonLine, read_json_lines
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.row_checker import RowChecker, add_names, holds_something, in_words
 from rlhf.data.row_table import Flag, RowTable, TableWriter
 from rlhf.data.schema import Candidates, PromptText
+from rlhf.data.sources.reading import Source, place, read_records
+from rlhf.data.sources.record import MAX_PROBLEMS, Record
 
 MOST_FIELDS = 1000
 _LONGEST_FIELD = 1000
@@ -206,11 +207,11 @@ class Faults:
 
 
 class Scan:
-    """Result of one pass over files.
+    """Result of one pass over data sources.
 
     Attributes:
-        files: The files.
-        table: A row for each line.
+        files: Their names.
+        table: A row for each record.
         faults: Problems of the bad rows.
         unused: Names of fields that no stage reads.
         fields: Names of all fields; None if there are more than `MOST_FIELDS`.
@@ -235,37 +236,40 @@ class Scan:
         self.selections: dict[Any, Any] = {}
 
 
-def scan(files: Sequence[str], renderer: PromptRenderer, keep_lines: bool = False) -> Scan:
-    """Read files once, in bounded memory.
+def scan(sources: Sequence[Source], renderer: PromptRenderer, keep_lines: bool = False) -> Scan:
+    """Read data sources once, in bounded memory.
 
     Args:
-        files: Existing files.
+        sources: Files and the like.
         renderer: Renders the prompts.
-        keep_lines: Whether to keep every original line, too.
+        keep_lines: Whether to keep every row as a line of JSON, too: its own, if it has one.
     """
     reader, faults = RowReader(renderer), Faults()
     with TableWriter() as writer:
-        for line in read_json_lines(files):
+        for line in read_records(sources):
             if line.problem or not isinstance(line.value, dict):
-                _add_fault(line, files, faults, writer)
+                _add_fault(line, sources, faults, writer)
                 continue
             parts = reader.read_plain(line.value) or reader.read(line.value)
             raw = None
             if keep_lines:
-                raw = json.dumps(line.value).encode() if line.mended else line.raw
+                raw = b"" if line.mended else line.raw
+                raw = raw or json.dumps(line.value).encode()
             _add_row(parts, line, faults, writer, raw)
         table = writer.finish()
     fields = None if len(reader.fields) > MOST_FIELDS else list(reader.fields)
-    return Scan(files, table, faults, reader.unused, fields)
+    return Scan([source.name for source in sources], table, faults, reader.unused, fields)
 
 
-def _add_fault(line: JsonLine, files: Sequence[str], faults: Faults, writer: TableWriter) -> None:
-    """Add a line that contains no JSON object."""
+def _add_fault(
+    line: Record, sources: Sequence[Source], faults: Faults, writer: TableWriter
+) -> None:
+    """Add a record that contains no JSON object."""
     problem = line.problem or f"is {in_words(line.value)}, expected a JSON object"
     flags = Flag.BAD_LINE
     if line.whole_file:
         flags |= Flag.WHOLE_FILE
-        faults.whole_files.append(f"{files[line.file]}: {problem}")
+        faults.whole_files.append(f"{place(sources, line)}: {problem}")
     elif faults.wanted("line", False, False):
         faults.add(writer.rows, "line", [problem])
     writer.add(None, "", None, None, None, (line.file, line.line), flags)
@@ -280,7 +284,7 @@ _FLAG_OF_PART = {
 
 
 def _add_row(
-    parts: Parts, line: JsonLine, faults: Faults, writer: TableWriter, raw: bytes | None
+    parts: Parts, line: Record, faults: Faults, writer: TableWriter, raw: bytes | None
 ) -> None:
     prompt, pair, references = parts.prompt, parts.pair, parts.references
     flags = Flag.OBJECT

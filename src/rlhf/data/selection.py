@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.data.duplicates import count_pairs
-from rlhf.data.json_lines import MAX_PROBLEMS
 from rlhf.data.row_table import Flag, take
 from rlhf.data.rows import ReadReport
 from rlhf.data.scanning import Scan
+from rlhf.data.sources.record import MAX_PROBLEMS
 from rlhf.errors import InputError
 
 OnBadRows = Literal["error", "skip"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config.loading import parse_yaml
-from rlhf.data.json_lines import open_file
+from rlhf.data.sources.files import open_file
 from rlhf.errors import InputError
 from rlhf.files.local_copy import local_folder
 from rlhf.files.storage import is_remote
