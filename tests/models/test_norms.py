@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from rlhf.models.norms import FASTER, use_faster_norms
+from rlhf.models.norms import faster, use_faster_norms
 
 KINDS = {"llama": LlamaRMSNorm, "t5": T5LayerNorm}
 
@@ -63,5 +63,5 @@ def test_all_norms_of_a_model_are_found(arch: str) -> None:
     use_faster_norms(model)
     kinds = [type(part) for part in model.modules() if "Norm" in type(part).__name__]
     assert len(kinds) >= 5
-    assert set(kinds) == {FASTER[KINDS[arch]]}
+    assert set(kinds) == {faster(KINDS[arch])}
     assert model.state_dict().keys() == before

@@ -6,6 +6,7 @@ module of transformers is passed along for `scaling`, `is_causal` and whatever e
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,22 @@ SDPA_FLOAT32 = "sdpa_float32"
 
 # Maps an attention module, queries, keys and values to (B, N, H·d).
 Attend = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ScoreRule:
+    """What a layer does to its scores before the softmax, besides hiding later tokens.
+
+    Attributes:
+        window: A token sees itself and the `window` - 1 tokens before it; None for all of them.
+        cap: Scores s become cap·tanh(s / cap); None for no cap.
+    """
+
+    window: int | None = None
+    cap: float | None = None
+
+
+PLAIN_SCORES = ScoreRule()
 
 
 def widened(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -72,8 +89,32 @@ def split_heads(states: Tensor, size: int) -> Tensor:
     return states.unflatten(-1, (-1, size)).transpose(1, 2)
 
 
+def capped(scores: Tensor, cap: float | None) -> Tensor:
+    """Squash scores or logits smoothly to between -cap and cap; None leaves them as they are."""
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Return which tokens of a row each of them sees within a window.
+
+    Returns:
+        (1, 1, length, length) bool; None where the window hides nothing and `is_causal` will do.
+    """
+    if window is None or window >= length:
+        return None
+    place = torch.arange(length, device=device)
+    back = place[:, None] - place
+    return ((back >= 0) & (back < window))[None, None]
+
+
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embeddings: (B, heads, N, d) with (B or 1, N, d)."""
+    """Apply rotary position embeddings: (B, heads, N, d) with (B or 1, N, d).
+
+    If the tables are narrower, they rotate as many entries of each head and leave the rest.
+    """
+    width = cos.shape[-1]
+    if width < states.shape[-1]:
+        return torch.cat([rotate(states[..., :width], cos, sin), states[..., width:]], dim=-1)
     return states * cos[:, None] + rotate_half(states) * sin[:, None]
 
 
@@ -84,6 +125,7 @@ def full_attention(
     values: Tensor,
     mask: Tensor | None = None,
     position_bias: Tensor | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Attend over all tokens of a row with the kernel that the model is configured for.
 
@@ -95,12 +137,15 @@ def full_attention(
         mask: (B, 1, L or 1, K) bool, true where a query sees a key; None to rely on `is_causal`
             alone.
         position_bias: (1, H, L, K), added to the scores; None for no bias.
+        cap: Cap of the scores, which only the eager kernel can compute; None for no cap.
 
     Returns:
         (B, L, H·d).
     """
     kernel = AttentionInterface().get_interface(attention_kind(module.config), _eager)
-    options = {} if position_bias is None else {"position_bias": position_bias}
+    options: dict[str, Any] = {} if position_bias is None else {"position_bias": position_bias}
+    if cap is not None:
+        kernel, options = _eager, {**options, "cap": cap}
     heads, _ = kernel(
         module, queries, keys, values, mask, dropout=0.0, scaling=module.scaling, **options
     )
@@ -116,12 +161,13 @@ def _eager(
     *,
     scaling: float,
     position_bias: Tensor | None = None,
+    cap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention step by step: the kernel of `attn_implementation: eager`."""
     groups = queries.shape[1] // keys.shape[1]
     keys, values = (part.repeat_interleave(groups, dim=1) for part in (keys, values))
-    scores = queries @ keys.transpose(2, 3) * scaling
+    scores = capped(queries @ keys.transpose(2, 3) * scaling, cap)
     if position_bias is not None:
         scores = scores + position_bias
     if mask is None and module.is_causal:

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
-from transformers.models.t5.modeling_t5 import T5LayerNorm
+from transformers.models.llama.modeling_llama import rotate_half
 from transformers.utils import cached_file
 
-__all__ = ["LlamaRMSNorm", "T5LayerNorm", "rotate_half", "sdpa_attention_forward"]
+__all__ = ["rotate_half", "sdpa_attention_forward"]
 
 
 def attention_kind(config: PretrainedConfig) -> str | None:

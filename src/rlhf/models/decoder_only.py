@@ -9,6 +9,7 @@ Shape letters: L tokens of a row, N of them wanted; others as in `language_model
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,23 @@ from rlhf.data.batching import TokenBatch, join_rows
 from rlhf.data.prompt_codec import PromptLayout
 from rlhf.data.special_tokens import added_ids
 from rlhf.errors import InputError
-from rlhf.models.attention import Attend, checkpointed, full_attention
-from rlhf.models.decoding import DecodeState, cached_responses, hide_later
+from rlhf.models.attention import (
+    PLAIN_SCORES,
+    Attend,
+    ScoreRule,
+    causal_mask,
+    checkpointed,
+    full_attention,
+)
+from rlhf.models.decoding import Cached, DecodeState, cached_responses, hide_later, hide_outside
 from rlhf.models.family import Shape, eos_ids
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.packing import Grid, SharedPrompts, Wanted, grid_heads
 
 # What layers need to know about the tokens' positions: tensors of (B or 1, L, any).
 Places = tuple[Tensor, ...]
+# The values of `layer_types` in config.json that are supported.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class DecoderOnlyModel(LanguageModel):
@@ -35,6 +45,7 @@ class DecoderOnlyModel(LanguageModel):
 
     A layer is `attention_input`, from which `queries` and `keys_values` are made, then attention,
     then `after_attention`. Each of these gets the states of some tokens and returns as many.
+    `score_rule` and `projections` are for families whose layers differ from that.
     """
 
     task_type = "CAUSAL_LM"
@@ -73,6 +84,18 @@ class DecoderOnlyModel(LanguageModel):
     @abstractmethod
     def keys_values(self, layer: Any, h: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         """Compute keys and values from (B, L, D): (B, H / G, L, d) each."""
+
+    def score_rule(self, layer: Any) -> ScoreRule:  # noqa: ARG002
+        """Return the layer's attention window and the cap of its scores; most have neither."""
+        return PLAIN_SCORES
+
+    def projections(
+        self, layer: Any, h: Tensor, places: Places, wanted: slice | Tensor = slice(None)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the wanted tokens' queries, and all keys and values, from (B, L, D)."""
+        keys, values = self.keys_values(layer, h, places)
+        there = tuple(part[:, wanted] for part in places)
+        return self.queries(layer, h[:, wanted], there), keys, values
 
     @abstractmethod
     def after_attention(self, layer: Any, x: Tensor, heads: Tensor) -> Tensor:
@@ -120,7 +143,12 @@ class DecoderOnlyModel(LanguageModel):
     @classmethod
     @override
     def position_limit(cls, config: PretrainedConfig) -> int | None:
-        return int(config.max_position_embeddings)
+        limit = int(config.max_position_embeddings)
+        rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # Beyond this length other frequencies apply to all of a row's tokens, the cached too.
+            return min(limit, int(rope["original_max_position_embeddings"]))
+        return limit
 
     @classmethod
     @override
@@ -134,13 +162,24 @@ class DecoderOnlyModel(LanguageModel):
             problems.append(
                 f"num_attention_heads {heads} is no multiple of num_key_value_heads {shared}"
             )
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if unknown := sorted(kinds - {FULL, SLIDING}):
+            problems.append(
+                f"layer_types: {', '.join(unknown)} is not supported; expected {FULL} or {SLIDING}"
+            )
+        if SLIDING in kinds and not config.sliding_window:
+            problems.append(f"layer_types: {SLIDING} needs a sliding_window")
+        if getattr(config, "use_bidirectional_attention", None):
+            problems.append(
+                "use_bidirectional_attention: a model that generates reads forward only"
+            )
         return problems
 
     @override
     def response_states(
         self, prompts: TokenBatch, responses: TokenBatch, groups: Tensor | None = None
     ) -> Tensor:
-        row = SharedPrompts.of(prompts, responses, groups)
+        row = SharedPrompts.of(prompts, responses, groups, self._windows)
         return row.responses.tokens.spread(self._states(row, row.every_state))
 
     @override
@@ -155,14 +194,22 @@ class DecoderOnlyModel(LanguageModel):
     def final_states(
         self, prompts: TokenBatch, responses: TokenBatch, groups: Tensor | None = None
     ) -> Tensor:
-        row = SharedPrompts.of(prompts, responses, groups)
+        row = SharedPrompts.of(prompts, responses, groups, self._windows)
         return self._states(row, row.last_states)
+
+    @property
+    def _rules(self) -> list[ScoreRule]:
+        return [self.score_rule(layer) for layer in self.layers]
+
+    @property
+    def _windows(self) -> list[int]:
+        """All different windows of layers."""
+        return sorted({rule.window for rule in self._rules if rule.window is not None})
 
     def _layer(self, layer: Any, x: Tensor, places: Places, attend: Attend) -> Tensor:
         """Compute one layer for all of its tokens: (B, L, D)."""
         h = self.attention_input(layer, x)
-        queries = self.queries(layer, h, places)
-        heads = attend(self.attention(layer), queries, *self.keys_values(layer, h, places))
+        heads = attend(self.attention(layer), *self.projections(layer, h, places))
         return self.after_attention(layer, x, heads)
 
     def _last_layer(
@@ -170,10 +217,9 @@ class DecoderOnlyModel(LanguageModel):
     ) -> Tensor:
         """Compute the last layer for the wanted tokens alone: (1, N, D) to (1, N wanted, D)."""
         h = self.attention_input(layer, x)
-        keys, values = self.keys_values(layer, h, places)
-        there = tuple(part[:, wanted.items] for part in places)
-        queries = self.queries(layer, h[:, wanted.items], there)
-        heads = row.attend_after_prompt(self.attention(layer), queries, keys, values, wanted)
+        parts = self.projections(layer, h, places, wanted.items)
+        rule = self.score_rule(layer)
+        heads = row.attend_after_prompt(self.attention(layer), *parts, wanted, rule)
         return self.after_attention(layer, x[:, wanted.items], heads)
 
     def _states(self, row: SharedPrompts, wanted: Wanted) -> Tensor:
@@ -181,7 +227,8 @@ class DecoderOnlyModel(LanguageModel):
         with self.autocast():
             x, places = self.embed(row.ids, row.positions)
             for layer in self.layers[:-1]:
-                x = checkpointed(layer, self._layer, layer, x, places, row.attend)
+                attend = partial(row.attend, rule=self.score_rule(layer))
+                x = checkpointed(layer, self._layer, layer, x, places, attend)
             return self.final_norm(self._last_layer(self.layers[-1], x, places, row, wanted))[0]
 
     @override
@@ -191,17 +238,21 @@ class DecoderOnlyModel(LanguageModel):
         pairs: list[tuple[Tensor, Tensor]] = []
         grid = Grid.of_lengths(prompts.lengths, prompts.ids.shape[1])
         device = prompts.ids.device
+        masks = {window: causal_mask(grid.width, window, device) for window in self._windows}
 
-        def attend(module: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        def attend(
+            module: Any, queries: Tensor, keys: Tensor, values: Tensor, rule: ScoreRule
+        ) -> Tensor:
             pairs.append((grid_heads(grid, keys), grid_heads(grid, values)))
-            heads = full_attention(module, grid_heads(grid, queries), *pairs[-1])
-            return grid.collect(heads)[None]
+            mask = None if rule.window is None else masks[rule.window]
+            q = grid_heads(grid, queries)
+            return grid.collect(full_attention(module, q, *pairs[-1], mask, cap=rule.cap))[None]
 
         columns = torch.arange(grid.width, device=device).expand(grid.rows, -1)
         with self.autocast():
             x, places = self.embed(grid.collect(prompts.ids)[None], grid.collect(columns)[None])
             for layer in self.layers:
-                x = self._layer(layer, x, places, attend)
+                x = self._layer(layer, x, places, partial(attend, rule=self.score_rule(layer)))
             last = self.final_norm(x[:, prompts.lengths.cumsum(0) - 1])[0]
         state = DecodeState.begin(prompts, pairs, groups, max_new_tokens)
         return state, last[state.groups]
@@ -211,12 +262,48 @@ class DecoderOnlyModel(LanguageModel):
         # Positions continue from the length of each row's own prompt.
         positions = (state.prompt_lengths + state.column)[:, None]
         bias = hide_later(state.prompt_bias.new_zeros(1, 1, 1, width), state.column)
+        rules = self._rules
+        sights = {rule.window: hide_outside(rule.window, state, bias) for rule in rules}
         with self.autocast():
             x, places = self.embed(tokens[:, None], positions)
-            for layer, (keys, values, prompt) in zip(self.layers, state.layers, strict=True):
-                attend = cached_responses(keys, values, state.column, bias, prompt)
+            for layer, rule, (keys, values, prompt) in zip(
+                self.layers, rules, state.layers, strict=True
+            ):
+                own, before = sights[rule.window]
+                seen = Cached(prompt.keys, prompt.values, before, prompt.places, rule.cap)
+                attend = cached_responses(keys, values, state.column, own, seen, rule.cap)
                 x = self._layer(layer, x, places, attend)
             return self.final_norm(x)[:, 0]
+
+
+class FusedProjections(DecoderOnlyModel):
+    """A model in which one matrix computes queries, keys and values."""
+
+    @abstractmethod
+    def heads(self, layer: Any, h: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries (B, H, L, d), keys and values (B, H / G, L, d) from (B, L, D)."""
+
+    @override
+    def queries(self, layer: Any, h: Tensor, places: Places) -> Tensor:
+        return self.heads(layer, h, places)[0]
+
+    @override
+    def keys_values(self, layer: Any, h: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        return self.heads(layer, h, places)[1:]
+
+    @override
+    def projections(
+        self, layer: Any, h: Tensor, places: Places, wanted: slice | Tensor = slice(None)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        queries, keys, values = self.heads(layer, h, places)
+        return queries[:, :, wanted], keys, values
+
+
+def window_of(config: PretrainedConfig, layer: Any) -> int | None:
+    """Return the window of a layer whose attention `layer_types` in config.json describes."""
+    if config.layer_types[layer.self_attn.layer_idx] != SLIDING:
+        return None
+    return int(config.sliding_window)
 
 
 def _joined(prompts: TokenBatch, responses: TokenBatch) -> tuple[Tensor, Tensor]:

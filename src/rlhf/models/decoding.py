@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf.data.batching import TokenBatch
 from rlhf.errors import InputError
-from rlhf.models.attention import Attend, padding_bias
+from rlhf.models.attention import Attend, capped, padding_bias
 from rlhf.models.compat import compile_error, keep_address
 from rlhf.models.packing import Grid
 
@@ -141,20 +141,22 @@ class Cached:
         values: Likewise.
         bias: (B or G or 1, K or 1, 1, L), added to the scores.
         places: Grid (G, n) of the rows that share keys; None if each row has its own.
+        cap: Cap of the scores; None for no cap.
     """
 
     keys: Tensor
     values: Tensor
     bias: Tensor
     places: Grid | None = None
+    cap: float | None = None
 
     def scores(self, queries: Tensor) -> Tensor:
         """Return (B, K, H / K, L) scores of (B, K, H / K, d) scaled queries."""
         if self.places is None:
-            return queries @ self.keys.transpose(2, 3) + self.bias
+            return capped(queries @ self.keys.transpose(2, 3), self.cap) + self.bias
         # The queries of all rows that share keys become one matrix: the keys are read once.
         grid = self.places.spread(queries).transpose(1, 2)
-        scores = grid.flatten(2, 3) @ self.keys.transpose(2, 3) + self.bias
+        scores = capped(grid.flatten(2, 3) @ self.keys.transpose(2, 3), self.cap) + self.bias
         return self.places.collect(scores.unflatten(2, grid.shape[2:4]).transpose(1, 2))
 
     def read(self, weights: Tensor) -> Tensor:
@@ -189,7 +191,12 @@ def cached_attention(module: Any, queries: Tensor, *parts: Cached) -> Tensor:
 
 
 def cached_responses(
-    keys: Tensor, values: Tensor, column: Tensor, bias: Tensor, prompt: Cached | None = None
+    keys: Tensor,
+    values: Tensor,
+    column: Tensor,
+    bias: Tensor,
+    prompt: Cached | None = None,
+    cap: float | None = None,
 ) -> Attend:
     """Return the attention of one new token to its response, into whose cache it goes.
 
@@ -199,13 +206,14 @@ def cached_responses(
         column: (1,) where the token's key and value go.
         bias: (1, K or 1, 1, width) on the first `width` columns of the cache, the others are empty.
         prompt: What the token sees besides, as part of the same softmax.
+        cap: Cap of the scores; None for no cap.
     """
     width = bias.shape[-1]
 
     def attend(module: Any, queries: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys.index_copy_(2, column, key.to(keys.dtype))
         values.index_copy_(2, column, value.to(values.dtype))
-        own = Cached(keys[:, :, :width], values[:, :, :width], bias)
+        own = Cached(keys[:, :, :width], values[:, :, :width], bias, cap=cap)
         parts = (own,) if prompt is None else (prompt, own)
         return cached_attention(module, queries, *parts)
 
@@ -216,6 +224,31 @@ def hide_later(bias: Tensor, column: Tensor) -> Tensor:
     """Return (..., C): the bias, with the columns after `column`, still empty, masked out."""
     later = torch.arange(bias.shape[-1], device=bias.device) > column
     return bias.masked_fill(later, torch.finfo(bias.dtype).min)
+
+
+def hide_outside(window: int | None, state: DecodeState, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Hide from the new token of each row what lies before a layer's window.
+
+    Args:
+        window: Tokens that a token sees, itself included; None for all of them.
+        state: The state, whose `column` is that of the new token.
+        bias: (1, 1, 1, width) on the columns of the responses.
+
+    Returns:
+        That bias, and the (G, 1, 1, P) bias on the prompts.
+    """
+    before = state.prompt_bias
+    if window is None or window >= before.shape[-1] + state.columns:
+        return bias, before
+    # All responses to a prompt are as long as each other by now, so they see the same of it.
+    first = state.column - window + 1
+    lengths = (before == 0).sum(-1, keepdim=True)
+    columns = torch.arange(max(before.shape[-1], bias.shape[-1]), device=before.device)
+    lowest = torch.finfo(bias.dtype).min
+    return (
+        bias.masked_fill(columns[: bias.shape[-1]] < first, lowest),
+        before.masked_fill(columns[: before.shape[-1]] < first + lengths, lowest),
+    )
 
 
 class CompiledDecoding:

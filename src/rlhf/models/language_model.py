@@ -205,11 +205,16 @@ class LanguageModel(Family):
         """Scale the states between the final norm and the LM head; most families do not."""
         return states
 
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """Change the LM head's fp32 output, such as by a cap; most families do not."""
+        return logits
+
     def logits(self, states: Tensor) -> Tensor:
         """Apply the LM head: (..., D) states to (..., V) fp32 logits."""
         head: Any = self.module.get_output_embeddings()
         with self.autocast():
-            return head(self.scale_for_head(states).to(head.weight.dtype)).float()
+            logits = head(self.scale_for_head(states).to(head.weight.dtype)).float()
+        return self.finish_logits(logits)
 
     def policy_logits(
         self, states: Tensor, positions: Tensor, temperature: float, min_response_length: int

@@ -8,8 +8,6 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from rlhf.models.compat import LlamaRMSNorm, T5LayerNorm
-
 
 class _RMSNorm(Function):
     """Zhang and Sennrich 2019: y = w·x̂ with x̂ = x·s and s = (mean x² + ε)^−½.
@@ -37,14 +35,14 @@ class _RMSNorm(Function):
         return g.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype), None, None, None
 
 
-def _plain(norm: LlamaRMSNorm | T5LayerNorm) -> bool:
+def _plain(norm: Any) -> bool:
     """Return whether transformers' own forward will do: no backward, or the weight trains too."""
     return norm.weight.requires_grad or not torch.is_grad_enabled()
 
 
-class _LlamaNorm(LlamaRMSNorm):
+class _Llama(nn.Module):
     @override
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
         if _plain(self):
             return super().forward(hidden_states)
         return _RMSNorm.apply(
@@ -52,18 +50,54 @@ class _LlamaNorm(LlamaRMSNorm):
         )
 
 
-class _T5Norm(T5LayerNorm):
+class _T5(nn.Module):
     @override
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
         if _plain(self):
             return super().forward(hidden_states)
         return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.weight.dtype)
 
 
-FASTER: dict[type[nn.Module], type[nn.Module]] = {LlamaRMSNorm: _LlamaNorm, T5LayerNorm: _T5Norm}
+class _Gemma(nn.Module):
+    """The weight is what is added to 1, and multiplies before the cast to the input's dtype."""
+
+    @override
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if _plain(self):
+            return super().forward(x)
+        return _RMSNorm.apply(x, 1.0 + self.weight.float(), self.eps, torch.float32).type_as(x)
+
+
+# How each class of transformers computes its norm; by name, so that no model's code is imported.
+KINDS: dict[str, type[nn.Module]] = {
+    "Gemma2RMSNorm": _Gemma,
+    "Gemma3RMSNorm": _Gemma,
+    "LlamaRMSNorm": _Llama,
+    "MistralRMSNorm": _Llama,
+    "Phi3RMSNorm": _Llama,
+    "Qwen2RMSNorm": _Llama,
+    "Qwen3RMSNorm": _Llama,
+    "SmolLM3RMSNorm": _Llama,
+    "T5LayerNorm": _T5,
+}
+
+
+_FASTER: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def faster(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class with this module's backward pass for a class of transformers' norms.
+
+    All other classes, also those that share a name with one of these, are returned as they are.
+    """
+    if kind.__name__ not in KINDS or not kind.__module__.startswith("transformers.models."):
+        return kind
+    if kind not in _FASTER:
+        _FASTER[kind] = type(f"Faster{kind.__name__}", (KINDS[kind.__name__], kind), {})
+    return _FASTER[kind]
 
 
 def use_faster_norms(module: nn.Module) -> None:
     """Give the model's norms this module's backward pass; their weights stay as they are."""
     for part in module.modules():
-        part.__class__ = FASTER.get(type(part), type(part))
+        part.__class__ = faster(type(part))

@@ -7,6 +7,7 @@ and each response, which starts with the prompt's last token, attends to them an
 Shape letters: G prompts, n responses to a prompt at most, N tokens; others as in `language_model`.
 """
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from rlhf.data.batching import TokenBatch
-from rlhf.models.attention import full_attention
+from rlhf.models.attention import PLAIN_SCORES, ScoreRule, causal_mask, full_attention
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,11 @@ class ResponseGrids:
         return cls(tokens, shared, places)
 
 
+# Which tokens see which, bool, by the window of a layer; None: all that come before. Windows that
+# hide nothing have no entry.
+Sight = Mapping[int | None, Tensor]
+
+
 @dataclass(frozen=True)
 class Wanted:
     """Tokens after the prompts whose states are wanted from the last layer.
@@ -159,12 +165,12 @@ class Wanted:
     Attributes:
         items: Their indices among all packed tokens.
         grid: Grid (G, M) of them, by prompt.
-        sees: (G, 1, M, P-1 + n·(R+1)) bool, which tokens each of them sees.
+        sees: (G, 1, M, P-1 + n·(R+1)), which tokens each of them sees.
     """
 
     items: slice | Tensor
     grid: Grid
-    sees: Tensor
+    sees: Sight
 
 
 @dataclass(frozen=True)
@@ -180,7 +186,8 @@ class SharedPrompts:
         prompts: Grid (G, P-1) of the prompts' tokens.
         responses: Grids of the responses' tokens.
         response_lengths: (B,).
-        sees: (G, 1, n·(R+1), P-1 + n·(R+1)) bool, which tokens each response token sees.
+        sees: (G, 1, n·(R+1), P-1 + n·(R+1)), which tokens each response token sees.
+        sees_before: (1, 1, P-1, P-1), which tokens each prompt token sees; None is not in it.
         count: Packed tokens of the prompts.
     """
 
@@ -189,12 +196,17 @@ class SharedPrompts:
     prompts: Grid
     responses: ResponseGrids
     response_lengths: Tensor
-    sees: Tensor
+    sees: Sight
+    sees_before: Sight
     count: int
 
     @classmethod
     def of(
-        cls, prompts: TokenBatch, responses: TokenBatch, groups: Tensor | None
+        cls,
+        prompts: TokenBatch,
+        responses: TokenBatch,
+        groups: Tensor | None,
+        windows: Collection[int] = (),
     ) -> "SharedPrompts":
         """Pack the tokens.
 
@@ -202,6 +214,7 @@ class SharedPrompts:
             prompts: G prompts, each with at least one token.
             responses: B responses, possibly empty.
             groups: (B,) index of each response's prompt; None for one response to each.
+            windows: Windows of the model's layers.
         """
         device, lengths = prompts.ids.device, prompts.lengths - 1
         before = torch.arange(prompts.ids.shape[1] - 1, device=device)
@@ -219,14 +232,19 @@ class SharedPrompts:
         response = column // grids.tokens.width
         causal = (response[:, None] == response) & (column[:, None] >= column)
         of_prompt = (before < lengths[:, None])[:, None].expand(-1, len(column), -1)
-        sees = torch.cat([of_prompt, causal.expand(len(prompts), -1, -1)], dim=2)
+        every = torch.cat([of_prompt, causal.expand(len(prompts), -1, -1)], dim=2)[:, None]
+        places = lengths[:, None] + column % grids.tokens.width
+        longest = len(before) + grids.tokens.width
+        near = [window for window in windows if window < longest]
+        masks = {window: causal_mask(len(before), window, device) for window in near}
         return cls(
             torch.cat(ids)[None],
             torch.cat(positions)[None],
             grid,
             grids,
             responses.lengths,
-            sees[:, None],
+            {None: every} | {window: every & _near(before, places, window) for window in near},
+            {window: mask for window, mask in masks.items() if mask is not None},
             len(ids[0]),
         )
 
@@ -243,23 +261,38 @@ class SharedPrompts:
         start = torch.arange(places.width, device=device) * self.responses.tokens.width
         column = places.spread(self.response_lengths) + start
         group = torch.arange(places.rows, device=device)[:, None]
-        return Wanted(items, places, self.sees[:, 0][group, column][:, None])
+        sees = {window: s[:, 0][group, column][:, None] for window, s in self.sees.items()}
+        return Wanted(items, places, sees)
 
-    def attend(self, module: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(
+        self,
+        module: Any,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        rule: ScoreRule = PLAIN_SCORES,
+    ) -> Tensor:
         """Attend with all tokens: (1, H, N, d) queries to (1, N, H·d)."""
         after = self.attend_after_prompt(
-            module, queries[:, :, self.count :], keys, values, self.every_state
+            module, queries[:, :, self.count :], keys, values, self.every_state, rule
         )
         if self.prompts.width == 0:
             return after
-        parts = (
+        q, k, v = (
             grid_heads(self.prompts, part[:, :, : self.count]) for part in (queries, keys, values)
         )
-        before = self.prompts.collect(full_attention(module, *parts))
+        mask = self.sees_before.get(rule.window)
+        before = self.prompts.collect(full_attention(module, q, k, v, mask, cap=rule.cap))
         return torch.cat([before[None], after], dim=1)
 
     def attend_after_prompt(
-        self, module: Any, queries: Tensor, keys: Tensor, values: Tensor, wanted: Wanted
+        self,
+        module: Any,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        wanted: Wanted,
+        rule: ScoreRule = PLAIN_SCORES,
     ) -> Tensor:
         """Attend with the wanted tokens alone.
 
@@ -269,11 +302,12 @@ class SharedPrompts:
             keys: (1, K, N, d) of all tokens.
             values: Likewise.
             wanted: The tokens.
+            rule: The layer's window and cap.
 
         Returns:
             (1, M, H·d).
         """
-        # The prompts attend by the plain causal kernel; only what follows needs a mask.
+        # Prompts within the window attend by the plain causal kernel; what follows needs a mask.
         k, v = (
             torch.cat(
                 [
@@ -284,8 +318,25 @@ class SharedPrompts:
             )
             for part in (keys, values)
         )
-        heads = full_attention(module, grid_heads(wanted.grid, queries), k, v, wanted.sees)
+        sees = wanted.sees.get(rule.window, wanted.sees[None])
+        q = grid_heads(wanted.grid, queries)
+        heads = full_attention(module, q, k, v, sees, cap=rule.cap)
         return wanted.grid.collect(heads)[None]
+
+
+def _near(before: Tensor, places: Tensor, window: int) -> Tensor:
+    """Return which prompt and response tokens are in the window of each response token.
+
+    Args:
+        before: (P-1,) positions of the prompts' tokens.
+        places: (G, M) positions of the response tokens.
+        window: Tokens that a token sees, itself included.
+
+    Returns:
+        (G, 1, M, P-1 + M) bool, true of later tokens too.
+    """
+    keys = torch.cat([before.expand(len(places), -1), places], dim=1)
+    return (places[:, :, None] - keys[:, None] < window)[:, None]
 
 
 def grid_heads(grid: Grid, packed: Tensor) -> Tensor:

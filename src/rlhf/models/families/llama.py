@@ -11,7 +11,7 @@ from rlhf.models.decoder_only import DecoderOnlyModel, Places
 
 
 class Llama(DecoderOnlyModel):
-    """LLaMA 1 to 3, and other models with its `model_type`."""
+    """LLaMA 1 to 3, and other models with its `model_type`, such as SmolLM 1 and 2."""
 
     name = "LLaMA"
     adapter_modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -38,13 +38,18 @@ class Llama(DecoderOnlyModel):
     @override
     def queries(self, layer: Any, h: Tensor, places: Places) -> Tensor:
         attention = layer.self_attn
-        return rotate(split_heads(attention.q_proj(h), attention.head_dim), *places)
+        return self.rotated(layer, split_heads(attention.q_proj(h), attention.head_dim), places)
 
     @override
     def keys_values(self, layer: Any, h: Tensor, places: Places) -> tuple[Tensor, Tensor]:
         attention = layer.self_attn
-        keys = rotate(split_heads(attention.k_proj(h), attention.head_dim), *places)
-        return keys, split_heads(attention.v_proj(h), attention.head_dim)
+        keys = split_heads(attention.k_proj(h), attention.head_dim)
+        values = split_heads(attention.v_proj(h), attention.head_dim)
+        return self.rotated(layer, keys, places), values
+
+    def rotated(self, layer: Any, states: Tensor, places: Places) -> Tensor:  # noqa: ARG002
+        """Put positions into queries or keys (B, heads, L, d)."""
+        return rotate(states, *places)
 
     @override
     def after_attention(self, layer: Any, x: Tensor, heads: Tensor) -> Tensor:

@@ -1,0 +1,195 @@
+"""Random tiny models of each family, drawn from a seed, and what plain transformers says of them.
+
+To add a family, write a function that draws a configuration and put it into `DRAWS`.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from support.tiny import make_tokenizer
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+from rlhf.models.families import family_of
+from rlhf.models.language_model import LanguageModel
+
+VOCAB = 120  # of `make_tokenizer`
+POSITIONS = 48
+
+
+def decoder(draw: random.Random, *, wide: bool = True) -> dict[str, Any]:
+    """Sizes of a decoder: heads that share keys or not, tied or not, heads of another width."""
+    heads = draw.choice([2, 4])
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": draw.choice([16, 32]),
+        "intermediate_size": draw.choice([16, 24]),
+        "num_hidden_layers": draw.choice([1, 2, 2, 2, 3]),
+        "num_attention_heads": heads, "max_position_embeddings": POSITIONS,
+        "num_key_value_heads": draw.choice([1, heads // 2, heads]),
+        "tie_word_embeddings": draw.random() < 0.5, "attention_dropout": 0.1,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "rms_norm_eps": draw.choice([1e-6, 1e-2]),
+    }  # fmt: skip
+    if wide and draw.random() < 0.5:
+        fields["head_dim"] = draw.choice([4, 6, 8])
+    return fields
+
+
+def rope(draw: random.Random) -> dict[str, Any]:
+    """A kind of rotary positions; the context of `original` tokens is shorter than rows are."""
+    original = {"original_max_position_embeddings": 8}
+    kind, fields = draw.choice(
+        [
+            ("default", {}),
+            ("default", {}),
+            ("linear", {"factor": 2.0}),
+            ("dynamic", {"factor": 2.0}),
+            ("yarn", {"factor": 4.0, **original}),
+            (
+                "llama3",
+                {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **original},
+            ),
+        ]
+    )
+    return {"rope_type": kind, "rope_theta": draw.choice([50.0, 10000.0]), **fields}
+
+
+def window(draw: random.Random) -> int:
+    """One token, a few, and as many as any row has."""
+    return draw.choice([1, 2, 3, 5, 8, 64])
+
+
+def some_windows(draw: random.Random, fields: dict[str, Any]) -> dict[str, Any]:
+    """Windows in some layers."""
+    kinds = ["full_attention", "sliding_attention"]
+    layers = [draw.choice(kinds) for _ in range(fields["num_hidden_layers"])]
+    return {"use_sliding_window": True, "sliding_window": window(draw), "layer_types": layers}
+
+
+def llama(draw: random.Random) -> PretrainedConfig:
+    biases = {name: draw.random() < 0.5 for name in ("attention_bias", "mlp_bias")}
+    return LlamaConfig(**decoder(draw), **biases, rope_parameters=rope(draw))
+
+
+def mistral(draw: random.Random) -> PretrainedConfig:
+    size = draw.choice([None, window(draw), window(draw)])
+    return MistralConfig(**decoder(draw), sliding_window=size, rope_parameters=rope(draw))
+
+
+def qwen2(draw: random.Random) -> PretrainedConfig:
+    fields = decoder(draw)
+    windows = draw.choice([{}, {"use_sliding_window": False}, some_windows(draw, fields)])
+    return Qwen2Config(**fields, **windows, rope_parameters=rope(draw))
+
+
+def qwen3(draw: random.Random) -> PretrainedConfig:
+    fields = {"head_dim": 8, **decoder(draw), "attention_bias": draw.random() < 0.5}
+    windows = draw.choice([{}, {"use_sliding_window": False}, some_windows(draw, fields)])
+    return Qwen3Config(**fields, **windows, rope_parameters=rope(draw))
+
+
+def smollm3(draw: random.Random) -> PretrainedConfig:
+    fields = decoder(draw)
+    rotated = [draw.choice([0, 1]) for _ in range(fields["num_hidden_layers"])]
+    biases = {name: draw.random() < 0.5 for name in ("attention_bias", "mlp_bias")}
+    windows = draw.choice([{}, {}, some_windows(draw, fields)])
+    return SmolLM3Config(
+        **fields, **biases, **windows, no_rope_layers=rotated, rope_parameters=rope(draw)
+    )
+
+
+def gemma(draw: random.Random) -> dict[str, Any]:
+    fields = {"head_dim": 8, **decoder(draw), "attention_bias": draw.random() < 0.5}
+    fields["query_pre_attn_scalar"] = draw.choice([4, 16])
+    fields["final_logit_softcapping"] = draw.choice([None, 2.0, 30.0])
+    windows = some_windows(draw, fields)
+    if draw.random() < 0.3:
+        del windows["layer_types"]
+    del windows["use_sliding_window"]
+    return fields | windows
+
+
+def gemma2(draw: random.Random) -> PretrainedConfig:
+    cap = draw.choice([None, 1.0, 50.0])
+    return Gemma2Config(**gemma(draw), attn_logit_softcapping=cap, rope_parameters=rope(draw))
+
+
+def gemma3(draw: random.Random) -> PretrainedConfig:
+    tables = {kind: rope(draw) for kind in ("full_attention", "sliding_attention")}
+    return Gemma3TextConfig(**gemma(draw), rope_parameters=tables)
+
+
+def phi3(draw: random.Random) -> PretrainedConfig:
+    fields = decoder(draw, wide=False)
+    head = fields["hidden_size"] // fields["num_attention_heads"]
+    part = draw.choice([0.5, 1.0])
+    tables: dict[str, Any] = {"rope_type": "default", "rope_theta": 100.0}
+    if draw.random() < 0.5:
+        count = int(head * part) // 2
+        tables |= {"rope_type": "longrope"} | {
+            f"{kind}_factor": [draw.uniform(1, 4) for _ in range(count)]
+            for kind in ("short", "long")
+        }
+        fields |= {"original_max_position_embeddings": POSITIONS // 2}
+    tables["partial_rotary_factor"] = part
+    size = draw.choice([None, window(draw), window(draw)])
+    return Phi3Config(**fields, resid_pdrop=0.1, sliding_window=size, rope_parameters=tables)
+
+
+# By `model_type`.
+DRAWS: dict[str, Callable[[random.Random], PretrainedConfig]] = {
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
+    "llama": llama,
+    "mistral": mistral,
+    "phi3": phi3,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "smollm3": smollm3,
+}
+
+
+def draw_model(model_type: str, seed: int) -> PreTrainedModel:
+    """Build a random model of a family, in which every weight counts, biases and norms too."""
+    config = DRAWS[model_type](random.Random(f"{model_type} {seed}"))
+    torch.manual_seed(seed)
+    model: PreTrainedModel = family_of(config).auto_class.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    return model.eval()
+
+
+def language_model(model: PreTrainedModel, **options: Any) -> LanguageModel:
+    """Wrap a model in its family's class; without a check, which would cost more than the test."""
+    tokenizer = make_tokenizer("t5" if model.config.is_encoder_decoder else "llama")
+    return family_of(model.config)(model, tokenizer, base_name="drawn", **options)
+
+
+def plain_logits(model: Any, prompt: list[int], response: list[int]) -> Tensor:
+    """Return (R+1, V): transformers' logits before and after each token, from one unpadded row."""
+    if model.config.is_encoder_decoder:
+        decoder = torch.tensor([[model.config.decoder_start_token_id, *response]])
+        told = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": decoder}
+        return model(**told, use_cache=False).logits[0]
+    row = torch.tensor([[*prompt, *response]])
+    return model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 :]
+
+
+def plain_logprobs(model: Any, prompt: list[int], response: list[int]) -> Tensor:
+    """Return (R,): log-probabilities of the response's tokens."""
+    logprobs = plain_logits(model, prompt, response)[: len(response)].log_softmax(-1)
+    return logprobs[torch.arange(len(response)), torch.tensor(response, dtype=torch.long)]
