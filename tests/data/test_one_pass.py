@@ -23,7 +23,7 @@ from rlhf.data.encoding import TextEncoder
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_preferences, load_prompts, read_once
-from rlhf.data.scanning import RowReader
+from rlhf.data.row_reader import RowReader
 from rlhf.data.schema import PromptText
 from rlhf.data.sources import files as source_files
 from rlhf.data.sources import reading as source_reading

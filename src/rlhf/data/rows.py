@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.data.layouts.reader import layout_words
+from rlhf.data.layouts.table import ROWS
 from rlhf.data.row_checker import named
 from rlhf.data.row_table import RowTable, take
 from rlhf.data.schema import PreferenceRow, PromptRow, PromptText
@@ -29,6 +31,11 @@ class ReadReport:
         rankings: Kept rows with more than two candidates.
         pairs: Pairs that the candidates of kept rows make.
         identical: Pairs left out because both candidates are the same text.
+        ties: Pairs of tied candidates.
+        keep_ties: Whether they are kept, as half a choice either way.
+        left_out: Rows of other layouts that are not two answers to the same prompt.
+        layouts: Rows of the files by layout, the most frequent first.
+        missing_columns: Columns of the configuration that no row has.
         blank_candidates: Candidates that are blank; they are kept.
         blank_references: Texts of `output_text` that are blank; they are kept.
         without_candidates: Rows passed over because they are not preferences.
@@ -48,6 +55,11 @@ class ReadReport:
     rankings: int = 0
     pairs: int = 0
     identical: int = 0
+    ties: int = 0
+    keep_ties: bool = False
+    left_out: int = 0
+    layouts: Mapping[str, int] = field(default_factory=dict)
+    missing_columns: Sequence[str] = ()
     blank_candidates: int = 0
     blank_references: int = 0
     without_candidates: int = 0
@@ -67,6 +79,9 @@ class ReadReport:
             (self.pairs if self.rankings else 0, "pairs that their candidates make"),
             (self.skipped, "bad rows left out"),
             (self.identical, "pairs with identical candidates left out (they carry no signal)"),
+            (0 if self.keep_ties else self.ties, "tied pairs left out (ties: keep)"),
+            (self.ties if self.keep_ties else 0, "tied pairs kept, as half a choice either way"),
+            (self.left_out, "rows left out, not two answers to the same prompt"),
             (self.blank_candidates, "blank candidates kept"),
             (self.blank_references, "blank output_text kept"),
             (self.without_candidates, "rows without candidates passed over"),
@@ -75,7 +90,11 @@ class ReadReport:
             (self.contradictions, "contradicting pairs (same candidates, either choice)"),
         )
         said = [f"{self.name}: {self.rows} rows from {self.files} file{_s(self.files)}"]
+        if set(self.layouts) - {ROWS.name}:
+            said.append(f"{self.name}: {layout_words(self.layouts)}")
         said += [f"{self.name}: {what}: {count}" for count, what in facts if count]
+        if self.missing_columns:
+            said.append(f"{self.name}: no row has the columns: {named(self.missing_columns)}")
         if self.unused:
             said.append(f"{self.name}: fields not used: {named(self.unused)}")
         return said + [f"  left out: {problem}" for problem in self.problems]
@@ -194,7 +213,7 @@ class PromptData(RowData[PromptRow]):
 class PreferenceData(RowData[PreferenceRow]):
     """Prompts with ranked candidates."""
 
-    columns: ClassVar[tuple[str, ...]] = ("candidates", "ranking", "margin")
+    columns: ClassVar[tuple[str, ...]] = ("candidates", "ranking", "margin", "levels")
 
     def _row(self, columns: dict[str, Any], number: int) -> PreferenceRow:
         return PreferenceRow(
@@ -204,6 +223,8 @@ class PreferenceData(RowData[PreferenceRow]):
             margin=columns["margin"],
             source=self._source(columns),
             row=number,
+            levels=tuple(columns["levels"]),
+            keep_ties=self.report.keep_ties,
         )
 
 

@@ -9,7 +9,7 @@ an optional field that is null counts as missing.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import accumulate, combinations, pairwise
 from typing import Any
 
 Span = tuple[int, int]
@@ -90,8 +90,11 @@ class PromptRow:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """All fields of the row, as in the file; {} if lines were not kept."""
-        return {} if self.line is None else json.loads(self.line)
+        """All fields of the row, as in the file; {} if lines were not kept.
+
+        A row that was made of two lines has the fields of the first one.
+        """
+        return {} if self.line is None else json.loads(self.line.split(b"\n", 1)[0])
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class PreferenceRow:
         margin: By how much the better one of two was preferred, if the row says so.
         source: `FILE:LINE`.
         row: Index of the row in its data set, from 0.
+        levels: Per place of `ranking` its level, from 0; tied answers share one. () if none are.
+        keep_ties: Whether tied answers make two pairs, one in either order, of half weight.
     """
 
     prompt: PromptText
@@ -113,6 +118,8 @@ class PreferenceRow:
     margin: float | None
     source: str
     row: int = 0
+    levels: tuple[int, ...] = ()
+    keep_ties: bool = False
 
     @property
     def chosen(self) -> str:
@@ -127,7 +134,15 @@ class PreferenceRow:
     @property
     def pairs(self) -> list[tuple[int, int]]:
         """Each pair of different answers, as the indices of the better and the worse one."""
-        return ranked_pairs(self.candidates, self.ranking)
+        return ranked_pairs(self.candidates, self.ranking, self.levels, self.keep_ties)
+
+    @property
+    def pair_weights(self) -> list[float]:
+        """Weight of each of `pairs`: equal parts of 1, which the two orders of a tie halve."""
+        pairs = self.pairs
+        both = {*pairs} if self.levels and self.keep_ties else set()
+        shares = [0.5 if pair[::-1] in both else 1.0 for pair in pairs]
+        return [share / sum(shares) for share in shares]
 
 
 @dataclass(frozen=True)
@@ -137,15 +152,43 @@ class Candidates:
     texts: tuple[str, ...]
     ranking: tuple[int, ...]
     margin: float | None
+    levels: tuple[int, ...] = ()
+
+    @classmethod
+    def by_score(cls, texts: Sequence[str], scores: Sequence[float]) -> "Candidates":
+        """Rank answers by their scores, the highest first; equal scores are ties."""
+        ranking = tuple(sorted(range(len(texts)), key=lambda index: -scores[index]))
+        steps = [scores[a] != scores[b] for a, b in pairwise(ranking)]
+        levels = tuple(accumulate(steps, initial=0))
+        return cls(tuple(texts), ranking, None, () if all(steps) else levels)
 
 
-def ranked_pairs(texts: Sequence[str], ranking: Sequence[int]) -> list[tuple[int, int]]:
+def ranked_pairs(
+    texts: Sequence[str],
+    ranking: Sequence[int],
+    levels: Sequence[int] = (),
+    keep_ties: bool = False,
+) -> list[tuple[int, int]]:
     """Return the pairs that a ranking makes, as the indices of the better and the worse text.
 
     Pairs of identical texts carry no signal and are left out.
+
+    Args:
+        texts: The answers.
+        ranking: Their indices, best to worst.
+        levels: As in `PreferenceRow`.
+        keep_ties: Whether pairs of tied answers are there in either order, or left out.
     """
-    return [
+    pairs = [
         (better, worse)
         for better, worse in combinations(ranking, 2)
         if texts[better] != texts[worse]
     ]
+    if not levels:
+        return pairs
+    level = dict(zip(ranking, levels, strict=True))
+    orders = (
+        [pair] if level[pair[0]] != level[pair[1]] else [pair, pair[::-1]][: 2 * keep_ties]
+        for pair in pairs
+    )
+    return [pair for both in orders for pair in both]

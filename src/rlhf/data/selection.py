@@ -16,6 +16,7 @@ from rlhf.data.sources.record import MAX_PROBLEMS
 from rlhf.errors import InputError
 
 OnBadRows = Literal["error", "skip"]
+Ties = Literal["drop", "keep"]
 
 _PROMPT_COLUMNS = ("text", "template_bos", "input_text", "spans", "reserve")
 _PAIR_COLUMNS = ("candidates", "ranking", "margin")
@@ -31,12 +32,14 @@ class Wants:
         pass_over: Whether to pass over rows without candidate fields.
         output: Whether `output_text` is required, must be valid if present, or does not matter.
         lines: Whether the row's other fields matter, so that its line is part of the fingerprint.
+        ties: Whether pairs of tied answers are kept, as half a choice either way, or left out.
     """
 
     pair: Literal["required", "if present", "ignored"] = "ignored"
     pass_over: bool = False
     output: Literal["required", "if present", "ignored"] = "if present"
     lines: bool = False
+    ties: Ties = "drop"
 
     def parts(self, flags: int) -> tuple[str, ...]:
         """Return the parts whose problems to report for a bad row with these flags, in order."""
@@ -107,12 +110,22 @@ def rows_wanted(
 def _select(
     scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows, fingerprint: bool
 ) -> Selection:
-    report = ReadReport(name, len(scanned.files), unused=scanned.unused, fields=scanned.fields)
+    report = ReadReport(
+        name,
+        len(scanned.files),
+        unused=scanned.unused,
+        fields=scanned.fields,
+        layouts=scanned.layouts,
+        missing_columns=scanned.missing_columns,
+        keep_ties=wants.ties == "keep",
+    )
     sums = _Sums(first=list(scanned.faults.whole_files[:MAX_PROBLEMS]))
     sums.problems = len(scanned.faults.whole_files)
     digest = _Digest()
     columns = (*_PROMPT_COLUMNS, *(_PAIR_COLUMNS if wants.pair == "required" else ("references",)))
     columns += ("raw",) if wants.lines else ()
+    if scanned.has_ties and wants.pair == "required":
+        columns += ("levels",)
     for start, batch in scanned.table.scan():
         kept = _decide(batch, start, wants, scanned, report, sums)
         if fingerprint and len(kept):
@@ -136,7 +149,7 @@ def _decide(
         return flags & bits != 0
 
     has_pair, bad = have(Flag.HAS_PAIR), have(Flag.BAD_LINE | Flag.BAD_PROMPT | Flag.BAD_RENDER)
-    passed = have(Flag.OBJECT) & ~has_pair & wants.pass_over
+    passed = have(Flag.OBJECT) & ~has_pair & ~have(Flag.LEFT_OUT) & wants.pass_over
     if wants.pair != "ignored":
         bad |= has_pair & have(Flag.BAD_PAIR)
     if wants.pair == "required":
@@ -145,10 +158,13 @@ def _decide(
         bad |= have(Flag.BAD_OUTPUT)
     if wants.output == "required":
         bad |= have(Flag.NO_OUTPUT)
-    bad &= ~passed & ~have(Flag.WHOLE_FILE)
+    bad &= ~passed & ~have(Flag.WHOLE_FILE | Flag.LEFT_OUT)
     good = ~bad & ~passed & ~have(Flag.WHOLE_FILE)
-    identical = good & have(Flag.IDENTICAL) & (wants.pair != "ignored")
-    kept = good & ~identical
+    left_out = good & have(Flag.LEFT_OUT)
+    good &= ~left_out
+    silent = Flag.IDENTICAL if wants.ties == "keep" else Flag.IDENTICAL | Flag.TIED
+    kept = good & ~(have(silent) & (wants.pair != "ignored"))
+    report.left_out += int(left_out.sum())
     report.skipped += int(bad.sum())
     report.without_candidates += int(passed.sum())
     report.mended += int((good & have(Flag.MENDED)).sum())
@@ -156,6 +172,7 @@ def _decide(
     if wants.pair != "ignored":
         report.blank_candidates += int(column_values(batch, "blank_candidates")[kept].sum())
         report.identical += int(column_values(batch, "identical_pairs")[good].sum())
+        report.ties += int(column_values(batch, "tied_pairs")[good].sum())
         _count_candidates(take(batch, np.flatnonzero(kept & has_pair)), report, sums)
     if wants.output != "ignored":
         report.blank_references += int(column_values(batch, "blank_references")[kept].sum())
@@ -174,6 +191,8 @@ def _count_candidates(batch: Any, report: ReadReport, sums: _Sums) -> None:
     report.rankings += int((sizes > 2).sum())
     report.pairs += int((sizes * (sizes - 1) // 2).sum())
     report.pairs -= int(column_values(batch, "identical_pairs").sum())
+    if not report.keep_ties:
+        report.pairs -= int(column_values(batch, "tied_pairs").sum())
     hashes = batch.column("pair_hashes").flatten()
     sums.pairs.append(hashes.to_numpy(zero_copy_only=False))
 
@@ -196,9 +215,7 @@ def _note_problems(
         parts = wants.parts(row)
         count = 0
         for part in parts:
-            if part == "pair" and not row & (Flag.HAS_PAIR | Flag.BAD_PAIR):
-                count += NO_PAIR_PROBLEMS
-            elif part in counts:
+            if part in counts:
                 count += int(counts[part][place])
             elif part == "render":
                 count += bool(row & Flag.BAD_RENDER)
@@ -212,10 +229,6 @@ def _note_problems(
             where += f"{batch.column('line')[place].as_py()}: "
             texts = scanned.faults.of(start + place, parts)
             sums.first += [where + text for text in texts][: MAX_PROBLEMS - len(sums.first)]
-
-
-# Problems of a row without a pair: `candidate_0`, `candidate_1` and `choice` are missing.
-NO_PAIR_PROBLEMS = 3
 
 
 def _raise_if_bad(

@@ -222,7 +222,7 @@ def _count_pairs(batch: Any, report: CheckReport) -> Any:
     import pyarrow.compute as pc
 
     texts = batch.column("candidates").flatten()
-    better, worse = pair_places(batch.column("ranking"))
+    better, worse = pair_places(batch.column("ranking"), batch.column("levels"))
     different = pc.not_equal(texts.take(better), texts.take(worse)).to_numpy(zero_copy_only=False)
     better, worse = better[different], worse[different]
     sizes, _ = text_sizes(texts)
@@ -238,6 +238,7 @@ _COLUMNS = (
     "flags",
     "candidates",
     "ranking",
+    "levels",
     "references",
     "prompt_hash",
 )

@@ -1,7 +1,7 @@
 """Conversations of other layouts, merged without repeating any turn.
 
-A turn is an object with `role` (or `author`) and `content`; two turns are equal if their authors
-and texts are, ignoring surrounding spaces.
+A turn is an object with `role` (or `author`) and `content`, or with `from` and `value`; two turns
+are equal if their authors and texts are, ignoring surrounding spaces.
 """
 
 from typing import Any
@@ -9,6 +9,10 @@ from typing import Any
 from rlhf.data.row_checker import in_words
 
 Turn = dict[str, Any]
+
+# Who speaks in turns of `from` and `value` (ShareGPT).
+_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+_TURN_KEYS = ("author", "role", "content", "from", "value")
 
 
 class RowError(ValueError):
@@ -27,7 +31,7 @@ def split_answers(
         raise NoPreferenceError
     for name, conversation in (("chosen", chosen), ("rejected", rejected)):
         last = conversation[-1]
-        if not isinstance(last, dict) or not isinstance(_content(last), str):
+        if not isinstance(last, dict) or _plain_turn(last) is None:
             raise RowError(
                 f"{name}[-1]: is {in_words(last)}, expected a turn with role and content"
             )
@@ -93,16 +97,51 @@ def history_turns(history: list[Any]) -> list[Turn]:
 
 
 def checked_turns(values: list[Any], name: str) -> list[Turn]:
-    """Return turns whose content is text; join texts that are split into parts."""
+    """Return turns of one spelling whose content is text; join texts that are split into parts."""
     turns = []
     for number, turn in enumerate(values):
-        content = _content(turn) if isinstance(turn, dict) else None
-        if not isinstance(content, str):
+        plain = _plain_turn(turn) if isinstance(turn, dict) else None
+        if plain is None:
             raise RowError(
                 f"{name}[{number}]: is {in_words(turn)}, expected a turn with role and content"
             )
-        turns.append({**turn, "content": content})
+        turns.append(plain)
     return turns
+
+
+def turn_paths(name: str) -> set[str]:
+    """Return the paths of what is read of the turns in a field."""
+    return {f"{name}{where}.{key}" for where in ("", "[]") for key in _TURN_KEYS} | {
+        f"{name}{where}.content[].{key}" for where in ("", "[]") for key in ("type", "text")
+    }
+
+
+def is_odd(turns: Any) -> bool:
+    """Return whether a list has turns that only `checked_turns` can read."""
+    return isinstance(turns, list) and any(
+        isinstance(turn, dict) and ("from" in turn or isinstance(turn.get("content"), list))
+        for turn in turns
+    )
+
+
+def ends_with_answer(turns: Any) -> bool:
+    """Return whether the last turn of a list of turns is the assistant's."""
+    if not isinstance(turns, list) or not turns or not isinstance(turns[-1], dict):
+        return False
+    plain = _plain_turn(turns[-1])
+    return plain is not None and author(plain) == "assistant"
+
+
+def _plain_turn(turn: Turn) -> Turn | None:
+    """Return a turn with its author, if given, and text; None if it has no text."""
+    if "from" in turn and isinstance(turn.get("value"), str):
+        speaker = turn["from"]
+        known = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        return {"role": known, "content": turn["value"]}
+    content = _content(turn)
+    if not isinstance(content, str):
+        return None
+    return {key: turn[key] for key in ("author", "role") if key in turn} | {"content": content}
 
 
 def _content(turn: Turn) -> Any:
