@@ -255,10 +255,10 @@ def check(files: tuple[str, ...], **options: Any) -> None:
     "--layout",
     default="auto",
     show_default=True,
-    help="auto, rows, chosen_rejected, alpaca, tldr_comparisons or hh_rlhf.",
+    help="Layout of all rows; auto: recognized row by row. The docs have a table.",
 )
 def data_convert(sources: tuple[str, ...], output: str, layout: str) -> None:
-    """Convert preference files in another layout to the library's rows."""
+    """Convert files in other layouts to the library's rows."""
     from rlhf.data.convert import convert
 
     show("\n".join(convert(list(sources), output, layout).lines()))

@@ -43,10 +43,10 @@ class Pairs:
         pairs, start = [], 0
         for row in rows:
             found = row.pairs
-            margin, weights = row.margin or 0.0, row.pair_weights
+            margin, shares = row.margin or 0.0, row.pair_weights
             pairs += [
                 (start + better, start + worse, margin, weight)
-                for (better, worse), weight in zip(found, weights, strict=True)
+                for (better, worse), weight in zip(found, shares, strict=True)
             ]
             start += len(row.candidates)
         winners, losers, margins, weights = zip(*pairs, strict=True) if pairs else ((),) * 4

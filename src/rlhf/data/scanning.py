@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from rlhf.data.faults import Faults
+from rlhf.data.layouts.parts import Row
 from rlhf.data.layouts.reader import Found, LayoutReader
 from rlhf.data.layouts.table import ROWS, has_prompt, near_miss
 from rlhf.data.prompts import PromptRenderer
@@ -169,7 +170,7 @@ class _Scanner:
             found: What it was converted from; None for a row as in the file.
         """
         prompt, pair, references = parts.prompt, parts.pair, parts.references
-        row = found.row if found and found.layout is ROWS else line.value
+        row: Row = found.row if found and found.row and found.layout is ROWS else line.value
         faults, number = self.faults, self.writer.rows
         flags = Flag.OBJECT
         counts = (0, 0, 0)

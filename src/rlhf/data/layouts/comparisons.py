@@ -41,14 +41,13 @@ def from_tldr(row: Row) -> Converted:
     name = "post" if info.get("post") is not None else "article"  # the CNN/DM rows
     if not isinstance(info.get(name), str):
         raise RowError(f"info.post: is {in_words(info.get('post'))}, expected text")
-    heads = (("subreddit", "SUBREDDIT: r/"), ("title", "TITLE: "))
-    heads = tuple((key, head) for key, head in heads if isinstance(info.get(key), str))
-    if name == "article":  # a title is no part of what was summarized
-        heads = ()
-    parts = [head + info[key] for key, head in heads]
+    # A title of an article is no part of what was summarized.
+    known = (("subreddit", "SUBREDDIT: r/"), ("title", "TITLE: ")) if name == "post" else ()
+    heads = {key: head for key, head in known if isinstance(info.get(key), str)}
+    parts = [head + info[key] for key, head in heads.items()]
     text = "\n\n".join([*parts, f"POST: {info[name]}", "TL;DR:"]) if parts else info[name]
     choice = {"choice": row["choice"]} if "choice" in row else {}
-    used = {f"info.{name}", "summaries[].text", "choice", *(f"info.{key}" for key, _ in heads)}
+    used = {f"info.{name}", "summaries[].text", "choice", *(f"info.{key}" for key in heads)}
     written = {"input_text": text, "candidate_0": texts[0], "candidate_1": texts[1]}
     return written | choice, used
 
@@ -67,7 +66,7 @@ def from_shp(row: Row) -> Converted:
         names = ("score_A", "score_B")
         choice = choice_by_score(*(number_of(row, name) for name in names))
         used |= set(names)
-    return {"input_text": text_of(row, "history")} | pair(*answers, choice), used
+    return {"input_text": text_of(row, "history")} | pair(answers, choice), used
 
 
 def from_strength(row: Row) -> Converted:
@@ -77,7 +76,8 @@ def from_strength(row: Row) -> Converted:
     """
     prompt, first, second, strength = next(names for names in STRENGTHS if has(row, *names))
     value = number_of(row, strength)
-    answers = pair(text_of(row, first), text_of(row, second), TIE if not value else int(value > 0))
+    choice = TIE if not value else int(value > 0)
+    answers = pair((text_of(row, first), text_of(row, second)), choice)
     if value:
         answers["margin"] = abs(float(value))
     used = {first, second, strength}

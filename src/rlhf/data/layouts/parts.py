@@ -52,7 +52,8 @@ def number_of(row: Row, name: str) -> float:
     if not is_number(value):
         found = in_words(row[name]) if name in row else "missing"
         raise RowError(f"{name}: is {found}, expected a finite number")
-    return value  # type: ignore[no-any-return]
+    number: float = value
+    return number
 
 
 def has(row: Mapping[str, Any], *names: str) -> bool:
@@ -118,8 +119,9 @@ def with_prompt(row: Row, answers: Row, used: Iterable[str]) -> Converted:
     return written | answers, of_prompt | kept | set(used)
 
 
-def pair(first: str, second: str, choice: Any) -> Row:
+def pair(answers: Iterable[str], choice: Any) -> Row:
     """Return the fields of two answers."""
+    first, second = answers
     return {"candidate_0": first, "candidate_1": second, "choice": choice}
 
 
@@ -131,7 +133,7 @@ def choice_by_score(first: float, second: float) -> int | str:
 def ranked(texts: Sequence[str], scores: Sequence[float]) -> Row:
     """Return the fields of answers with scores, of which the higher is better."""
     if len(texts) == 2:
-        return pair(*texts, choice_by_score(*scores))
+        return pair(texts, choice_by_score(*scores))
     return {"candidates": list(texts), "scores": list(scores)}
 
 

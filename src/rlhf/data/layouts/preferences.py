@@ -101,7 +101,7 @@ def from_pair(row: Row) -> Converted:
     if not learned:
         learned, of_messages = _demonstration(row, written)
         used |= of_messages
-    return learned | written | pair(*answers, choice), used | kept | of_choice
+    return learned | written | pair(answers, choice), used | kept | of_choice
 
 
 def _choice(row: Row) -> tuple[int | str, set[str]]:
@@ -169,7 +169,7 @@ def from_dialogues(row: Row) -> Converted:
         raise NoPreferenceError
     answers = (text[len(prompt) :].strip() for text in (chosen, rejected))
     written, kept = complete(row, turns)
-    return written | pair(*answers, 0), kept | {"chosen", "rejected"}
+    return written | pair(answers, 0), kept | {"chosen", "rejected"}
 
 
 def is_implicit(row: Row) -> bool:
@@ -193,5 +193,5 @@ def from_implicit(row: Row) -> Converted:
         )
     written, kept = complete(row, chosen[:end])
     choice, of_choice = _choice(row)
-    answers = pair(chosen[end:], rejected[end:], choice)
+    answers = pair((chosen[end:], rejected[end:]), choice)
     return written | answers, kept | of_choice | {"chosen", "rejected"}

@@ -32,7 +32,7 @@ def from_pair_scores(row: Row) -> Converted:
     """Convert `candidate_0`, `candidate_1` and their scores."""
     texts = [text_of(row, name) for name in ("candidate_0", "candidate_1")]
     choice = choice_by_score(*(number_of(row, name) for name in PAIR_SCORES))
-    return with_prompt(row, pair(*texts, choice), {"candidate_0", "candidate_1", *PAIR_SCORES})
+    return with_prompt(row, pair(texts, choice), {"candidate_0", "candidate_1", *PAIR_SCORES})
 
 
 def lists_of(row: Row) -> tuple[str, str] | None:
@@ -116,7 +116,7 @@ def from_attributes(first: Row, second: Row) -> Converted:
     """Convert two rows of HelpSteer2."""
     written, used = of_attributes(first), {"response", *ATTRIBUTES}
     other = of_attributes(second)
-    answers: dict[str, Any] = pair(written[0], other[0], choice_by_score(written[1], other[1]))
+    answers: dict[str, Any] = pair((written[0], other[0]), choice_by_score(written[1], other[1]))
     if answers["choice"] != TIE:
         answers["margin"] = abs(written[1] - other[1])
     return with_prompt(first, answers, used)
