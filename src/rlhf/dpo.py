@@ -316,10 +316,11 @@ class DPOTrainer(Trainer):
         """Write adapter/ and merged/, and return what merging cost."""
         policy, folder = self.policy, self.output_path
         rows = self.inputs.train[: self.config.effective_micro_batch_size]
-        prompts = self.codec.prompts([row.prompt for row in rows]).to(self.device)
-        chosen = self.codec.responses([row.chosen for row in rows]).to(self.device)
+        prompts = [row.prompt for row in rows]
+        chosen = self.codec.responses([row.chosen for row in rows], prompts=prompts)
+        probe = self.codec.prompts(prompts).to(self.device), chosen.to(self.device)
         with policy.lm.inference():
-            kl = save_policy(policy.lm, policy.adapter, folder, (prompts, chosen))
+            kl = save_policy(policy.lm, policy.adapter, folder, probe)
         metrics = {} if kl is None else {"dpo/kl_merged_adapter": kl}
         shown = {name: m for name, m in self.final_metrics.items() if name.startswith(CARD_METRICS)}
         write_card(folder, self.stage, self.config, shown | metrics, self.inputs.lines)

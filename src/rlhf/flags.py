@@ -1,5 +1,6 @@
 """Command-line flags made from a configuration class: names, types, defaults and help."""
 
+import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,9 +10,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlhf.config import PipelineConfig, Schema, StageConfig, TrainingConfig, load_config
-from rlhf.config.describe import leaf_fields, may_be_none, nearest, takes_list, type_name
+from rlhf.config.describe import (
+    leaf_fields,
+    may_be_none,
+    nearest,
+    takes_list,
+    takes_mapping,
+    type_name,
+)
 from rlhf.config.stages import STAGE_CONFIGS
 from rlhf.errors import InputError
+from rlhf.untrusted import parse_json
 
 ConfigT = TypeVar("ConfigT", bound=Schema)
 
@@ -62,7 +71,27 @@ class ConfigOption(click.Option):
                 return None
             only_list = type_name(self.field).startswith("list")
             return texts if only_list or len(texts) > 1 else texts[0]
+        if takes_mapping(self.field):
+            return _mapping_in(given)
         return None if given == "null" and may_be_none(self.field) else given
+
+    def value_inside(self, given: str) -> Any:
+        """Turn what was typed for one name of a mapping into a value: false, 3 or text."""
+        only_text = typing.get_args(self.field.annotation)[1] is str
+        return given if only_text else _json_or_text(given)
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _mapping_in(text: str) -> Any:
+    """Return the mapping that a JSON text holds; the text itself if it holds none."""
+    value = _json_or_text(text)
+    return value if isinstance(value, dict) else text
 
 
 class ConfigCommand(click.Command):
@@ -96,7 +125,7 @@ def _default_words(field: FieldInfo, needed: bool) -> str:
     if needed or field.is_required():
         return "[required]"
     default = field.get_default(call_default_factory=True)
-    if default is None or default is PydanticUndefined or default == "" or default == []:
+    if default is None or default is PydanticUndefined or default in ("", [], {}):
         return ""
     shown = ", ".join(map(str, default)) if isinstance(default, list) else str(default)
     return f"[default: {shown.lower() if isinstance(default, bool) else shown}]"
@@ -169,15 +198,49 @@ def given_flags(ctx: click.Context) -> dict[str, Any]:
         value = ctx.params.get(option.name or "")
         if isinstance(option, ConfigOption) and value not in (None, ()):
             given[option.config_name] = option.value_of(value)
-    return given
+    inside, _, _ = _inside_mappings(ctx)
+    return given | inside
+
+
+def _inside_mappings(ctx: click.Context) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Read flags such as `--chat_template_options.enable_thinking false`, which click lacks.
+
+    Returns:
+        (values by dotted name, the other arguments, what is wrong).
+    """
+    mappings = {
+        f"{option.config_name}.": option
+        for option in ctx.command.params
+        if isinstance(option, ConfigOption) and takes_mapping(option.field)
+    }
+    given: dict[str, Any] = {}
+    rest: list[str] = []
+    problems: list[str] = []
+    arguments = list(ctx.args)
+    while arguments:
+        argument = arguments.pop(0)
+        flag, has_value, value = argument.partition("=")
+        plain = flag.removeprefix("--").replace("-", "_")
+        prefix = next((one for one in mappings if plain.startswith(one)), None)
+        if prefix is None or not argument.startswith("--"):
+            rest.append(argument)
+            continue
+        name = flag.removeprefix("--")[len(prefix) :]
+        if not has_value and arguments and not arguments[0].startswith("--"):
+            has_value, value = "=", arguments.pop(0)
+        if not name or "." in name or not has_value:
+            problems.append(f"{flag}: expected --{prefix}NAME VALUE")
+        else:
+            given[prefix + name] = mappings[prefix].value_inside(value)
+    return given, rest, problems
 
 
 def unknown_flags(ctx: click.Context) -> list[str]:
     """Name the arguments that the command does not know, each with the nearest flag."""
     known = [name for option in ctx.command.params for name in option.opts]
-    problems = []
+    _, arguments, problems = _inside_mappings(ctx)
     value_expected = False
-    for argument in ctx.args:
+    for argument in arguments:
         if argument.startswith("-") and argument != "-":
             name = argument.split("=", 1)[0]
             problems.append(f"{name}: unknown flag{nearest(name, known)}")

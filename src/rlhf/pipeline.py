@@ -129,7 +129,13 @@ def _check_inputs(config: PipelineConfig, given: Given) -> list[str]:
             call(record.check, stage_config)
         base, revision = stage_config.base_model or "", stage_config.revision
         tokenizer = load_tokenizer(base, revision)
-        renderer = PromptRenderer.for_tokenizer(tokenizer, stage_config.instruction)
+        try:
+            renderer = PromptRenderer.for_tokenizer(
+                tokenizer, stage_config.instruction, stage_config.chat_template_options
+            )
+        except InputError as error:
+            limits |= dict.fromkeys(error.problems)
+            continue
         data: dict[str, Any] = {}
         for reads in record.reads:
             try:
@@ -178,7 +184,9 @@ def hold_out_rows(config: PipelineConfig) -> PipelineConfig:
     tokenizer = load_tokenizer(stage_config.base_model, stage_config.revision)
     pairs = load_preferences(
         stage_config.preference_dataset,
-        renderer=PromptRenderer.for_tokenizer(tokenizer, stage_config.instruction),
+        renderer=PromptRenderer.for_tokenizer(
+            tokenizer, stage_config.instruction, stage_config.chat_template_options
+        ),
         on_bad_rows=config.on_bad_rows,
     )
     train, held_out = split_holdout(pairs, seed=config.seed)

@@ -21,6 +21,7 @@ from rlhf.data.reading import (
     PromptData,
 )
 from rlhf.data.schema import PreferenceRow
+from rlhf.data.turn_ends import turn_end_text
 from rlhf.evaluation import evaluate_preferences
 from rlhf.files.run_folder import Run
 from rlhf.models.content import tokenizer_fingerprint
@@ -336,5 +337,7 @@ def make_record(
         truncation_side=config.truncation_side,
         instruction=config.instruction,
         prompting=renderer.identity,
+        chat_template_options=renderer.options,
+        turn_end=turn_end_text(lm.layout, lm.tokenizer),
         version=installed,
     )

@@ -133,16 +133,18 @@ def _renderer(config: ScoreConfig) -> PromptRenderer:
     path = config.reward_model_path
     folder = local_folder(path)
     record = folder / RECORD_FILE
-    instruction = config.instruction
-    if record.is_file() and "instruction" not in config.model_fields_set:
-        instruction = RewardRecord.read(record).instruction
+    instruction, options = config.instruction, config.chat_template_options
+    if record.is_file():
+        trained, given = RewardRecord.read(record), config.model_fields_set
+        instruction = instruction if "instruction" in given else trained.instruction
+        options = options if "chat_template_options" in given else trained.chat_template_options
     try:
         source = str(folder) if folder.exists() else path
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a broken tokenizer.json
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"reward_model_path: {path}: tokenizer: {reason[0]}") from error
-    return PromptRenderer.for_tokenizer(tokenizer, instruction)
+    return PromptRenderer.for_tokenizer(tokenizer, instruction, options)
 
 
 def _check_rows(

@@ -223,9 +223,9 @@ class SFTTrainer(Trainer):
 
     def tokenize(self, rows: Sequence[PromptRow], responses: Sequence[str]) -> Demonstrations:
         """Convert texts to ids, on the model's device."""
+        prompts = [row.prompt for row in rows]
         batch = Demonstrations(
-            self.codec.prompts([row.prompt for row in rows]),
-            self.codec.responses(responses),
+            self.codec.prompts(prompts), self.codec.responses(responses, prompts=prompts)
         )
         return batch.to(self.lm.device)
 

@@ -109,6 +109,6 @@ def _without_secrets(value: Any, name: str = "") -> Any:
         return value if name == "instruction" else without_secrets(value)
     if isinstance(value, list):
         return [_without_secrets(item, name) for item in value]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and name != "chat_template_options":
         return {key: _without_secrets(item, key) for key, item in value.items()}
     return value

@@ -16,6 +16,7 @@ from pydantic import (
 
 from rlhf.config.describe import nearest, type_name
 from rlhf.config.loading import InnerFieldsError, unreadable_character
+from rlhf.config.mappings import ChatTemplateOptions
 
 # Learning rates at `learning_rate_multiplier` 1.0, by what is trained and whether it is LoRA
 # (`lora.rank` > 0) or all weights. The only place where they are set.
@@ -63,6 +64,15 @@ def option(default: Any, description: str, *, affects_result: bool = True, **bou
     """Declare a field; `...` as default makes it required."""
     extra: dict[str, Any] = {"affects_result": affects_result}
     return Field(default, description=description, json_schema_extra=extra, **bounds)
+
+
+def chat_template_options() -> Any:
+    """Declare the field of what the chat template gets besides the conversation."""
+    return option(
+        {},
+        "Variables for the tokenizer's chat template, such as enable_thinking: false. As a flag "
+        "JSON, or one by one: --chat_template_options.enable_thinking false.",
+    )
 
 
 class Schema(BaseModel):
@@ -186,6 +196,7 @@ class StageConfig(Schema):
         "left", "Which end of an overlong input is cut; instruction and chat template stay whole."
     )
     instruction: str = option("", "Text put before every input; see docs for how.")
+    chat_template_options: ChatTemplateOptions = chat_template_options()
     on_bad_rows: Literal["error", "skip"] = option(
         "error", "What to do with rows that cannot be read."
     )

@@ -63,6 +63,11 @@ def takes_list(field: FieldInfo) -> bool:
     return "list" in _type_words(field.annotation)
 
 
+def takes_mapping(field: FieldInfo) -> bool:
+    """Whether a mapping of the user's own names is the value of the field."""
+    return typing.get_origin(field.annotation) is dict
+
+
 def _type_words(annotation: Any) -> str:
     if annotation in _WORDS:
         return _WORDS[annotation]
@@ -75,6 +80,8 @@ def _type_words(annotation: Any) -> str:
         return " | ".join(map(str, arguments))
     if origin is list:
         return f"list of {_type_words(arguments[0])}"
+    if origin is dict:
+        return "mapping"
     if origin in (typing.Union, types.UnionType):
         members = [_type_words(part) for part in arguments if part is not type(None)]
         return " or ".join(members)

@@ -13,9 +13,11 @@ from rlhf.config.common import (
     Schema,
     StageConfig,
     TrainingConfig,
+    chat_template_options,
     option,
 )
 from rlhf.config.dpo import DPOConfig
+from rlhf.config.mappings import ChatTemplateOptions
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.shared import PATHS, compile_decode, reward_model_label, tuned_base
 
@@ -174,6 +176,7 @@ class ScoreConfig(Schema):
     instruction: str = option(
         "", "Text put before every input. Default: what the reward model was trained with."
     )
+    chat_template_options: ChatTemplateOptions = chat_template_options()
     batch_size: int = option(
         32, "Responses scored at once.", ge=1, le=MOST_ROWS, affects_result=False
     )

@@ -13,7 +13,7 @@ from rlhf.config import cloud_names
 from rlhf.config.common import Schema, option
 from rlhf.config.describe import nearest
 from rlhf.config.loading import unreadable_character
-from rlhf.untrusted import parse_json
+from rlhf.config.mappings import mapping_from_text
 
 # Vertex's names, those of its TPUs apart; a test compares them with its client library's.
 ACCELERATOR_NAMES = (
@@ -141,12 +141,7 @@ class VertexConfig(Schema):
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         """Turn the text that a flag gives into a value."""
-        try:
-            labels = parse_json(value) if isinstance(value, str) else value
-        except (ValueError, RecursionError):
-            raise ValueError(
-                f'expected JSON such as {{"team": "nlp"}}, got {value!r:.200}'
-            ) from None
+        labels = mapping_from_text(value, '{"team": "nlp"}')
         for name, text in labels.items() if isinstance(labels, dict) else ():
             if not isinstance(text, str):
                 raise ValueError(f"{name}: expected text, got {text!r:.200}; put it in quotes")

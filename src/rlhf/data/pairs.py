@@ -52,7 +52,10 @@ class Pairs:
         winners, losers, margins, weights = zip(*pairs, strict=True) if pairs else ((),) * 4
         return cls(
             codec.prompts([row.prompt for row in rows]),
-            codec.responses([text for row in rows for text in row.candidates]),
+            codec.responses(
+                [text for row in rows for text in row.candidates],
+                prompts=[row.prompt for row in rows for _ in row.candidates],
+            ),
             torch.tensor(groups, dtype=torch.long),
             torch.tensor(winners, dtype=torch.long),
             torch.tensor(losers, dtype=torch.long),

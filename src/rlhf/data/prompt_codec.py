@@ -40,7 +40,9 @@ class PromptLayout:
         response_continues_text: Whether the response continues the prompt's text, so that its first
             token must not get the dummy space of a text's beginning.
         eos_id: Appended to responses.
-        eos_ids: All ids that end a response (from tokenizer and generation config).
+        eos_ids: All ids that end a response (of tokenizer, generation config and chat template).
+        turn_end_id: Appended instead to responses in a chat: the token with which the chat template
+            ends a turn of the assistant. None if that is `eos_id`, or no single token.
     """
 
     prefix_ids: tuple[int, ...]
@@ -48,6 +50,7 @@ class PromptLayout:
     response_continues_text: bool
     eos_id: int
     eos_ids: frozenset[int]
+    turn_end_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,23 +141,45 @@ class PromptCodec:
         return self.response_rows([text])[0]
 
     def response_rows(
-        self, texts: Sequence[str], finished: Sequence[bool] | None = None
+        self,
+        texts: Sequence[str],
+        finished: Sequence[bool] | None = None,
+        prompts: Sequence[PromptText] | None = None,
     ) -> list[list[int]]:
         """Return the ids of responses. Training and all scorers share this one rule for ends.
 
-        A finished response ends in the tokenizer's EOS, whichever EOS the policy sampled, unless
+        A finished response ends in `end_id` of its prompt, whichever EOS the policy sampled, unless
         the limit cuts it off; a response that was cut off has no EOS.
 
         Args:
             texts: The responses.
             finished: Whether each ended by itself; all did by default.
+            prompts: What each responds to; by default no conversations.
         """
         rows = self._whole_responses(texts)
-        ends = [True] * len(rows) if finished is None else finished
+        ended = [True] * len(rows) if finished is None else finished
+        ends = [self.layout.eos_id] * len(rows) if prompts is None else map(self.end_id, prompts)
         return [
-            [*row, *([self.layout.eos_id] if ended else ())][: self.response_limit]
-            for row, ended in zip(rows, ends, strict=True)
+            [*row, *([end] if whole else ())][: self.response_limit]
+            for row, end, whole in zip(rows, ends, ended, strict=True)
         ]
+
+    def end_id(self, prompt: PromptText) -> int:
+        """Return what ends a response: as the chat template ends a turn, otherwise EOS."""
+        turn_end = self.layout.turn_end_id
+        return self.layout.eos_id if turn_end is None or prompt.template_bos is None else turn_end
+
+    def unlimited_ids(self, prompt: PromptText, response: str | None = None) -> list[int]:
+        """Return the ids of a prompt and a finished response as the text goes on, not shortened.
+
+        Args:
+            prompt: The prompt.
+            response: The response; None for the prompt alone.
+        """
+        before = [*self._prefix(prompt), *self._encoder.prompts([prompt])[0].ids]
+        if response is None:
+            return before
+        return [*before, *self._whole_responses([response])[0], self.end_id(prompt)]
 
     def prompt_lengths(self, prompts: Sequence[PromptText]) -> list[int]:
         """Count the tokens of prompts before truncation, prefix and suffix included."""
@@ -178,9 +203,14 @@ class PromptCodec:
         """Return `prompt_rows` as a batch (B, P)."""
         return TokenBatch.from_lists(self.prompt_rows(prompts))
 
-    def responses(self, texts: Sequence[str], finished: Sequence[bool] | None = None) -> TokenBatch:
+    def responses(
+        self,
+        texts: Sequence[str],
+        finished: Sequence[bool] | None = None,
+        prompts: Sequence[PromptText] | None = None,
+    ) -> TokenBatch:
         """Return `response_rows` as a batch (B, R)."""
-        return TokenBatch.from_lists(self.response_rows(texts, finished))
+        return TokenBatch.from_lists(self.response_rows(texts, finished, prompts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of one response, without EOS, anything after it, and special tokens."""

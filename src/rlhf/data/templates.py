@@ -14,6 +14,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -225,7 +226,20 @@ def _compile(template: str) -> tuple[_BoundedEnvironment, jinja2.Template]:
     return environment, environment.from_string(environment.bounded(template))
 
 
-def render(template: str, **values: Any) -> str:
+def variables(template: str) -> frozenset[str]:
+    """Return the names that a chat template reads from outside, jinja's own apart.
+
+    A broken template reads none: rendering says what is wrong with it.
+    """
+    environment = _BoundedEnvironment()
+    try:
+        found = jinja2.meta.find_undeclared_variables(environment.parse(template))
+    except (jinja2.TemplateError, RecursionError):
+        return frozenset()
+    return frozenset(found - environment.globals.keys())
+
+
+def render(template: str, /, **values: Any) -> str:
     """Render a chat template.
 
     Args:

@@ -40,6 +40,7 @@ FINAL = "predictions.jsonl"
 # With settings other than those of its training, the policy would not behave as trained.
 INHERITED = (
     "instruction",
+    "chat_template_options",
     "prompt_sequence_length",
     "target_sequence_length",
     "truncation_side",
@@ -164,7 +165,9 @@ def _read_inputs(config: InferenceConfig, source: PolicySource) -> _Inputs:
         if full
         else load_tokenizer(config.base_model, config.revision)
     )
-    renderer = PromptRenderer.for_tokenizer(tokenizer, config.instruction)
+    renderer = PromptRenderer.for_tokenizer(
+        tokenizer, config.instruction, config.chat_template_options
+    )
     problems: list[str] = []
     prompts = preferences = None
     try:

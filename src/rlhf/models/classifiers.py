@@ -12,6 +12,7 @@ from rlhf.data.batching import chunks
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.schema import PromptText
 from rlhf.data.special_tokens import added_ids
+from rlhf.data.turn_ends import with_recorded_turn_end
 from rlhf.errors import InputError
 from rlhf.models.checkpoint_files import check_checkpoint, count_stored
 from rlhf.models.families import family_of
@@ -26,11 +27,13 @@ class Limits:
         prompt: Maximum tokens of a prompt.
         response: Maximum tokens of a response.
         truncation_side: Side on which an overlong prompt is cut.
+        turn_end: Token that ended responses in a chat; "" for EOS.
     """
 
     prompt: int
     response: int
     truncation_side: str
+    turn_end: str = ""
 
 
 class SequenceClassifier:
@@ -84,6 +87,7 @@ class SequenceClassifier:
         self._codec = None
         if limits is not None:
             layout = family_of(self.model.config).prompt_layout(self.tokenizer)
+            layout = with_recorded_turn_end(layout, self.tokenizer, limits.turn_end)
             self._codec = PromptCodec(
                 self.tokenizer, layout, limits.prompt, limits.response, limits.truncation_side
             )
@@ -118,7 +122,7 @@ class SequenceClassifier:
     ) -> list[dict[str, list[int]]]:
         if self._codec is not None:
             before = self._codec.prompt_rows(prompts)
-            after = self._codec.response_rows(responses, finished)
+            after = self._codec.response_rows(responses, finished, prompts)
             rows = [first + second for first, second in zip(before, after, strict=True)]
             return [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
         encoded = []

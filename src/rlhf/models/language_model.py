@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.config import LoRAConfig
 from rlhf.data.batching import TokenBatch
+from rlhf.data.turn_ends import with_turn_end
 from rlhf.models.adapters import AdapterSet
 from rlhf.models.decoding import CompiledDecoding, DecodeState
 from rlhf.models.family import Family
@@ -78,7 +79,7 @@ class LanguageModel(Family):
         self.config = module.config
         self.fingerprint = loaded_fingerprint(module)
         extra_eos = getattr(module.generation_config, "eos_token_id", None)
-        self.layout = self.prompt_layout(tokenizer, extra_eos)
+        self.layout = with_turn_end(self.prompt_layout(tokenizer, extra_eos), tokenizer)
         self.adapters = AdapterSet(module, self.task_type)
         self._compiled: CompiledDecoding | None = None
         switch_off_dropout(module)

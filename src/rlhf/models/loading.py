@@ -15,6 +15,7 @@ from transformers import (
 
 from rlhf.config import RewardModelConfig, StageConfig, TrainingConfig
 from rlhf.data.prompt_codec import PromptLayout
+from rlhf.data.turn_ends import with_turn_end
 from rlhf.errors import InputError
 from rlhf.files.local_copy import local_folder
 from rlhf.files.storage import is_remote
@@ -145,7 +146,7 @@ def load_language_model(
 
 def prompt_layout(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PromptLayout:
     """Return what the model wants around prompts; this does not need its weights."""
-    return family_of(config).prompt_layout(tokenizer)
+    return with_turn_end(family_of(config).prompt_layout(tokenizer), tokenizer)
 
 
 def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: int) -> list[str]:

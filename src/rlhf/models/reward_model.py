@@ -16,6 +16,7 @@ from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptText
 from rlhf.data.special_tokens import save_tokenizer
+from rlhf.data.turn_ends import with_recorded_turn_end
 from rlhf.errors import InputError
 from rlhf.files.disk import settle
 from rlhf.files.local_copy import local_folder, recorded_base
@@ -61,7 +62,7 @@ class RewardModel:
         self.shares_base = shares_base
         self.codec = PromptCodec(
             lm.tokenizer,
-            lm.layout,
+            with_recorded_turn_end(lm.layout, lm.tokenizer, record.turn_end),
             record.prompt_sequence_length,
             record.target_sequence_length,
             truncation_side=record.truncation_side,
@@ -156,7 +157,7 @@ class RewardModel:
         ids = self.codec.prompts(different)
         if read is not None and read.tolists() == ids.tolists():
             ids = read
-        answers = self.codec.responses(list(responses), finished).to(ids.ids.device)
+        answers = self.codec.responses(list(responses), finished, prompts).to(ids.ids.device)
         return self.score_tokens(ids, answers, batch_size, groups)
 
     def save(self, folder: Path) -> None:
@@ -209,7 +210,10 @@ def load_reward_model(
         limits = None
         if record is not None:  # written by rlhf as a plain transformers checkpoint
             limits = Limits(
-                record.prompt_sequence_length, record.target_sequence_length, record.truncation_side
+                record.prompt_sequence_length,
+                record.target_sequence_length,
+                record.truncation_side,
+                record.turn_end,
             )
         return SequenceClassifier(
             source, device, pick_dtype(dtype, device), limits=limits, label=label
@@ -292,6 +296,11 @@ def check_reward_model(
     if record.instruction != renderer.instruction:
         difference = (
             f"with instruction {record.instruction!r}, but instruction is {renderer.instruction!r}"
+        )
+    elif conversations and record.chat_template_options != renderer.options:
+        difference = (
+            f"with chat_template_options {record.chat_template_options}, but they are "
+            f"{renderer.options}"
         )
     elif conversations and record.prompting != renderer.identity:
         difference = "with another chat template than that of base_model"

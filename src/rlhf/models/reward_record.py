@@ -1,7 +1,7 @@
 """What a reward model's folder records about its training: `reward_model.json`."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ class RewardRecord:
         target_sequence_length: Maximum tokens of a response.
         truncation_side: Side on which an overlong prompt is cut.
         instruction: Text put before every input.
-        prompting: Fingerprint of instruction and chat template.
+        prompting: Fingerprint of instruction, chat template and its options.
+        chat_template_options: Variables that the chat template got.
+        turn_end: Token that ended responses in a chat; "" for EOS.
         pooling: Which state the head reads.
         shift: Subtracted from the raw score.
         scale: Divides the shifted score.
@@ -45,6 +47,8 @@ class RewardRecord:
     truncation_side: str
     instruction: str
     prompting: str
+    chat_template_options: dict[str, Any] = field(default_factory=dict)
+    turn_end: str = ""
     pooling: str = "last_token"
     shift: float = 0.0
     scale: float = 1.0
@@ -59,7 +63,7 @@ class RewardRecord:
         """
         try:
             values: dict[str, Any] = parse_json(path.read_bytes())
-            known = {field.name for field in fields(cls)}
+            known = {one.name for one in fields(cls)}
             record = cls(**{name: value for name, value in values.items() if name in known})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not the record of a reward model: {error}") from error
@@ -95,20 +99,22 @@ def read_record(path: str) -> RewardRecord | None:
 def _check_record(record: RewardRecord, path: Path) -> None:
     """Refuse values that training never writes: they would cause useless scores or a traceback."""
     problems = []
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if field.name in ("shift", "scale"):
+    for one in fields(record):
+        value = getattr(record, one.name)
+        if one.name in ("shift", "scale"):
             good = type(value) in (int, float) and abs(value) < 1e30  # a NaN is not
-            good = good and (field.name == "shift" or value > 1e-30)
-            expected = "a finite number" + (" above 0" if field.name == "scale" else "")
-        elif field.name.endswith("_length"):
+            good = good and (one.name == "shift" or value > 1e-30)
+            expected = "a finite number" + (" above 0" if one.name == "scale" else "")
+        elif one.name.endswith("_length"):
             good, expected = type(value) is int and 1 <= value <= MOST_TOKENS, "a number of tokens"
-        elif field.name == "truncation_side":
+        elif one.name == "truncation_side":
             good, expected = value in ("left", "right"), "left or right"
+        elif one.name == "chat_template_options":
+            good, expected = isinstance(value, dict), "a mapping"
         else:
-            nothing = field.name == "revision" and value is None
+            nothing = one.name == "revision" and value is None
             good, expected = nothing or isinstance(value, str), "text"
         if not good:
-            problems.append(f"{path}: {field.name}: expected {expected}, got {value!r:.80}")
+            problems.append(f"{path}: {one.name}: expected {expected}, got {value!r:.80}")
     if problems:
         raise InputError(problems)

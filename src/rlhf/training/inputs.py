@@ -93,7 +93,9 @@ class StageInputs:
             read_model_config(base, config.revision) if model is None else model.config
         )
         self.tokenizer = tokenizer or load_tokenizer(base, config.revision)
-        self.renderer = PromptRenderer.for_tokenizer(self.tokenizer, config.instruction)
+        self.renderer = PromptRenderer.for_tokenizer(
+            self.tokenizer, config.instruction, config.chat_template_options
+        )
         self.lines: list[str] = []
         self._rows: list[str] = []
         self._limits: list[str] = check_limits(
