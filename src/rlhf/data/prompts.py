@@ -283,13 +283,13 @@ def _apply_jinja(template: str, messages: Sequence[Message], values: Mapping[str
 
     conversation = [{"role": turn.author, "content": turn.content} for turn in messages]
     try:
-        given = {
+        given: dict[str, Any] = {
             "messages": conversation,
             "tools": None,
             "documents": None,
             "date_string": template_date("%d %b %Y"),
         }
-        return render(template, **(given | values))
+        return render(template, **{**given, **values})
     except ValueError as error:
         raise ValueError(f"the chat template refuses it: {error}") from error
 

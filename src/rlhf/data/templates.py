@@ -34,6 +34,8 @@ _PASSING = frozenset(
     "attr batch count d default dictsort first groupby items last length list map max min reject "
     "rejectattr reverse select selectattr slice sort sum unique".split()
 )
+# Tests and filters of what may be undefined.
+_ASKING = frozenset({"defined", "undefined", "none", "default", "d"})
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -229,14 +231,23 @@ def _compile(template: str) -> tuple[_BoundedEnvironment, jinja2.Template]:
 def variables(template: str) -> frozenset[str]:
     """Return the names that a chat template reads from outside, jinja's own apart.
 
-    A broken template reads none: rendering says what is wrong with it.
+    A name that the template also sets counts only where it asks whether it is there, as in
+    `{% if x is not defined %}{% set x = 1 %}` or `{% set x = x | default(1) %}`. A broken template
+    reads none: rendering says what is wrong with it.
     """
     environment = _BoundedEnvironment()
     try:
-        found = jinja2.meta.find_undeclared_variables(environment.parse(template))
+        tree = environment.parse(template)
+        found = jinja2.meta.find_undeclared_variables(tree)
     except (jinja2.TemplateError, RecursionError):
         return frozenset()
-    return frozenset(found - environment.globals.keys())
+    own = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
+    asked = {
+        node.node.name
+        for node in tree.find_all((nodes.Test, nodes.Filter))
+        if node.name in _ASKING and isinstance(node.node, nodes.Name)
+    }
+    return frozenset(found - environment.globals.keys() - (own - asked))
 
 
 def render(template: str, /, **values: Any) -> str:

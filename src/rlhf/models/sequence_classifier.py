@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rlhf.data.special_tokens import save_tokenizer
+from rlhf.data.turn_ends import turn_end_text
 from rlhf.files.disk import settle
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
@@ -36,7 +37,7 @@ def save_sequence_classifier(
     if not lm.has_sequence_classifier:
         return False
     tokenizer = copy.deepcopy(lm.tokenizer)
-    tokenizer.pad_token = _pad_token(tokenizer)
+    tokenizer.pad_token = _pad_token(tokenizer, turn_end_text(lm.layout, tokenizer))
     config = copy.deepcopy(lm.config)
     config.num_labels = 1
     config.pad_token_id = tokenizer.pad_token_id
@@ -58,9 +59,9 @@ def save_sequence_classifier(
     return True
 
 
-def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _pad_token(tokenizer: PreTrainedTokenizerBase, turn_end: str) -> str | None:
     """Return a PAD that never ends a response, since the class would then read the token before."""
-    taken = {tokenizer.eos_token, tokenizer.unk_token, None}
+    taken = {tokenizer.eos_token, tokenizer.unk_token, turn_end, None}
     for token in (tokenizer.pad_token, tokenizer.bos_token):
         if token not in taken:
             return str(token)

@@ -108,7 +108,8 @@ A score is (raw - shift) / scale with the constants in `reward_model.json`."""
     return (
         text + " `sequence_classifier/` is the same model for `AutoModelForSequenceClassification`"
         "; that format has no place for the shift, so it gives the *raw* score. Feed it BOS, the "
-        "prompt's ids, the response's ids and EOS."
+        "prompt's ids, the response's ids and EOS (in a chat, `turn_end` of `reward_model.json` if "
+        "it names one)."
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import StageConfig
+from rlhf.data.chat_check import check_conversations
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import (
@@ -103,6 +104,7 @@ class StageInputs:
         )
         self._limits += check_adapter(config, self.model_config, model)
         self._fingerprints: dict[str, str] = {}
+        self._chats_differ = False
 
     def read(self, name: str, **options: Any) -> Any:
         """Read one data set of the configuration and check that its prompts fit.
@@ -135,6 +137,10 @@ class StageInputs:
             return None
         if lengths.shortened:
             self.lines.append(f"{name}: {lengths.line()}")
+        if not self._chats_differ:
+            warning = check_conversations(data, codec, self.renderer, name)
+            self._chats_differ = bool(warning)
+            self.lines += warning
         return data
 
     def hold_out(
