@@ -24,12 +24,13 @@ from rlhf.files.storage import is_remote, locate, open_store
 from rlhf.files.text import whole_file
 from rlhf.hardware import pick_device
 from rlhf.inference.predictions import json_line
+from rlhf.models.bases import find_base
 from rlhf.models.reward_model import (
     RewardModel,
     check_reward_model,
     load_reward_model,
 )
-from rlhf.models.reward_record import RECORD_FILE, RewardRecord
+from rlhf.models.reward_record import read_record
 from rlhf.models.scorers import Scorer
 from rlhf.training.tracking import ProgressLine
 
@@ -131,15 +132,15 @@ def _renderer(config: ScoreConfig) -> PromptRenderer:
     from transformers import AutoTokenizer
 
     path = config.reward_model_path
-    folder = local_folder(path)
-    record = folder / RECORD_FILE
+    record, given = read_record(path), config.model_fields_set
     instruction, options = config.instruction, config.chat_template_options
-    if record.is_file():
-        trained, given = RewardRecord.read(record), config.model_fields_set
-        instruction = instruction if "instruction" in given else trained.instruction
-        options = options if "chat_template_options" in given else trained.chat_template_options
+    if record is None:
+        source = find_base(path, where="reward_model_path").tokenizer
+    else:
+        source = local_folder(path, weights=False)
+        instruction = instruction if "instruction" in given else record.instruction
+        options = options if "chat_template_options" in given else record.chat_template_options
     try:
-        source = str(folder) if folder.exists() else path
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a broken tokenizer.json
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.cases import Case, load_base, make_case
+from support.hub import Hub
 from support.tiny import make_tokenizer, tiny_model
 
 from rlhf import InferenceConfig, SFTConfig, train_sft
@@ -283,21 +284,14 @@ def test_a_damaged_cache_only_costs_time(counted: list[Path], tmp_path: Path, da
     assert remembered_checksum(path) == first
 
 
-def test_a_hub_id_counts_by_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import huggingface_hub
-
-    folder = tmp_path / "models--a--b" / "snapshots" / "0123abc"
-    asked = []
-
-    def download(name: str, file: str, revision: str | None = None) -> str:
-        asked.append((name, file, revision))
-        return str(folder / file)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert weights_fingerprint("a/b", "main") == "0123abc"
-    assert asked == [("a/b", "config.json", "main")]
+def test_a_hub_id_counts_by_its_commit(hub: Hub) -> None:
+    commit = hub.model("a/b", {"config.json": b"{}", "model.safetensors": b"weights"})
+    hub.tag("a/b", "v1", commit)
+    later = hub.model("a/b", {"config.json": b"{}"})
+    assert weights_fingerprint("a/b", "v1") == commit
+    assert weights_fingerprint("a/b") == weights_fingerprint("a/b", later) == later
+    assert not any("model.safetensors" in request for request in hub.requests)
     assert weights_fingerprint("/no/such/folder") == ""
-    monkeypatch.undo()
     assert weights_fingerprint("nobody/nothing") == ""
 
 

@@ -356,7 +356,7 @@ def test_missing_base_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> 
     make_reward(load(checkpoints["t5"]), base_model=gone).save(tmp_path / "reward")
     with pytest.raises(InputError, match=r"reward_model_path: .*its base_model: .*gone"):
         load_reward_model(str(tmp_path / "reward"), device="cpu")
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="there is no folder"):
         load_reward_model(str(tmp_path / "nothing"), device="cpu")
 
 

@@ -19,13 +19,7 @@ from rlhf.config.common import (
 from rlhf.config.dpo import DPOConfig
 from rlhf.config.mappings import ChatTemplateOptions
 from rlhf.config.ppo import PPOConfig
-from rlhf.config.shared import (
-    PATHS,
-    compile_decode,
-    reward_model_label,
-    reward_model_of,
-    tuned_base,
-)
+from rlhf.config.shared import PATHS, compile_decode, reward_model_label, tuned_base
 
 
 class SFTConfig(TrainingConfig):
@@ -84,11 +78,6 @@ class RewardModelConfig(TrainingConfig):
         "Demonstrations (rows with output_text) to use as reference responses. "
         f"Default: the candidates of the training rows. {PATHS}.",
     )
-
-    @classmethod
-    def runs_in(cls, pipeline: Any) -> bool:
-        """Whether none is given."""
-        return pipeline.reward_model_path is None
 
     @classmethod
     def handed_over(cls, pipeline: Any) -> dict[str, Any]:
@@ -158,7 +147,7 @@ class InferenceConfig(StageConfig):
             "base_model": None,
             "revision": None,
             "policy_path": pipeline.stage_dir("ppo"),
-            "reward_model_path": reward_model_of(pipeline),
+            "reward_model_path": pipeline.stage_dir("reward_model"),
             "eval_dataset": pipeline.eval_dataset if given else pipeline.preference_dataset,
         }
 

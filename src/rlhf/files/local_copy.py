@@ -1,4 +1,4 @@
-"""Local copies of folders in object stores."""
+"""Local copies of folders in object stores and on the Hub."""
 
 import hashlib
 import shutil
@@ -8,28 +8,60 @@ from typing import Any
 
 from rlhf.errors import InputError
 from rlhf.files.disk import cache_folder, umask
+from rlhf.files.hub import hub_folder, is_hub_id
 from rlhf.files.owners import temporary_folder
 from rlhf.files.storage import find_files, is_remote, open_store, storage_errors
-from rlhf.untrusted import inner_names, without_secrets
+from rlhf.untrusted import inner_names, read_json, without_secrets
+
+# Files that loaders of models read besides weights.
+SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "reward_model.json",
+    "*.safetensors.index.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+# Fetched from the Hub with them: notes, and adapters, which are small and so are always checked.
+_SMALL = (
+    *SETTINGS,
+    "rlhf.json",
+    "adapter_model.safetensors",
+    "head.safetensors",
+    "adapter/*",
+    "merged/*.json",
+)
 
 # Weights: slow to copy, and not needed for checks or tokenizers.
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth")
 
 
-def local_folder(path: str, *, weights: bool = True) -> Path:
+def local_folder(path: str, *, weights: bool = True, revision: str | None = None) -> Path:
     """Return a local folder with the contents of a path; remote contents are copied once.
 
     Copies are kept in `$RLHF_CACHE` or ~/.cache/rlhf; if an object changes (in size or checksum), a
-    new copy is made.
+    new copy is made. What comes from the Hub is in the cache of its own client.
 
     Args:
-        path: Local folder, returned as is, or one in any store that fsspec supports.
+        path: Local folder, returned as is, one in any store that fsspec supports, or a Hub id.
         weights: Whether weight files are needed too.
+        revision: Branch, tag or commit, for a Hub id.
 
     Raises:
         InputError: There is no such store, or nothing at this address.
         StorageError: It cannot be read.
     """
+    if is_hub_id(path):
+        folder = hub_folder(path, revision, _SMALL, quiet=True)
+        if weights:
+            hub_folder(path, revision, _weight_files(folder), quiet=False)
+        return folder
     if not is_remote(path):
         return Path(path)
     url = path.rstrip("/")
@@ -59,6 +91,17 @@ def local_folder(path: str, *, weights: bool = True) -> Path:
             cache.mkdir(parents=True, exist_ok=True)
             _download(filesystem, root, wanted, target)
     return target
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the names of a model's weight files, going by its settings."""
+    if (folder / "adapter_config.json").is_file():
+        return ["adapter_model.safetensors"]
+    index = read_json(folder / "model.safetensors.index.json") or {}
+    files = index.get("weight_map")
+    names = set(map(str, files.values())) if isinstance(files, dict) else {"model.safetensors"}
+    whole = ["merged/*.safetensors"] if (folder / "reward_model.json").is_file() else []
+    return [*whole, *sorted(name for name in names if name.endswith(".safetensors"))]
 
 
 def recorded_base(name: str, where: str) -> str:

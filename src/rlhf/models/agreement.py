@@ -3,12 +3,8 @@
 Each family implements its layers itself. A checkpoint of the same `model_type` may need more than
 that, through a field of config.json that the family does not read or through changed code, and
 would then be trained as a different model. So a few tokens are run both ways when a model is
-loaded. A window of attention, which hides nothing from texts this short, is made shorter for the
-check. What else shows only on longer texts is missed.
+loaded. The check misses what shows only on longer texts, such as an attention window.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -19,10 +15,10 @@ from rlhf.models.language_model import LanguageModel
 
 PROMPT_LENGTHS = (6, 3)
 RESPONSE_LENGTH = 2
-SHORT_WINDOW = 4
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
+@torch.no_grad()
 def check_agreement(lm: LanguageModel) -> None:
     """Compare the logits of reading and of decoding with those of transformers.
 
@@ -34,33 +30,15 @@ def check_agreement(lm: LanguageModel) -> None:
         lm: The model, without adapters. Neither the model nor any random state is changed.
 
     Raises:
-        InputError: The logits differ, or a class of transformers cannot be called as we call it.
+        InputError: The logits differ.
     """
-    try:
-        _compare(lm)
-    except (InputError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if not lm.is_generic:  # our own code is at fault
-            raise
-        name, kind = lm.base_name or "the model given", lm.config.model_type
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise InputError(
-            f"base_model: {name}: transformers' class of {kind!r} models cannot be used ({reason})"
-        ) from error
-
-
-@torch.no_grad()
-def _compare(lm: LanguageModel) -> None:
-    """Raise an `InputError` if the logits differ."""
     prompts, responses = _tokens(lm)
-    logits: dict[str, Tensor] = {}
-    if lm.is_generic:
-        logits["read in training"] = lm.logits(lm.response_states(prompts, responses))
-    with lm.inference(), _short_window(lm):
+    with lm.inference():
         expected = lm.transformers_logits(prompts, responses)
-        logits["read"] = lm.logits(lm.response_states(prompts, responses))
-        logits["decoded"] = _decoded_logits(lm, prompts, responses)
+        logits = {
+            "read": lm.logits(lm.response_states(prompts, responses)),
+            "decoded": _decoded_logits(lm, prompts, responses),
+        }
     largest = expected.abs().max()
     if not torch.isfinite(largest):
         return  # a broken checkpoint; the first step will report it
@@ -69,28 +47,12 @@ def _compare(lm: LanguageModel) -> None:
         difference = (ours - expected).abs().max()
         if not difference <= limit * largest:
             name = lm.base_name or "the model given"
-            hint = ". Try to set all dropout in its config.json to 0" if "training" in how else ""
             raise InputError(
                 f"base_model: {name}: {how} by rlhf, the logits of this {lm.config.model_type!r} "
                 f"model differ from those of transformers by {difference / largest:.1g} of the "
                 f"largest; expected at most {limit:g}. It needs something that the family "
-                f"{lm.name} does not compute, so it cannot be used{hint}"
+                f"{lm.name} does not compute, so it cannot be used"
             )
-
-
-@contextmanager
-def _short_window(lm: LanguageModel) -> Iterator[None]:
-    """Shorten the window that a family computes, so that it hides the start of the texts."""
-    config = lm.config
-    window = getattr(config, "sliding_window", None)
-    if lm.is_generic or not window or window <= SHORT_WINDOW:
-        yield
-        return
-    config.sliding_window = SHORT_WINDOW
-    try:
-        yield
-    finally:
-        config.sliding_window = window
 
 
 def _tokens(lm: LanguageModel) -> tuple[TokenBatch, TokenBatch]:

@@ -1,7 +1,7 @@
 """Check the files of a checkpoint before anything loads them.
 
-This runs before transformers, which opens whatever the index, config.json or an adapter names and
-builds a model of whatever size config.json gives.
+This runs before transformers, which opens whatever the index or config.json names and builds a
+model of whatever size config.json gives.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from rlhf.errors import InputError
-from rlhf.models.compat import attention_kind, find_hub_file
+from rlhf.models.compat import attention_kind
 from rlhf.models.family import Family
 from rlhf.untrusted import inner_names, parse_json
 
@@ -33,7 +33,6 @@ _SIZES: dict[str, tuple[int, int]] = {
     "head_dim": (1, 2**16),
     "intermediate_size": (1, 2**20),
     "max_position_embeddings": (1, 2**31),
-    "sliding_window": (1, 2**31),
     "num_decoder_layers": (1, 2000),
     "d_kv": (1, 2**16),
     "d_ff": (1, 2**20),
@@ -42,36 +41,20 @@ _SIZES: dict[str, tuple[int, int]] = {
     "relative_attention_num_buckets": (4, 2**16),
     "relative_attention_max_distance": (2, 2**31),
 }
-# May be null.
-_SELDOM = frozenset({"head_dim", "num_key_value_heads", "num_decoder_layers", "sliding_window"})
+_SELDOM = frozenset({"head_dim", "num_key_value_heads", "num_decoder_layers"})  # may be null
 _EPSILONS = ("rms_norm_eps", "layer_norm_epsilon")
 
 
-def check_checkpoint(name: str, where: str, revision: str | None = None) -> None:
+def check_checkpoint(folder: Path, where: str) -> None:
     """Refuse a checkpoint that would load anything other than its own safetensors files.
 
     Args:
-        name: Local folder or Hub id.
+        folder: A local folder.
         where: The setting that names it, for messages.
-        revision: Hub revision, if `name` is a Hub id.
 
     Raises:
-        InputError: A JSON file is invalid, the index names other files, or it is an adapter.
+        InputError: A JSON file is invalid, or the index names other files.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        try:
-            index = find_hub_file(name, INDEX, revision)
-        except Exception:  # no such name or no network: reading config.json reports it
-            return
-        if index is not None:
-            _shards(index, where)
-        return
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{where}: the folder has an adapter_config.json, so it is an adapter; give the folder "
-            "of its base, or merged/"
-        )
     for description in _DESCRIPTIONS:
         if (folder / description).is_file():
             values = _json_object(folder / description, where)

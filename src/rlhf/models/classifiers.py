@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.schema import PromptText
 from rlhf.data.special_tokens import added_ids
 from rlhf.data.turn_ends import with_recorded_turn_end
-from rlhf.errors import InputError
-from rlhf.models.checkpoint_files import check_checkpoint, count_stored
+from rlhf.models.classifier_files import classifier_label, load_classifier
 from rlhf.models.families import family_of
 from rlhf.signals import stop_point
 
@@ -51,7 +49,7 @@ class SequenceClassifier:
     A classifier that `rlhf reward-model` wrote reads the same ids as the reward model itself.
 
     Args:
-        source: Folder or Hub id.
+        source: Folder or Hub id of a classifier, or of an adapter with a classifier's head.
         device: Where it runs.
         dtype: Type of its weights.
         revision: Hub revision.
@@ -72,7 +70,7 @@ class SequenceClassifier:
     ) -> None:
         self.device = torch.device(device)
         self.label = classifier_label(source, label, revision)
-        self.model, self.tokenizer = _load_classifier(source, dtype, revision)
+        self.model, self.tokenizer = load_classifier(source, dtype, revision)
         self.model.to(self.device).eval().requires_grad_(False)
         _score_in_float32(self.model)
         self.tokenizer.truncation_side = "left"
@@ -168,91 +166,3 @@ def _longest(model: Any, tokenizer: Any) -> int | None:
             limits.append(rows - padding - 1)
     # Tokenizers without a limit say 10**30; models with relative positions say -1.
     return min((limit for limit in limits if limit and 0 < limit < 10**9), default=None)
-
-
-def classifier_label(source: str, label: int | str | None, revision: str | None = None) -> int:
-    """Return the index of the label whose logit is the score; reads no weights.
-
-    Args:
-        source: Folder or Hub id of a sequence classifier.
-        label: Index or name; None if there is only one label.
-        revision: Hub revision.
-
-    Raises:
-        InputError: It is no sequence classifier, or has no such label.
-    """
-    config = _read_config(source, revision)
-    where, count = f"reward_model_path: {source}", config.num_labels
-    names = {index: str(name) for index, name in (config.id2label or {}).items()}
-    shown = ", ".join(f"{index} ({names.get(index, index)})" for index in range(min(count, 20)))
-    shown += ", …" if count > 20 else ""
-    if label is None:
-        if count != 1:
-            raise InputError(
-                f"{where}: has {count} labels; choose the one whose logit is the score with "
-                f"`reward_model_label`: {shown}"
-            )
-        return 0
-    found = [index for index in range(count) if label in (index, names.get(index))]
-    if not found:  # flags are text
-        found = [index for index in range(count) if label == str(index)]
-    if len(found) != 1:
-        raise InputError(f"{where}: has no label {label!r}; expected one of {shown}")
-    return found[0]
-
-
-def _read_config(source: str, revision: str | None) -> Any:
-    from transformers import AutoConfig
-
-    where, folder = f"reward_model_path: {source}", Path(source)
-    if source.count("/") > 1 and not folder.exists():
-        raise InputError(f"{where}: there is no such folder")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise InputError(
-            f"{where}: holds neither reward_model.json (has its training finished?) nor config.json"
-        )
-    check_checkpoint(source, where, revision)
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # of transformers and the Hub's client
-        reason = _first_line(error)
-        raise InputError(f"{where}: not a sequence classifier that loads: {reason}") from error
-    architectures = config.architectures or ()
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
-        raise InputError(
-            f"{where}: expected a folder of `rlhf reward-model` or a sequence classifier, got "
-            f"{'/'.join(architectures) or 'no architecture'}"
-        )
-    return config
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _load_classifier(source: str, dtype: torch.dtype, revision: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    options = {"revision": revision, "trust_remote_code": False}
-    where = f"reward_model_path: {source}"
-    if Path(source).is_dir():
-        count_stored(Path(source), where)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-    except Exception as error:  # safetensors, tokenizers and transformers raise their own types
-        reason = _first_line(error)
-        raise InputError(f"{where}: not a sequence classifier that loads: {reason}") from error
-    wrong = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    if wrong:
-        raise InputError(f"{where}: the checkpoint lacks weights: {', '.join(wrong[:5])}")
-    rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= rows:
-        raise InputError(
-            f"{where}: the tokenizer has ids up to {largest}, the model only {rows} embeddings: "
-            "they do not belong together"
-        )
-    return model, tokenizer

@@ -18,28 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.errors import InputError
 from rlhf.files.disk import cache_folder, checksum
-from rlhf.files.local_copy import local_folder, recorded_base
+from rlhf.files.hub import hub_commit, is_hub_id
+from rlhf.files.local_copy import SETTINGS, local_folder, recorded_base
 from rlhf.files.storage import find_files, is_remote, open_store, storage_errors
 from rlhf.files.text import write_text
 from rlhf.models.weights import loaded_fingerprint
-from rlhf.untrusted import read_json
+from rlhf.untrusted import parse_json, read_json
 
 WEIGHTS = "*.safetensors"
-# Files that loaders read besides weights.
-SETTINGS = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "reward_model.json",
-    "*.safetensors.index.json",
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-)
 # Subfolders of a reward model; any other subfolder belongs to something else.
 PARTS = ("adapter", "merged")
 # Lies beside saved weights and holds their checksums by file name.
@@ -57,28 +43,46 @@ _WITHOUT_MEANING = {
 }
 # Fields of a stored object, best first; not every store has all of them.
 _STORES_CHECKSUMS = ("md5Hash", "crc32c", "etag", "ETag", "mtime", "created")
+_DEEPEST = 10  # adapters on each other; loading refuses more
 _SETS = {"target_modules", "exclude_modules"}  # peft writes these sets as lists in any order
 _WORTH_REMEMBERING = 2**24  # bytes; smaller files are quick to hash
 _SECONDS_OF_A_CLOCK_TICK = 0.1
 
 
-def weights_fingerprint(path: str, revision: str | None = None) -> str:
+def weights_fingerprint(path: str, revision: str | None = None, *, with_base: bool = True) -> str:
     """Return a hash of everything that determines a model's results: weights, settings, tokenizer.
 
     Args:
         path: A model, an adapter or a reward model: local folder, folder in a store, or Hub id.
         revision: Hub revision, if `path` is a Hub id.
+        with_base: Whether the base that an adapter names counts too.
 
     Returns:
-        A short hash; "" if nothing is there, such as a folder that a later stage of a dry run
-        would write.
+        A short hash, for a whole model on the Hub its commit; "" if nothing is there, such as a
+        folder that a later stage of a dry run would write.
     """
+    return _fingerprint(path, revision, _DEEPEST if with_base else 0)
+
+
+def _fingerprint(path: str, revision: str | None, bases: int) -> str:
+    """Return the fingerprint with at most so many bases, each of the one before, counted in."""
     if is_remote(path):
-        found = _remote_content(path)
-    elif Path(path).expanduser().is_dir():
-        found = _local_content(Path(path).expanduser())
+        found, folder = _remote_content(path)
+    elif (folder := Path(path).expanduser()).is_dir():
+        found = _local_content(folder)
+    elif is_hub_id(path):
+        try:
+            commit = hub_commit(path, revision)
+            folder = local_folder(path, weights=False, revision=commit)
+        except InputError:
+            return ""
+        if not bases or not _names_base(folder):
+            return commit
+        found = {("", "commit"): commit}
     else:
-        return _commit(path, revision)
+        return ""
+    if found and bases:
+        found |= _base_content(folder, bases - 1)
     if not found:
         return ""
     digest = hashlib.sha256()
@@ -114,6 +118,27 @@ def check_written(folder: Path) -> None:
             )
 
 
+def read_origin(folder: Path) -> dict[str, Any] | None:
+    """Return the base, revision and fingerprint noted beside saved weights; None without a note.
+
+    Raises:
+        InputError: The note is not valid.
+    """
+    path = folder / ORIGIN
+    if not path.is_file():
+        return None
+    try:
+        origin: dict[str, Any] = parse_json(path.read_bytes())
+        known = {name: origin[name] for name in ("base_model", "revision", "fingerprint")}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not the note that rlhf writes: {error!r:.200}") from error
+    if not isinstance(known["fingerprint"], str) or not all(
+        value is None or isinstance(value, str) for value in known.values()
+    ):
+        raise InputError(f"{path}: not the note that rlhf writes: expected three strings")
+    return origin
+
+
 def remembered_checksum(path: Path) -> str:
     """Return the SHA-256 of a file, computed once while the file stays unchanged.
 
@@ -145,7 +170,7 @@ def written_checksums(folder: Path) -> dict[str, str]:
 
 
 def _local_content(folder: Path, weights: dict[str, str] | None = None) -> dict[Any, str]:
-    """Map (part, name) to content; for a reward model on a base, include that base."""
+    """Map (part, name) to content."""
     record = folder / "reward_model.json"
     parts = ("", *PARTS) if record.is_file() else ("",)
     found: dict[Any, str] = {}
@@ -161,26 +186,45 @@ def _local_content(folder: Path, weights: dict[str, str] | None = None) -> dict[
         part, _, file = name.rpartition("/")
         if part in parts:
             found[part, file] = content
-    if record.is_file() and not (folder / "merged").is_dir():
-        found["", "reward_model.json base"] = _recorded_content(record)
     return found
 
 
-def _recorded_content(record: Path) -> str:
-    """Return the content of the base that a reward model's record names, if it can be read."""
-    values = read_json(record) or {}
+def _names_base(folder: Path) -> Path | None:
+    """Return the file of a reward model or an adapter that names its base; None without one."""
+    record, adapter = folder / "reward_model.json", folder / "adapter_config.json"
+    if record.is_file():
+        return None if (folder / "merged").is_dir() else record
+    return adapter if adapter.is_file() else None
+
+
+def _base_content(folder: Path, bases: int) -> dict[Any, str]:
+    """Return the content of the base that a reward model or an adapter names, if it has one."""
+    file = _names_base(folder)
+    if file is None:
+        return {}
+    values = read_json(file) or {}
+    if file.name == "adapter_config.json":
+        values = read_json(folder / ORIGIN) or {
+            "base_model": values.get("base_model_name_or_path"),
+            "revision": values.get("revision"),
+        }
     name, revision = values.get("base_model"), values.get("revision")
-    if not isinstance(name, str) or not name or not isinstance(revision, str | None):
-        return ""
-    return weights_fingerprint(recorded_base(name, str(record)), revision)
+    content = ""
+    if isinstance(name, str) and name and isinstance(revision, str | None):
+        content = _fingerprint(recorded_base(name, str(file)), revision, bases)
+    return {("", f"{file.name} base"): content}
 
 
-def _remote_content(path: str) -> dict[Any, str]:
-    """Do the same for a folder in a store, whose own checksums identify its weights."""
+def _remote_content(path: str) -> tuple[dict[Any, str], Path]:
+    """Do the same for a folder in a store, whose own checksums identify its weights.
+
+    Returns:
+        The content, and a local copy of what is no weights.
+    """
     try:
         folder = local_folder(path, weights=False)
     except InputError:
-        return {}
+        return {}, Path()
     filesystem, root = open_store(path.rstrip("/"))
     with storage_errors(f"{path} cannot be read"):
         details = find_files(filesystem, root)
@@ -189,21 +233,7 @@ def _remote_content(path: str) -> dict[Any, str]:
         if fnmatch(name, WEIGHTS):
             mark = next((str(info[key]) for key in _STORES_CHECKSUMS if info.get(key)), "")
             weights[name.removeprefix(root).strip("/")] = f"{info['size']} {mark}"
-    return _local_content(folder, weights)
-
-
-def _commit(name: str, revision: str | None) -> str:
-    """Return the commit of a model on the Hub; "" if there is no such model."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        return ""
-    try:
-        file = hf_hub_download(name, "config.json", revision=revision)
-    except (OSError, ValueError, HFValidationError, HfHubHTTPError):
-        return ""
-    return Path(file).parent.name  # …/snapshots/COMMIT/config.json
+    return _local_content(folder, weights), folder
 
 
 def _meaning(path: Path) -> str:

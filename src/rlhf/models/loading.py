@@ -17,11 +17,10 @@ from rlhf.config import RewardModelConfig, StageConfig, TrainingConfig
 from rlhf.data.prompt_codec import PromptLayout
 from rlhf.data.turn_ends import with_turn_end
 from rlhf.errors import InputError
-from rlhf.files.local_copy import local_folder
-from rlhf.files.storage import is_remote
 from rlhf.hardware import pick_device, pick_dtype
 from rlhf.models.agreement import check_agreement
 from rlhf.models.attention import SDPA_FLOAT32
+from rlhf.models.bases import Base, check_adapters, find_base, merge_adapters
 from rlhf.models.checkpoint_files import check_checkpoint, check_config, count_stored
 from rlhf.models.compat import attention_kind, has_adapters, set_attention_kind
 from rlhf.models.content import check_written
@@ -34,49 +33,50 @@ from rlhf.models.weights import cast_weights, quiet_transformers
 
 
 def read_model_config(base_model: str, revision: str | None = None) -> PretrainedConfig:
-    """Return the checkpoint's config.json, without loading its weights.
+    """Return the checkpoint's config.json, without loading its weights; of an adapter, its base's.
 
     Raises:
-        InputError: There is no such checkpoint, or no family computes such models.
+        InputError: There is no such checkpoint, no family computes such models, or it is an adapter
+            that does not fit its base.
     """
-    source = _existing(base_model, weights=False)
-    check_checkpoint(source, f"base_model: {base_model}", revision)
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # each of transformers' checks raises its own type
-        raise InputError(f"base_model: {base_model}: config.json: {_reason(error)}") from error
+    base = find_base(base_model, revision)
     where = f"base_model: {base_model}"
+    check_checkpoint(base.folder, where)
+    try:
+        config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
+    except Exception as error:  # each of transformers' checks raises its own type
+        raise InputError(f"{where}: config.json: {_reason(error)}") from error
+    config.name_or_path = base_model
     check_config(config, family_of(config, where), where)
-    sources = [("config.json", config), ("generation_config.json", _generation(source, revision))]
+    generation = _generation(base.folder, where)
+    sources = [("config.json", config), ("generation_config.json", generation)]
     problems = special_id_problems(sources, config.vocab_size)
     if problems:
-        raise InputError([f"base_model: {base_model}: {problem}" for problem in problems])
+        raise InputError([f"{where}: {problem}" for problem in problems])
+    if base.adapters:
+        check_adapters(base, without_storage(config))
     return config
 
 
-def _generation(source: str, revision: str | None) -> GenerationConfig | None:
+def _generation(folder: Path, where: str) -> GenerationConfig | None:
     """Return the checkpoint's generation_config.json, if it has one."""
     try:
-        return GenerationConfig.from_pretrained(source, revision=revision)
+        return GenerationConfig.from_pretrained(folder)
     except OSError:
         return None
     except Exception as error:  # its checks may raise anything
-        raise InputError(
-            f"base_model: {source}: generation_config.json: {_reason(error)}"
-        ) from error
+        raise InputError(f"{where}: generation_config.json: {_reason(error)}") from error
 
 
 def load_tokenizer(base_model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """Return the checkpoint's fast tokenizer.
+    """Return the checkpoint's fast tokenizer; of an adapter, its own or its base's.
 
     Raises:
         InputError: There is none, or it has no EOS token.
     """
-    source = _existing(base_model, weights=False)
+    base = find_base(base_model, revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(base.tokenizer, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
         raise InputError(f"base_model: {base_model}: tokenizer: {_reason(error)}") from error
     _check_tokenizer(tokenizer, base_model)
@@ -115,7 +115,9 @@ def load_language_model(
         keep_freed_memory()
     storage = torch.float32 if trainable else dtype
     if model is None:
-        model = _load_weights(name, revision, storage, config.attn_implementation)
+        base = find_base(name, revision, weights=True)
+        revision = base.revision
+        model = _load_weights(base, storage, config.attn_implementation)
         tokenizer = tokenizer or load_tokenizer(name, revision)
     if tokenizer is None:
         raise InputError("tokenizer: a model given as an object needs its tokenizer too")
@@ -125,8 +127,7 @@ def load_language_model(
     if has_adapters(model):
         raise InputError("model: has an adapter of peft already; give it after merge_and_unload()")
     cast_weights(model, storage)
-    # Classes that we do not run layer by layer may compare the name of their attention.
-    sdpa = attention_kind(model.config) == "sdpa" and not family.is_generic
+    sdpa = attention_kind(model.config) == "sdpa"
     if sdpa and device.type == "cpu" and model.dtype == torch.bfloat16:
         for part in model.modules():  # T5's encoder and decoder have their own configurations
             if isinstance(part, PreTrainedModel):
@@ -150,24 +151,14 @@ def prompt_layout(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) 
     return with_turn_end(family_of(config).prompt_layout(tokenizer), tokenizer)
 
 
-def check_stage(config: StageConfig, model_config: PretrainedConfig) -> list[str]:
-    """Return what a stage's configuration asks for that its base cannot do."""
-    family = family_of(model_config)
-    limits = (config.prompt_sequence_length, config.target_sequence_length)
-    return family.stage_problems(config, model_config) + check_limits(model_config, *limits)
-
-
 def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: int) -> list[str]:
     """Return what is wrong with the sequence limits for this model; empty if it has no limit."""
     limit = family_of(config).position_limit(config)
     if limit is None or prompt_limit + response_limit <= limit:
         return []
-    positions = f"the {limit} positions of the model"
-    if limit < getattr(config, "max_position_embeddings", limit):
-        positions = f"the first {limit} positions, up to which the model rotates by one table"
     return [
         f"prompt_sequence_length {prompt_limit} + target_sequence_length {response_limit} exceed "
-        f"{positions}; lower one of them"
+        f"the {limit} positions of the model; lower one of them"
     ]
 
 
@@ -212,43 +203,46 @@ def check_adapter(config: StageConfig, model_config: PretrainedConfig, model: An
     return [f"lora.target_modules: {problem}" for problem in problems]
 
 
-def _load_weights(name: str, revision: str | None, dtype: torch.dtype, attention: str) -> Any:
-    config = read_model_config(name, revision)
-    source = _existing(name)
-    _check_size(config, Path(source), f"base_model: {name}")
-    check_written(Path(source))
+def _load_weights(base: Base, dtype: torch.dtype, attention: str) -> Any:
+    """Load a base's weights in `dtype`, with its adapters merged in float32."""
+    where = f"base_model: {base.name}"
+    config = read_model_config(base.name, base.revision)
+    _check_size(config, base.folder, where)
+    check_written(base.folder)
+    exact = torch.float32 if base.adapters and config.dtype != dtype else dtype
     try:
         with quiet_transformers():
             model, info = family_of(config).auto_class.from_pretrained(
-                source,
-                revision=revision,
-                dtype=dtype,
+                base.folder,
+                dtype=exact,
                 attn_implementation=None if attention == "auto" else attention,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
             )
     except Exception as error:  # safetensors, torch and transformers each raise their own types
-        raise InputError(f"base_model: {name}: {_reason(error)}{_hint(name)}") from error
+        raise InputError(f"{where}: {_reason(error)}{_hint(base.folder)}") from error
+    model.name_or_path = model.config.name_or_path = base.name
     missing = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if missing:
         raise InputError(
-            f"base_model: {name} is incomplete: {len(missing)} tensors are missing or differ "
+            f"{where} is incomplete: {len(missing)} tensors are missing or differ "
             f"in shape from what config.json says, such as {missing[0]}"
         )
     for tensor_name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise InputError(
-                f"base_model: {name}: tensor {tensor_name} holds NaN or infinite numbers; "
+                f"{where}: tensor {tensor_name} holds NaN or infinite numbers; "
                 "the checkpoint is broken; download it again"
             )
+    merge_adapters(base, model)
     return model
 
 
 def _check_size(config: PretrainedConfig, folder: Path, where: str) -> None:
     """Refuse a model much larger than its stored weights, before allocating any memory."""
     stored = count_stored(folder, where)
-    if stored is None:  # on the Hub, or no safetensors files
+    if stored is None:  # no safetensors files
         return
     wanted = sum(parameter.numel() for parameter in without_storage(config).parameters())
     if stored < wanted / 2:
@@ -258,28 +252,13 @@ def _check_size(config: PretrainedConfig, folder: Path, where: str) -> None:
         )
 
 
-def _hint(name: str) -> str:
-    folder = Path(name)
-    if not folder.is_dir() or list(folder.glob("*.safetensors")):
+def _hint(folder: Path) -> str:
+    if list(folder.glob("*.safetensors")):
         return ""
     return (
-        "; the folder has no *.safetensors file, and other formats are not loaded because they "
-        "can run code: save the model again with save_pretrained"
+        "; there is no *.safetensors file, and other formats are not loaded because they can run "
+        "code: save the model again with save_pretrained"
     )
-
-
-def _existing(name: str, *, weights: bool = True) -> str:
-    if is_remote(name):
-        return str(local_folder(name, weights=weights))
-    path = Path(name)
-    looks_local = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-    if looks_local and not path.exists():
-        raise InputError(f"base_model: there is no folder {name}")
-    if path.is_file():
-        raise InputError(f"base_model: {name} is a file; give the folder that has config.json")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"base_model: {name} is not a checkpoint: it has no config.json")
-    return name
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

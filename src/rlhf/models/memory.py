@@ -160,7 +160,7 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
     shape = family_of(config).shape(config)
     encoder, decoder = shape.encoder_layers, shape.decoder_layers
     rows, tokens = stage.micro_batch_limits
-    shared = _responses_per_prompt(stage) if shape.shares_prompts else 1
+    shared = _responses_per_prompt(stage)
     pair = isinstance(stage, RewardModelConfig | DPOConfig)
     # A row is a prompt with all of its responses.
     read = shared * response + (0 if encoder else prompt)
@@ -184,10 +184,9 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
 
 def _cache(config: PretrainedConfig, stage: StageConfig, rows: int, width: int) -> int:
     """Return the bytes of keys and values while `rows` responses are generated."""
-    shape = family_of(config).shape(config)
-    shared = min(rows, _responses_per_prompt(stage)) if shape.shares_prompts else 1
+    shared = min(rows, _responses_per_prompt(stage))
     tokens = rows * stage.target_sequence_length + -(-rows // shared) * stage.prompt_sequence_length
-    return shape.cached * tokens * width
+    return family_of(config).shape(config).cached * tokens * width
 
 
 def _responses_per_prompt(stage: StageConfig) -> int:

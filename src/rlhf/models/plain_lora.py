@@ -11,15 +11,21 @@ from typing import Annotated, Any, Literal
 
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf.errors import InputError
 from rlhf.models.compat import rank_of
+from rlhf.models.content import check_written
 from rlhf.models.targets import adapted_layers, linear_sizes, target_problems
 from rlhf.untrusted import parse_json
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# The heads of sequence classifiers, in the classes of transformers.
+HEADS = ("score", "classifier", "classification_head")
 # Fields that do not affect what a loaded adapter computes.
 _WITHOUT_EFFECT = frozenset(
     {
@@ -80,8 +86,12 @@ class _PlainLoRA(BaseModel):
         return [*written, *(key for group in groups for key in group or {})]
 
 
-def read_adapter_config(folder: Path) -> LoraConfig:
+def read_adapter_config(folder: Path, *, head: bool = False) -> LoraConfig:
     """Read the adapter_config.json of a plain LoRA adapter, without reading weights.
+
+    Args:
+        folder: A local folder.
+        head: Whether the adapter may come with the head of a sequence classifier.
 
     Raises:
         InputError: It cannot be read, or asks for something that is not reproduced exactly.
@@ -93,6 +103,11 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected an object of peft's fields, got {values!r:.80}")
+    saved = values.get("modules_to_save") or []
+    if head and isinstance(saved, list) and all(name in HEADS for name in saved):
+        values["modules_to_save"] = None
+    else:
+        saved = []
     try:
         plain = _PlainLoRA.model_validate(values)
     except ValidationError as error:
@@ -119,11 +134,45 @@ def read_adapter_config(folder: Path) -> LoraConfig:
             layers_to_transform=plain.layers_to_transform,
             layers_pattern=plain.layers_pattern,
             lora_dropout=plain.lora_dropout,
+            modules_to_save=saved or None,
             base_model_name_or_path=plain.base_model_name_or_path,
             revision=plain.revision,
         )
     except ValueError as error:  # fields that peft does not accept together
         raise InputError(f"{path}: {error}") from error
+
+
+def read_adapter_weights(folder: Path) -> dict[str, Tensor]:
+    """Return an adapter's tensors, with the names that peft uses in files.
+
+    Raises:
+        InputError: The file is missing, damaged or changed.
+    """
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise InputError(
+            f"{folder} is incomplete: it has no {ADAPTER_WEIGHTS} (other formats are not loaded "
+            "because they can run code)"
+        )
+    check_written(folder)
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError, OSError, TypeError) as error:
+        raise InputError(f"{folder}: the adapter cannot be read: {error}") from error
+
+
+def lora_names(layer: str) -> tuple[str, str]:
+    """Return the names of A and B of a layer's adapter in peft's files."""
+    return f"{_PREFIX}{layer}.lora_A.weight", f"{_PREFIX}{layer}.lora_B.weight"
+
+
+def head_names(module: nn.Module, config: LoraConfig) -> dict[str, str]:
+    """Map the parameters of a classifier's head to their names in peft's files."""
+    return {
+        name: f"{_PREFIX}{name}"
+        for name, _ in module.named_parameters()
+        if name.split(".")[0] in (config.modules_to_save or ())
+    }
 
 
 def check_fit(module: nn.Module, config: LoraConfig, state: Mapping[str, Tensor]) -> list[str]:
@@ -140,8 +189,11 @@ def check_fit(module: nn.Module, config: LoraConfig, state: Mapping[str, Tensor]
     expected: dict[str, tuple[int, ...]] = {}
     for name, layer in adapted_layers(module, config).items():
         rank, (inputs, outputs) = rank_of(config, name), linear_sizes(layer)
-        expected[f"{_PREFIX}{name}.lora_A.weight"] = (rank, inputs)
-        expected[f"{_PREFIX}{name}.lora_B.weight"] = (outputs, rank)
+        a, b = lora_names(name)
+        expected[a] = (rank, inputs)
+        expected[b] = (outputs, rank)
+    for name, saved in head_names(module, config).items():
+        expected[saved] = tuple(module.get_parameter(name).shape)
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected]
     shapes = [n for n, shape in expected.items() if n in state and tuple(state[n].shape) != shape]

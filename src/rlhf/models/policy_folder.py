@@ -8,11 +8,11 @@ from typing import Any, Literal
 from rlhf.config.loading import parse_yaml
 from rlhf.data.sources.files import open_file
 from rlhf.errors import InputError
+from rlhf.files.hub import is_hub_id
 from rlhf.files.local_copy import local_folder
 from rlhf.files.storage import is_remote
-from rlhf.models.content import ORIGIN, weights_fingerprint
-from rlhf.models.plain_lora import read_adapter_config
-from rlhf.models.saving import ADAPTER_WEIGHTS, read_origin
+from rlhf.models.content import ORIGIN, read_origin, weights_fingerprint
+from rlhf.models.plain_lora import ADAPTER_WEIGHTS, read_adapter_config
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def find_policy(path: str) -> PolicySource:
 
     Args:
         path: Folder of `rlhf ppo`, `rlhf dpo` or `rlhf sft` (its adapter is used if it has one),
-            their adapter/ or merged/, a plain peft adapter, or any checkpoint; local or remote.
+            their adapter/ or merged/, a plain peft adapter, or any checkpoint; local, remote or a
+            Hub id.
 
     Raises:
         InputError: The folder does not exist, or is none of these.
@@ -69,7 +70,7 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> PolicySource:
     if origin is None:  # plain peft: no fingerprint, but the base's name
         origin = {"base_model": config.base_model_name_or_path, "revision": config.revision}
     base = origin.get("base_model") or None
-    fingerprint = weights_fingerprint(str(folder))
+    fingerprint = weights_fingerprint(str(folder), with_base=False)
     return PolicySource("adapter", folder, base, origin.get("revision"), settings, fingerprint)
 
 
@@ -82,6 +83,11 @@ def _full(folder: Path, settings: Mapping[str, Any]) -> PolicySource:
 
 def _localize(path: str) -> tuple[Path, Mapping[str, Any]]:
     """Return a local folder, and the stage's settings if they are not in that folder."""
+    if is_hub_id(path):
+        try:
+            return local_folder(path), {}
+        except InputError as error:
+            raise InputError([f"policy_path: {one}" for one in error.problems]) from error
     if not is_remote(path):
         return Path(path).expanduser().resolve(), {}
     # A stage's folder also holds checkpoints and the merged model: fetch the adapter alone.

@@ -20,15 +20,15 @@ from rlhf.data.turn_ends import with_recorded_turn_end
 from rlhf.errors import InputError
 from rlhf.files.disk import settle
 from rlhf.files.local_copy import local_folder, recorded_base
-from rlhf.files.storage import is_remote
 from rlhf.hardware import pick_device, pick_dtype
-from rlhf.models.classifiers import Limits, SequenceClassifier, classifier_label
+from rlhf.models.classifier_files import classifier_label
+from rlhf.models.classifiers import Limits, SequenceClassifier
 from rlhf.models.content import tokenizer_fingerprint
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import load_language_model
 from rlhf.models.plain_lora import read_adapter_config
-from rlhf.models.reward_record import RECORD_FILE, RewardRecord, read_record
+from rlhf.models.reward_record import RewardRecord, read_record
 from rlhf.models.saving import load_adapter, save_adapter, save_merged
 from rlhf.models.scorers import Scorer
 from rlhf.signals import stop_point
@@ -185,7 +185,7 @@ def load_reward_model(
     name: str = "reward",
     label: int | str | None = None,
 ) -> Scorer:
-    """Load a scorer: a folder of `rlhf reward-model`, or a sequence classifier.
+    """Load a scorer: a folder of `rlhf reward-model`, a sequence classifier, or an adapter of one.
 
     Args:
         path: Folder (local or remote) or Hub id.
@@ -201,12 +201,10 @@ def load_reward_model(
     Raises:
         InputError: It cannot be loaded, or belongs to another base.
     """
+    record = read_record(path)
     folder = local_folder(path)
     device = pick_device(str(device))
-    own = (folder / RECORD_FILE).is_file()
-    record = RewardRecord.read(folder / RECORD_FILE) if own else None
     if record is None or (folder / "config.json").is_file():
-        source = str(folder) if is_remote(path) else path
         limits = None
         if record is not None:  # written by rlhf as a plain transformers checkpoint
             limits = Limits(
@@ -216,7 +214,7 @@ def load_reward_model(
                 record.turn_end,
             )
         return SequenceClassifier(
-            source, device, pick_dtype(dtype, device), limits=limits, label=label
+            path, device, pick_dtype(dtype, device), limits=limits, label=label
         )
     full = not (folder / "adapter").is_dir()
     shares = not full and policy_lm is not None and _same_base(policy_lm, record)
@@ -279,11 +277,7 @@ def check_reward_model(
     """
     record = read_record(path)
     if record is None:
-        source = str(local_folder(path, weights=False)) if is_remote(path) else path
-        try:
-            classifier_label(source, label)
-        except InputError as error:
-            raise InputError([one.replace(source, path) for one in error.problems]) from error
+        classifier_label(path, label)
         return
     folder = local_folder(path, weights=False)
     if label is not None and not (folder / "config.json").is_file():

@@ -84,13 +84,17 @@ def read_record(path: str) -> RewardRecord | None:
     """Return the record of a reward model, without reading weights.
 
     Returns:
-        None for a sequence classifier, which records nothing about its prompts.
+        None for a sequence classifier or an adapter, which records nothing about its prompts.
 
     Raises:
         InputError: There is no such folder, or its record cannot be read.
     """
-    folder = local_folder(path, weights=False)
-    if path.startswith(("/", "./", "../")) and not folder.is_dir():
+    try:
+        folder = local_folder(path, weights=False)
+    except InputError as error:
+        problems = [f"reward_model_path: {problem}" for problem in error.problems]
+        raise InputError(problems) from error
+    if not folder.is_dir():
         raise InputError(f"reward_model_path: there is no folder {path}")
     file = folder / RECORD_FILE
     return RewardRecord.read(file) if file.is_file() else None

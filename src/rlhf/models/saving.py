@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import GenerationConfig, PretrainedConfig
 
 from rlhf.data.batching import TokenBatch
@@ -17,15 +16,18 @@ from rlhf.data.special_tokens import save_tokenizer
 from rlhf.errors import InputError
 from rlhf.files.disk import settle
 from rlhf.files.text import write_text
-from rlhf.models.content import ORIGIN, check_written, written_checksums
+from rlhf.models.content import ORIGIN, check_written, read_origin, written_checksums
 from rlhf.models.family import Family
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.merging import kl_of_merging, plain_weights, write_weights
-from rlhf.models.plain_lora import check_fit, read_adapter_config
+from rlhf.models.plain_lora import (
+    ADAPTER_WEIGHTS,
+    check_fit,
+    read_adapter_config,
+    read_adapter_weights,
+)
 from rlhf.models.weights import quiet_transformers
-from rlhf.untrusted import parse_json, without_secrets
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+from rlhf.untrusted import without_secrets
 
 
 def save_adapter(lm: LanguageModel, adapter: str, folder: Path) -> None:
@@ -70,11 +72,7 @@ def load_adapter(
             f"{folder} was trained on {origin['base_model']} (weights {origin['fingerprint']}), "
             f"but base_model is {lm.base_name} (weights {lm.fingerprint}); use the same base"
         )
-    config = read_adapter_config(folder)
-    try:
-        state = load_file(folder / ADAPTER_WEIGHTS)
-    except (SafetensorError, ValueError, OSError, TypeError) as error:
-        raise InputError(f"{folder}: the adapter cannot be read: {error}") from error
+    config, state = read_adapter_config(folder), read_adapter_weights(folder)
     problems = check_fit(lm.module, config, state)
     if problems:
         fit = f"{folder}: the adapter does not fit {lm.base_name}"
@@ -84,27 +82,6 @@ def load_adapter(
     lm.adapters.add(name, config, trainable=trainable)
     set_peft_model_state_dict(lm.adapters.peft_model, state, adapter_name=name)
     return config
-
-
-def read_origin(folder: Path) -> dict[str, Any] | None:
-    """Return the base, revision and fingerprint noted beside saved weights; None without a note.
-
-    Raises:
-        InputError: The note is not valid.
-    """
-    path = folder / ORIGIN
-    if not path.is_file():
-        return None
-    try:
-        origin: dict[str, Any] = parse_json(path.read_bytes())
-        known = {name: origin[name] for name in ("base_model", "revision", "fingerprint")}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not the note that rlhf writes: {error!r:.200}") from error
-    if not isinstance(known["fingerprint"], str) or not all(
-        value is None or isinstance(value, str) for value in known.values()
-    ):
-        raise InputError(f"{path}: not the note that rlhf writes: expected three strings")
-    return origin
 
 
 def save_policy(

@@ -46,12 +46,11 @@ def cast_weights(module: PreTrainedModel, dtype: torch.dtype) -> None:
         if old.is_floating_point() and old.dtype != dtype:
             parameter.data = cast.setdefault(old.data_ptr(), old.to(dtype))
     for part in module.modules():
-        # Gemma 3 has frequencies for each kind of layer.
-        frequencies = [b for name, b in part.named_buffers(recurse=False) if "inv_freq" in name]
-        if any(buffer.dtype != torch.float32 for buffer in frequencies):
+        frequencies = getattr(part, "inv_freq", None)
+        if isinstance(frequencies, torch.Tensor) and frequencies.dtype != torch.float32:
             rotary: Any = part
             for name, buffer in type(rotary)(rotary.config).named_buffers():
-                setattr(rotary, name, buffer.to(frequencies[0].device))
+                setattr(rotary, name, buffer.to(frequencies.device))
 
 
 def switch_off_dropout(module: nn.Module) -> None:
@@ -59,8 +58,8 @@ def switch_off_dropout(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-        for name, value in list(vars(part).items()):
-            if "drop" in name and isinstance(value, float):  # OPT's layerdrop, MPT's attn_dropout_p
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(getattr(part, name, None), float):
                 setattr(part, name, 0.0)
 
 
