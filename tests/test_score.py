@@ -214,3 +214,30 @@ def test_a_remote_output(cases: dict[str, Case], tmp_path: Path) -> None:
     run(cases["t5"].reward, write(tmp_path / "in.jsonl", ROWS), target)
     content = fsspec.filesystem("memory").cat_file("/bucket/scores.jsonl")
     assert len(content.splitlines()) == len(ROWS)
+
+
+def test_rows_of_other_layouts_and_columns(reward_model: Path, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "the dog?"}]
+    rows: list[dict[str, Any]] = [
+        {"conversations": [*turns, {"from": "gpt", "value": " ran"}], "id": "x"},
+        {"question": "the cat", "chosen": " sat", "rejected": " ran", "system": ""},
+        {"q": "the cat", "answer": {"text": " sat"}},
+        {"prompt": "the cat", "response": " sat", "helpfulness": 3},
+    ]
+    data = write(tmp_path / "in.jsonl", rows)
+    columns = {"prompt": "q", "response": "answer.text"}
+    result = run(reward_model, data, tmp_path / "out.jsonl", columns=columns)
+    scored = read(tmp_path / "out.jsonl")
+    assert [
+        {name: row[name] for name in own} for row, own in zip(scored, rows, strict=True)
+    ] == rows
+    cat = PromptText("the cat", ((0, 7),))
+    sat, ran = (round(alone(reward_model, cat, text), 6) for text in (" sat", " ran"))
+    assert scored[1]["reward_0"] == pytest.approx(sat, abs=1e-5)
+    assert scored[1]["reward_1"] == pytest.approx(ran, abs=1e-5)
+    assert [scored[place]["reward"] for place in (2, 3)] == pytest.approx([sat, sat], abs=1e-5)
+    assert set(scored[0]) == {"conversations", "id", "reward"}
+    assert result.metrics["rows"] == 4
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
+    with pytest.raises(InputError, match="unpaired row"):
+        run(reward_model, bad, tmp_path / "no.jsonl")

@@ -188,6 +188,8 @@ def hold_out_rows(config: PipelineConfig) -> PipelineConfig:
             tokenizer, stage_config.instruction, stage_config.chat_template_options
         ),
         on_bad_rows=config.on_bad_rows,
+        columns=stage_config.columns,
+        ties=stage_config.ties,
     )
     train, held_out = split_holdout(pairs, seed=config.seed)
     if not held_out:

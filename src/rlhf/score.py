@@ -12,6 +12,8 @@ import numpy as np
 
 from rlhf.config import ScoreConfig
 from rlhf.console import say, show
+from rlhf.data.layouts.reader import LayoutReader
+from rlhf.data.layouts.turns import RowError
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.row_checker import RowChecker
 from rlhf.data.schema import PromptText, ranked_pairs
@@ -66,7 +68,7 @@ class _Row:
         texts: Its candidates, or one response.
         names: The fields for the rewards, one per text; `rewards` alone is one for all of them.
         finished: Whether each text ended by itself.
-        ranking: The candidates' indices, best to worst, if the row says so.
+        pairs: The pairs that the row's own order makes, as indices of the better and the worse.
     """
 
     value: dict[str, Any]
@@ -74,7 +76,7 @@ class _Row:
     texts: tuple[str, ...]
     names: tuple[str, ...]
     finished: bool
-    ranking: tuple[int, ...]
+    pairs: Sequence[tuple[int, int]]
 
     def with_rewards(self, rewards: Sequence[float]) -> dict[str, Any]:
         """Return the row's fields with its rewards."""
@@ -98,7 +100,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
     sources = find_sources(config.dataset, "dataset")
     _check_output(config.output, [source.name for source in sources])
     renderer = _renderer(config)
-    total, skipped = _check_rows(sources, renderer, config.on_bad_rows)
+    total, skipped = _check_rows(sources, renderer, config)
     path, label = config.reward_model_path, config.reward_model_label
     check_reward_model(path, renderer, label=label)
     scorer = load_reward_model(path, device=config.device, dtype=config.dtype, label=label)
@@ -111,7 +113,7 @@ def run_score(config: ScoreConfig) -> ScoreResult:
     figures = _Figures()
     with whole_file(config.output, "output") as file:
         progress = ProgressLine(STAGE, total, 0, ("reward",))
-        rows = _rows(sources, renderer)
+        rows = _rows(sources, renderer, config)
         try:
             while batch := list(islice(rows, config.batch_size * _BATCHES_AT_ONCE)):
                 for row, rewards in zip(batch, _scores(scorer, batch, config), strict=True):
@@ -149,7 +151,7 @@ def _renderer(config: ScoreConfig) -> PromptRenderer:
 
 
 def _check_rows(
-    sources: Sequence[Source], renderer: PromptRenderer, on_bad_rows: str
+    sources: Sequence[Source], renderer: PromptRenderer, config: ScoreConfig
 ) -> tuple[int, int]:
     """Return the numbers of good and of bad rows.
 
@@ -158,13 +160,13 @@ def _check_rows(
     """
     problems: list[str] = []
     good = bad = 0
-    for where, found in _read(sources, renderer):
+    for where, found in _read(sources, renderer, config):
         if isinstance(found, _Row):
             good += 1
         else:
             bad += 1
             problems += [f"{where}: {problem}" for problem in found]
-    if problems and (on_bad_rows == "error" or not good):
+    if problems and (config.on_bad_rows == "error" or not good):
         rest = len(problems) - MAX_PROBLEMS
         more = [f"… and {rest} more problems"] if rest > 0 else []
         raise InputError(problems[:MAX_PROBLEMS] + more)
@@ -173,42 +175,55 @@ def _check_rows(
     return good, bad
 
 
-def _rows(sources: Sequence[Source], renderer: PromptRenderer) -> Iterator[_Row]:
-    return (found for _, found in _read(sources, renderer) if isinstance(found, _Row))
+def _rows(
+    sources: Sequence[Source], renderer: PromptRenderer, config: ScoreConfig
+) -> Iterator[_Row]:
+    return (found for _, found in _read(sources, renderer, config) if isinstance(found, _Row))
 
 
 def _read(
-    sources: Sequence[Source], renderer: PromptRenderer
+    sources: Sequence[Source], renderer: PromptRenderer, config: ScoreConfig
 ) -> Iterator[tuple[str, "_Row | list[str]"]]:
     """Yield every record with its place: a row, or what is wrong with it."""
+    layouts = LayoutReader(config.columns)
     for line in read_records(sources):
         where = place(sources, line)
         if line.problem or not isinstance(line.value, dict):
             yield where, [line.problem or "is not an object, expected a JSON object"]
             continue
-        yield where, _parse(line.value, renderer)
+        yield where, _parse(line.value, layouts, renderer)
 
 
-def _parse(value: dict[str, Any], renderer: PromptRenderer) -> "_Row | list[str]":
-    checker = RowChecker(value)
+def _parse(
+    value: dict[str, Any], layouts: LayoutReader, renderer: PromptRenderer
+) -> "_Row | list[str]":
+    named = layouts.columns.apply(value)
+    try:
+        row = layouts.single(named)
+    except RowError as error:
+        return [str(error)]
+    checker = RowChecker(row)
     fields = checker.prompt()
     texts: tuple[str, ...] = ()
     names: tuple[str, ...] = ("reward",)
-    ranking: tuple[int, ...] = ()
+    pairs: Sequence[tuple[int, int]] = ()
     if checker.has_candidates():
         candidates = checker.candidates(needs_order=False)
-        texts, ranking = candidates.texts, candidates.ranking
+        texts = candidates.texts
+        if not checker.problems:
+            pairs = ranked_pairs(texts, candidates.ranking, candidates.levels)
         names = LIST_OF_REWARDS if "candidates" in checker.used() else ("reward_0", "reward_1")
     else:
-        name = next((name for name in RESPONSE_FIELDS if value.get(name) is not None), None)
+        fields_of = named | row
+        name = next((name for name in RESPONSE_FIELDS if fields_of.get(name) is not None), None)
         if name is None:
             checker.problems.append(
                 f"{RESPONSE_FIELDS[0]}: is missing, expected text to score (or candidates)"
             )
-        elif not isinstance(value[name], str):
+        elif not isinstance(fields_of[name], str):
             checker.problems.append(f"{name}: is not text, expected one text to score")
         else:
-            texts = (value[name],)
+            texts = (fields_of[name],)
     end = value.get("finish_reason")
     if end is not None and not isinstance(end, str):
         checker.problems.append("finish_reason: is not text, expected eos or length")
@@ -216,7 +231,7 @@ def _parse(value: dict[str, Any], renderer: PromptRenderer) -> "_Row | list[str]
         return checker.problems
     finished = end != "length" or names != ("reward",)
     try:
-        return _Row(value, renderer.render(fields), texts, names, finished, ranking)
+        return _Row(value, renderer.render(fields), texts, names, finished, pairs)
     except ValueError as error:
         return [f"messages: {error}, expected a conversation that it renders"]
 
@@ -244,7 +259,7 @@ class _Figures:
         lengths = [len(text) for text in row.texts]
         self.pairs += [
             (rewards[better], rewards[worse], lengths[better], lengths[worse], self.rows)
-            for better, worse in ranked_pairs(row.texts, row.ranking)
+            for better, worse in row.pairs
         ]
 
     def metrics(self) -> dict[str, Any]:

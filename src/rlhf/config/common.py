@@ -14,6 +14,7 @@ from pydantic import (
     model_validator,
 )
 
+from rlhf.config.columns import ColumnNames
 from rlhf.config.describe import nearest, type_name
 from rlhf.config.loading import InnerFieldsError, unreadable_character
 from rlhf.config.mappings import ChatTemplateOptions
@@ -199,6 +200,11 @@ class StageConfig(Schema):
     chat_template_options: ChatTemplateOptions = chat_template_options()
     on_bad_rows: Literal["error", "skip"] = option(
         "error", "What to do with rows that cannot be read."
+    )
+    columns: ColumnNames = option(
+        {},
+        'Columns of the data by our names for them: {"prompt": "question"}. Dots lead into '
+        "objects. As a flag JSON.",
     )
     resume: Literal["auto", "never"] = option(
         "auto",

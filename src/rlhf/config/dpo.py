@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, Literal
 
 from rlhf.config.common import LARGEST_WEIGHT, Paths, TrainingConfig, option
-from rlhf.config.shared import PATHS, tuned_base
+from rlhf.config.shared import PATHS, ties, tuned_base
 
 
 class DPOConfig(TrainingConfig):
@@ -19,6 +19,7 @@ class DPOConfig(TrainingConfig):
         "Preference rows for evaluation. Default: 5 % of the training rows, "
         "at most 1000, held out by prompt.",
     )
+    ties: Literal["drop", "keep"] = ties()
     loss: Literal["sigmoid", "ipo"] = option(
         "sigmoid",
         "sigmoid: DPO (Rafailov et al. 2023, arXiv 2305.18290); ipo: the squared loss of Azar et "

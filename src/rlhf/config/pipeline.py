@@ -1,13 +1,14 @@
 """The configuration of `rlhf run`: common fields on top, a section per stage for what differs."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 from rlhf.config.common import Paths, StageConfig, TrainingConfig, option
 from rlhf.config.loading import InnerFieldsError, merged, validation_problems
+from rlhf.config.shared import ties
 from rlhf.config.stages import STAGE_CONFIGS
 from rlhf.config.vertex import VertexConfig
 
@@ -31,6 +32,7 @@ class PipelineConfig(TrainingConfig):
         "Held-out rows: those with candidates evaluate the reward model, all go to inference. "
         "Default: the preference rows that the reward model holds out.",
     )
+    ties: Literal["drop", "keep"] = ties()
     vertex: VertexConfig = Field(
         default_factory=VertexConfig,
         description="Where `rlhf vertex submit` runs the stages; ignored by `rlhf run`.",

@@ -28,6 +28,15 @@ def reward_model_label() -> Any:
     )
 
 
+def ties() -> Any:
+    """Declare the field that says what becomes of answers that are as good as each other."""
+    return option(
+        "drop",
+        "Pairs of tied answers (equal scores, choice tie). drop: left out and counted; keep: half "
+        "a choice either way, so that the loss pulls their scores together.",
+    )
+
+
 def tuned_base(pipeline: Any) -> dict[str, Any]:
     """Return the base of the stages after SFT: its result, or what the user gave."""
     if "sft" not in pipeline.stages():

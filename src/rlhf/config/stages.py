@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar, Literal
 
+from rlhf.config.columns import ColumnNames
 from rlhf.config.common import (
     LARGEST_WEIGHT,
     MOST_ROWS,
@@ -19,7 +20,7 @@ from rlhf.config.common import (
 from rlhf.config.dpo import DPOConfig
 from rlhf.config.mappings import ChatTemplateOptions
 from rlhf.config.ppo import PPOConfig
-from rlhf.config.shared import PATHS, compile_decode, reward_model_label, tuned_base
+from rlhf.config.shared import PATHS, compile_decode, reward_model_label, ties, tuned_base
 
 
 class SFTConfig(TrainingConfig):
@@ -61,6 +62,7 @@ class RewardModelConfig(TrainingConfig):
         "Preference rows for evaluation. Default: 5 % of the training rows, "
         "at most 1000, held out by prompt.",
     )
+    ties: Literal["drop", "keep"] = ties()
     centering_coeff: float = option(
         0.0,
         "Weight of a penalty on (r_chosen + r_rejected)^2, which keeps scores near 0 "
@@ -186,6 +188,11 @@ class ScoreConfig(Schema):
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
         "Data type of weights and computation; auto: bfloat16 on hardware with native support.",
+    )
+    columns: ColumnNames = option(
+        {},
+        'Columns of the data by our names for them: {"prompt": "question"}. Dots lead into '
+        "objects. As a flag JSON.",
     )
     on_bad_rows: Literal["error", "skip"] = option(
         "error", "What to do with rows that cannot be read."

@@ -56,8 +56,15 @@ def read_data(reads: Reads, config: StageConfig, renderer: PromptRenderer, **opt
     paths = getattr(config, reads.field)
     if paths is None:
         return None
+    if reads.kind in ("preference", "candidates"):
+        options["ties"] = getattr(config, "ties", "drop")
     return _LOADERS[reads.kind](
-        paths, renderer=renderer, on_bad_rows=config.on_bad_rows, name=reads.field, **options
+        paths,
+        renderer=renderer,
+        on_bad_rows=config.on_bad_rows,
+        columns=config.columns,
+        name=reads.field,
+        **options,
     )
 
 

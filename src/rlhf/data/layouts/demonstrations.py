@@ -83,7 +83,8 @@ def _single_answer(row: Row, name: str) -> tuple[str, set[str]]:
     value = row[name]
     if isinstance(value, str):
         return value, {name}
-    turns = checked_turns([value] if isinstance(value, dict) else value, name) if value else []
+    given = [value] if isinstance(value, dict) else value
+    turns = checked_turns(given, name) if isinstance(given, list) else []
     if len(turns) != 1 or not ends_with_answer(turns):
         raise RowError(f"{name}: is {in_words(value)}, expected text or one turn of the assistant")
     return turns[0]["content"], turn_paths(name)

@@ -105,21 +105,21 @@ class LayoutReader:
             line, self._first = self._first, None
             yield Found((line,), self.layout_of(self._first_row))
 
-    def single(self, row: Row) -> tuple[Layout, Row | None]:
-        """Return the layout of a row and the library's row; None if it states no preference.
+    def single(self, row: Row) -> Row:
+        """Return the library's row of a row alone.
 
         A row that only makes a pair with another one stays as it is.
 
         Raises:
-            RowError: The row does not match its layout.
+            RowError: The row does not match its layout, or states no preference.
         """
         layout = self.layout_of(row)
-        if layout.joins:
-            return layout, row
+        if layout.joins or layout is ROWS:
+            return row
         found = self._convert((), layout, (row,))
-        if found.problem:
-            raise RowError(found.problem)
-        return layout, found.row
+        if found.row is None:
+            raise RowError(found.problem or "is not two answers to the same prompt")
+        return found.row
 
     def _belongs(self, line: Record, row: Row) -> bool:
         """Return whether a row makes a pair with the one that waits."""

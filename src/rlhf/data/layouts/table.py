@@ -3,6 +3,7 @@
 `rows`, the library's own rows, are what no other layout fits.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,6 +47,11 @@ class Layout:
     def described(self) -> str:
         """Its name and fields, for people."""
         return f"layout {self.name} ({self.about})"
+
+    @property
+    def words(self) -> Keys:
+        """The words of its description, names of fields among them."""
+        return frozenset(re.findall(r"\w+", self.about))
 
     def matches(self, row: Row) -> bool:
         """Return whether a row is of this layout."""
@@ -273,13 +279,13 @@ def near_miss(row: Mapping[str, Any]) -> str:
 def _near(names: tuple[str, ...]) -> str:
     keys = frozenset(names)
     found = [
-        (len(fields - keys), -len(fields & keys), place)
-        for place, (_, fields) in enumerate(_NEEDS)
+        (len(fields - keys), -len(fields & keys), -len(layout.words & keys), place)
+        for place, (layout, fields) in enumerate(_NEEDS)
         if fields & keys - _COMMON and len(fields & keys) >= len(fields - keys)
     ]
     if not found:
         return ""
-    layout, fields = _NEEDS[min(found)[2]]
+    layout, fields = _NEEDS[min(found)[-1]]
     lacks = sorted(fields - keys, key=layout.about.find)
     if not lacks:
         return f"is nearly of layout {layout.name}, expected {layout.about}"
