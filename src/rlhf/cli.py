@@ -15,7 +15,9 @@ import click
 
 import rlhf
 from rlhf.config import PipelineConfig, Schema, ScoreConfig
+from rlhf.config.columns import EXAMPLE as COLUMNS_EXAMPLE
 from rlhf.config.loading import unreadable_character
+from rlhf.config.mappings import mapping_from_text
 from rlhf.console import show, steady_streams
 from rlhf.errors import InputError
 from rlhf.flags import (
@@ -257,11 +259,18 @@ def check(files: tuple[str, ...], **options: Any) -> None:
     show_default=True,
     help="Layout of all rows; auto: recognized row by row. The docs have a table.",
 )
-def data_convert(sources: tuple[str, ...], output: str, layout: str) -> None:
+@click.option(
+    "--columns", metavar="JSON", help='Columns of the data by our names: {"prompt": "question"}.'
+)
+def data_convert(sources: tuple[str, ...], output: str, layout: str, columns: str | None) -> None:
     """Convert files in other layouts to the library's rows."""
     from rlhf.data.convert import convert
 
-    show("\n".join(convert(list(sources), output, layout).lines()))
+    try:
+        mapping = mapping_from_text(columns, COLUMNS_EXAMPLE)
+    except ValueError as error:
+        raise InputError(f"columns: {error}") from None
+    show("\n".join(convert(list(sources), output, layout, mapping).lines()))
 
 
 def _imported(address: str) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from rlhf.config.describe import nearest
 from rlhf.config.loading import InnerFieldsError, unreadable_character
-from rlhf.untrusted import parse_json
+from rlhf.config.mappings import mapping_from_text
 
 # What may be read from a column of another name: the fields of the library's rows, and what some
 # layout has beside them.
@@ -38,44 +38,34 @@ COLUMN_TARGETS = (
     "score_chosen",
     "score_rejected",
 )
+EXAMPLE = '{"prompt": "question"}'
 _LONGEST = 1000
 
 
-def mapping_from_text(value: Any, example: str) -> Any:
-    """Return the mapping that a flag gives as JSON text; anything else as it is.
-
-    Args:
-        value: What was given.
-        example: What is right, for the message.
-
-    Raises:
-        ValueError: It is a text, but no JSON.
-    """
-    try:
-        return parse_json(value) if isinstance(value, str) else value
-    except ValueError:
-        raise ValueError(f"expected JSON such as {example}, got {value!r:.200}") from None
-
-
-def _from_text(value: Any) -> Any:
-    return mapping_from_text(value, '{"prompt": "question"}')
-
-
-def _checked(value: Mapping[str, str]) -> Mapping[str, str]:
+def column_problems(columns: Mapping[str, str]) -> list[str]:
+    """Say what is wrong with a mapping of our names to columns, each line beginning with a name."""
     problems = [
         f"{name}: unknown field{nearest(name, COLUMN_TARGETS)}; expected one of "
         f"{', '.join(COLUMN_TARGETS)}"
-        for name in value
+        for name in columns
         if name not in COLUMN_TARGETS
     ]
-    for name, column in value.items():
-        if not 0 < len(column) <= _LONGEST:
+    for name, column in columns.items():
+        if not isinstance(column, str) or not 0 < len(column) <= _LONGEST:
             problems.append(f"{name}: expected the name of a column, got {column!r:.100}")
         elif bad := unreadable_character(column):
             problems.append(f"{name}: expected the name of a column, got a text with {bad}")
-    if problems:
+    return problems
+
+
+def _checked(value: dict[str, str]) -> dict[str, str]:
+    if problems := column_problems(value):
         raise InnerFieldsError("\n".join(problems))
     return value
+
+
+def _from_text(value: Any) -> Any:
+    return mapping_from_text(value, EXAMPLE)
 
 
 ColumnNames = Annotated[dict[str, str], BeforeValidator(_from_text), AfterValidator(_checked)]

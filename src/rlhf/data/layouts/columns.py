@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf.config.columns import EXAMPLE, column_problems
 from rlhf.data.row_checker import add_names, holds_something
+from rlhf.errors import InputError
 
 Row = dict[str, Any]
 
@@ -15,6 +17,9 @@ class Columns:
         mapping: By field, a column, or a path of keys joined by dots. A column whose name has a
             dot is found by its whole name first.
 
+    Raises:
+        InputError: A field is unknown, or what is given is no name of a column.
+
     Attributes:
         mapping: The same.
         found: The paths that some row has had.
@@ -22,6 +27,10 @@ class Columns:
     """
 
     def __init__(self, mapping: Mapping[str, str]) -> None:
+        if not isinstance(mapping, Mapping):
+            raise InputError(f"columns: expected a mapping such as {EXAMPLE}, got {mapping!r:.200}")
+        if problems := column_problems(mapping):
+            raise InputError([f"columns.{problem}" for problem in problems])
         self.mapping = dict(mapping)
         self.found: set[str] = set()
         self.replaced: list[str] = []
