@@ -166,7 +166,9 @@ def test_without_safetensors(tmp_path: Path, tiny_checkpoint: Path) -> None:
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
     BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="'bert' model; rlhf trains"):
+    with pytest.raises(
+        InputError, match="'bert' model cannot be trained: it reads a text in both directions"
+    ):
         read_model_config(str(tmp_path))
 
 

@@ -24,8 +24,9 @@ from rlhf.inference.metrics import prediction_metrics, responses_by_prefix
 from rlhf.inference.predictions import Prediction, PredictionFile, read_predictions, write_sums
 from rlhf.inference.report import report_markdown, samples_markdown, summary_lines
 from rlhf.models.content import weights_fingerprint
+from rlhf.models.families import family_notes
 from rlhf.models.generation import Generator
-from rlhf.models.loading import check_limits, load_tokenizer, read_model_config
+from rlhf.models.loading import check_stage, load_tokenizer, read_model_config
 from rlhf.models.policy_folder import PolicySource, find_policy
 from rlhf.models.reward_model import check_reward_model, limit_lines
 from rlhf.reports.dry_run import dry_run_report
@@ -73,6 +74,7 @@ class _Inputs:
 
     Attributes:
         source: The contents of `policy_path`.
+        notes: What there is to know of the model, line by line.
         renderer: Renders the prompts.
         prompts: All rows.
         preferences: Rows with candidates, on which the reward model itself is evaluated; None
@@ -80,6 +82,7 @@ class _Inputs:
     """
 
     source: PolicySource
+    notes: Sequence[str]
     renderer: PromptRenderer
     prompts: PromptData
     preferences: PreferenceData | None
@@ -178,9 +181,7 @@ def _read_inputs(config: InferenceConfig, source: PolicySource) -> _Inputs:
                 preferences = read_data(with_candidates, config, renderer)
     except InputError as error:
         problems += error.problems
-    problems += check_limits(
-        model_config, config.prompt_sequence_length, config.target_sequence_length
-    )
+    problems += check_stage(config, model_config)
     problems += _metric_problems(config.extra_metrics, prompts or ())
     if problems or prompts is None:
         raise InputError(problems)
@@ -191,7 +192,7 @@ def _read_inputs(config: InferenceConfig, source: PolicySource) -> _Inputs:
             prompts.report.conversations > 0,
             config.reward_model_label,
         )
-    return _Inputs(source, renderer, prompts, preferences)
+    return _Inputs(source, family_notes(model_config), renderer, prompts, preferences)
 
 
 def _metric_problems(modules: Sequence[str], prompts: PromptData | tuple[()]) -> list[str]:
@@ -239,6 +240,7 @@ def _description(config: InferenceConfig, inputs: _Inputs) -> list[str]:
             f"reward model, at temperature {config.temperature:g}"
         )
     return [
+        *inputs.notes,
         *(line for report in reports for line in report.lines()),
         f"{STAGE}: {len(inputs.prompts)} rows, {config.batch_size} at once, {sampling}, prompts up "
         f"to {config.prompt_sequence_length} and responses up to "

@@ -18,7 +18,6 @@ RESPONSE_LENGTH = 2
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
-@torch.no_grad()
 def check_agreement(lm: LanguageModel) -> None:
     """Compare the logits of reading and of decoding with those of transformers.
 
@@ -30,15 +29,33 @@ def check_agreement(lm: LanguageModel) -> None:
         lm: The model, without adapters. Neither the model nor any random state is changed.
 
     Raises:
-        InputError: The logits differ.
+        InputError: The logits differ, or a class of transformers cannot be called as we call it.
     """
+    try:
+        _compare(lm)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not lm.is_generic:  # our own code is at fault
+            raise
+        name, kind = lm.base_name or "the model given", lm.config.model_type
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise InputError(
+            f"base_model: {name}: transformers' class of {kind!r} models cannot be used ({reason})"
+        ) from error
+
+
+@torch.no_grad()
+def _compare(lm: LanguageModel) -> None:
+    """Raise an `InputError` if the logits differ."""
     prompts, responses = _tokens(lm)
+    logits: dict[str, Tensor] = {}
+    if lm.is_generic:
+        logits["read in training"] = lm.logits(lm.response_states(prompts, responses))
     with lm.inference():
         expected = lm.transformers_logits(prompts, responses)
-        logits = {
-            "read": lm.logits(lm.response_states(prompts, responses)),
-            "decoded": _decoded_logits(lm, prompts, responses),
-        }
+        logits["read"] = lm.logits(lm.response_states(prompts, responses))
+        logits["decoded"] = _decoded_logits(lm, prompts, responses)
     largest = expected.abs().max()
     if not torch.isfinite(largest):
         return  # a broken checkpoint; the first step will report it
@@ -47,11 +64,12 @@ def check_agreement(lm: LanguageModel) -> None:
         difference = (ours - expected).abs().max()
         if not difference <= limit * largest:
             name = lm.base_name or "the model given"
+            hint = ". Try to set all dropout in its config.json to 0" if "training" in how else ""
             raise InputError(
                 f"base_model: {name}: {how} by rlhf, the logits of this {lm.config.model_type!r} "
                 f"model differ from those of transformers by {difference / largest:.1g} of the "
                 f"largest; expected at most {limit:g}. It needs something that the family "
-                f"{lm.name} does not compute, so it cannot be used"
+                f"{lm.name} does not compute, so it cannot be used{hint}"
             )
 
 

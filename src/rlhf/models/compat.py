@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface, Conv1D, PretrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.llama.modeling_llama import rotate_half
@@ -45,6 +45,22 @@ def compile_error() -> type[Exception]:
     """Return the exception that torch.compile raises; calling this loads the compiler."""
     error: type[Exception] = torch._dynamo.exc.TorchDynamoException
     return error
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Return whether a layer computes xWᵀ + b, and nothing else, with W stored either way."""
+    # Falcon's only adds the bias in a step of its own.
+    return type(layer) in (nn.Linear, Conv1D) or type(layer).__name__ == "FalconLinear"
+
+
+def supports_sdpa(model_class: type[PreTrainedModel]) -> bool:
+    """Return whether a class can compute attention with torch's fused kernel."""
+    return bool(model_class._supports_sdpa)
+
+
+def is_stateful(model_class: type[PreTrainedModel]) -> bool:
+    """Return whether a class decodes with a recurrent state that cannot be cut or padded."""
+    return bool(model_class._is_stateful)
 
 
 def has_adapters(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Decoder-only models: the response continues the prompt in one causal sequence.
+"""Causal models whose layers their family defines.
 
 Common to all of them: which tokens a row holds, who sees whom, which tokens' states are wanted, and
 the cache. A family only defines, in a few functions that know nothing of this, how a layer computes
@@ -14,13 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 from typing_extensions import override
 
-from rlhf.data.batching import TokenBatch, join_rows
-from rlhf.data.prompt_codec import PromptLayout
-from rlhf.data.special_tokens import added_ids
-from rlhf.errors import InputError
+from rlhf.data.batching import TokenBatch
 from rlhf.models.attention import (
     PLAIN_SCORES,
     Attend,
@@ -29,9 +26,9 @@ from rlhf.models.attention import (
     checkpointed,
     full_attention,
 )
+from rlhf.models.causal import CausalModel
 from rlhf.models.decoding import Cached, DecodeState, cached_responses, hide_later, hide_outside
-from rlhf.models.family import Shape, eos_ids
-from rlhf.models.language_model import LanguageModel
+from rlhf.models.family import Shape
 from rlhf.models.packing import Grid, SharedPrompts, Wanted, grid_heads
 
 # What layers need to know about the tokens' positions: tensors of (B or 1, L, any).
@@ -40,7 +37,7 @@ Places = tuple[Tensor, ...]
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-class DecoderOnlyModel(LanguageModel):
+class DecoderOnlyModel(CausalModel):
     """A model of one causal stack of layers; a family fills in the abstract methods.
 
     A layer is `attention_input`, from which `queries` and `keys_values` are made, then attention,
@@ -48,8 +45,6 @@ class DecoderOnlyModel(LanguageModel):
     `score_rule` and `projections` are for families whose layers differ from that.
     """
 
-    task_type = "CAUSAL_LM"
-    auto_class = AutoModelForCausalLM
     has_sequence_classifier = True
 
     @property
@@ -116,23 +111,6 @@ class DecoderOnlyModel(LanguageModel):
 
     @classmethod
     @override
-    def prompt_layout(
-        cls, tokenizer: PreTrainedTokenizerBase, extra_eos: int | list[int] | None = None
-    ) -> PromptLayout:
-        # An EOS that the tokenizer adds after a text would end the response before it began.
-        prefix, _ = added_ids(tokenizer)
-        eos = tokenizer.eos_token_id
-        return PromptLayout(prefix, (), True, eos, eos_ids(eos, extra_eos))
-
-    @classmethod
-    @override
-    def targets(cls, suffixes: list[str], where: str) -> list[str] | str:
-        if where == "encoder":
-            raise InputError(f"lora.where: a {cls.name} has no encoder; use all or decoder")
-        return suffixes
-
-    @classmethod
-    @override
     def shape(cls, config: PretrainedConfig) -> Shape:
         layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
         shared = int(getattr(config, "num_key_value_heads", None) or heads)
@@ -181,14 +159,6 @@ class DecoderOnlyModel(LanguageModel):
     ) -> Tensor:
         row = SharedPrompts.of(prompts, responses, groups, self._windows)
         return row.responses.tokens.spread(self._states(row, row.every_state))
-
-    @override
-    def transformers_logits(self, prompts: TokenBatch, responses: TokenBatch) -> Tensor:
-        index, ids = _joined(prompts, responses)
-        mask = TokenBatch(ids, prompts.lengths + responses.lengths).mask
-        with self.autocast():
-            logits = self.module(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
-        return logits.float().take_along_dim(index[:, :, None], 1)
 
     @override
     def final_states(
@@ -304,11 +274,3 @@ def window_of(config: PretrainedConfig, layer: Any) -> int | None:
     if config.layer_types[layer.self_attn.layer_idx] != SLIDING:
         return None
     return int(config.sliding_window)
-
-
-def _joined(prompts: TokenBatch, responses: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Return (B, R+1) columns of the states that predict responses, and the (B, L) ids to read."""
-    ids = join_rows(prompts, responses)
-    # The prompt's last token predicts response token 0.
-    offsets = torch.arange(responses.ids.shape[1] + 1, device=ids.device)
-    return (prompts.lengths[:, None] - 1 + offsets).clamp(max=ids.shape[1] - 1), ids

@@ -6,7 +6,7 @@ C columns of a response's cache, D hidden; H heads, K heads with keys of their o
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,26 @@ from rlhf.models.compat import compile_error, keep_address
 from rlhf.models.packing import Grid
 
 Layers = tuple[Tensor, ...]
+
+
+class Decoding(Protocol):
+    """A batch in the middle of decoding, whatever its cache; `LanguageModel.decode` changes it.
+
+    Attributes:
+        used: Tokens of each response read so far.
+        fixed: Whether shapes and addresses must not change.
+    """
+
+    used: int
+    fixed: bool
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep the given rows of the batch, (B,) bool."""
+        ...
+
+    def advance(self) -> None:
+        """Count one more token of each response."""
+        ...
 
 
 @dataclass

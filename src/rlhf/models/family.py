@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from rlhf.config import LoRAConfig
+from rlhf.config import LoRAConfig, StageConfig
 from rlhf.data.prompt_codec import PromptLayout
 
 
@@ -43,6 +43,8 @@ class Family(ABC):
         task_type: peft's name for the task of its models.
         auto_class: The transformers class that loads its models.
         adapter_modules: Names of the linear layers that adapters sit on by default.
+        is_generic: Whether transformers' own forward computes the models, for want of a family that
+            defines their layers.
         has_sequence_classifier: Whether transformers' `…ForSequenceClassification` reads a prompt
             and a response as our reward model does.
     """
@@ -52,6 +54,7 @@ class Family(ABC):
     auto_class: ClassVar[Any]
     adapter_modules: ClassVar[tuple[str, ...]]
     has_sequence_classifier: ClassVar[bool]
+    is_generic: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -112,6 +115,11 @@ class Family(ABC):
     @classmethod
     def config_problems(cls, config: PretrainedConfig) -> list[str]:  # noqa: ARG003
         """Return the fields of a config.json that contradict each other, though each is valid."""
+        return []
+
+    @classmethod
+    def stage_problems(cls, config: StageConfig, model_config: PretrainedConfig) -> list[str]:  # noqa: ARG003
+        """Return what a stage's configuration asks for that models of this family cannot do."""
         return []
 
     @classmethod

@@ -23,7 +23,7 @@ from rlhf.config import LoRAConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.data.turn_ends import with_turn_end
 from rlhf.models.adapters import AdapterSet
-from rlhf.models.decoding import CompiledDecoding, DecodeState
+from rlhf.models.decoding import CompiledDecoding, DecodeState, Decoding
 from rlhf.models.family import Family
 from rlhf.models.logprobs import token_stats
 from rlhf.models.norms import use_faster_norms
@@ -165,7 +165,7 @@ class LanguageModel(Family):
 
     def prefill(
         self, prompts: TokenBatch, max_new_tokens: int, groups: Tensor | None = None
-    ) -> tuple[DecodeState, Tensor]:
+    ) -> tuple[Decoding, Tensor]:
         """Read the prompts.
 
         Args:
@@ -181,13 +181,15 @@ class LanguageModel(Family):
         # A compiled step has a fixed number of rows, each with a prompt of its own.
         every = prompts if groups is None else prompts.select_rows(groups)
         state, last = self.read_prompts(self._compiled.fill_up(every), max_new_tokens)
+        assert isinstance(state, DecodeState)
         return self._compiled.hold(state), last[: len(every)]
 
-    def decode(self, state: DecodeState, tokens: Tensor) -> Tensor:
+    def decode(self, state: Decoding, tokens: Tensor) -> Tensor:
         """Read one more token (B,) of each row; return (B, D) that predicts the next."""
         if self._compiled is None or not state.fixed:
             states = self.read_token(state, tokens, state.used + 1)
         else:
+            assert isinstance(state, DecodeState)
             states = self._compiled.read(state, tokens)
         state.advance()
         return states
@@ -195,11 +197,11 @@ class LanguageModel(Family):
     @abstractmethod
     def read_prompts(
         self, prompts: TokenBatch, max_new_tokens: int, groups: Tensor | None = None
-    ) -> tuple[DecodeState, Tensor]:
+    ) -> tuple[Decoding, Tensor]:
         """Do the work of `prefill`, for the prompts as they are."""
 
     @abstractmethod
-    def read_token(self, state: DecodeState, tokens: Tensor, width: int) -> Tensor:
+    def read_token(self, state: Any, tokens: Tensor, width: int) -> Tensor:
         """Do the work of `decode` on the first `width` columns, without advancing the state."""
 
     def scale_for_head(self, states: Tensor) -> Tensor:

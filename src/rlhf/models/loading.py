@@ -127,7 +127,8 @@ def load_language_model(
     if has_adapters(model):
         raise InputError("model: has an adapter of peft already; give it after merge_and_unload()")
     cast_weights(model, storage)
-    sdpa = attention_kind(model.config) == "sdpa"
+    # Classes that we do not run layer by layer may compare the name of their attention.
+    sdpa = attention_kind(model.config) == "sdpa" and not family.is_generic
     if sdpa and device.type == "cpu" and model.dtype == torch.bfloat16:
         for part in model.modules():  # T5's encoder and decoder have their own configurations
             if isinstance(part, PreTrainedModel):
@@ -149,6 +150,13 @@ def load_language_model(
 def prompt_layout(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PromptLayout:
     """Return what the model wants around prompts; this does not need its weights."""
     return with_turn_end(family_of(config).prompt_layout(tokenizer), tokenizer)
+
+
+def check_stage(config: StageConfig, model_config: PretrainedConfig) -> list[str]:
+    """Return what a stage's configuration asks for that its base cannot do."""
+    family = family_of(model_config)
+    limits = (config.prompt_sequence_length, config.target_sequence_length)
+    return family.stage_problems(config, model_config) + check_limits(model_config, *limits)
 
 
 def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: int) -> list[str]:

@@ -160,7 +160,7 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
     shape = family_of(config).shape(config)
     encoder, decoder = shape.encoder_layers, shape.decoder_layers
     rows, tokens = stage.micro_batch_limits
-    shared = _responses_per_prompt(stage)
+    shared = _responses_per_prompt(stage) if shape.shares_prompts else 1
     pair = isinstance(stage, RewardModelConfig | DPOConfig)
     # A row is a prompt with all of its responses.
     read = shared * response + (0 if encoder else prompt)
@@ -184,9 +184,10 @@ def _activations(config: PretrainedConfig, stage: TrainingConfig, width: int) ->
 
 def _cache(config: PretrainedConfig, stage: StageConfig, rows: int, width: int) -> int:
     """Return the bytes of keys and values while `rows` responses are generated."""
-    shared = min(rows, _responses_per_prompt(stage))
+    shape = family_of(config).shape(config)
+    shared = min(rows, _responses_per_prompt(stage)) if shape.shares_prompts else 1
     tokens = rows * stage.target_sequence_length + -(-rows // shared) * stage.prompt_sequence_length
-    return family_of(config).shape(config).cached * tokens * width
+    return shape.cached * tokens * width
 
 
 def _responses_per_prompt(stage: StageConfig) -> int:

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import Conv1D
 
-from rlhf.models.compat import is_targeted
+from rlhf.models.compat import is_linear, is_targeted
 
 _SHOWN = 5  # layers listed in a message
 
@@ -25,6 +25,24 @@ def adapted_layers(model: nn.Module, config: LoraConfig) -> dict[str, Any]:
         config: The adapter's configuration.
     """
     return {name: layer for name, layer in _layers(model) if is_targeted(config, name)}
+
+
+def free_linear_layers(model: Any) -> list[str]:
+    """Return the last parts of the names of all layers that may have an adapter, without the head.
+
+    Args:
+        model: A model with an LM head; it may already have adapters, and needs no storage.
+    """
+    holders = _holders(model)
+    head: Any = model.get_output_embeddings()
+    names = [
+        name
+        for name, layer in _layers(model)
+        if not _reason_against(name, layer, holders, head.weight)
+    ]
+    # A number alone, as in a Sequential, would also be the name of other layers.
+    short = {name: name.rpartition(".")[2] for name in names}
+    return sorted({name if last.isdigit() else last for name, last in short.items()})
 
 
 def linear_sizes(layer: Any) -> tuple[int, int]:
@@ -72,7 +90,7 @@ def target_problems(
 def _reason_against(
     name: str, layer: Any, holders: dict[int, list[str]], unread: Tensor | None
 ) -> str | None:
-    if type(layer) not in (nn.Linear, Conv1D):
+    if not is_linear(layer):
         return f"cannot be adapted: not a linear layer ({type(layer).__name__})"
     others = [holder for holder in holders[_key(layer.weight)] if holder != name]
     if others:

@@ -58,8 +58,8 @@ def switch_off_dropout(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-        for name in ("dropout", "attention_dropout"):
-            if isinstance(getattr(part, name, None), float):
+        for name, value in list(vars(part).items()):
+            if "drop" in name and isinstance(value, float):  # OPT's layerdrop, MPT's attn_dropout_p
                 setattr(part, name, 0.0)
 
 

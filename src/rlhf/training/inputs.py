@@ -21,9 +21,10 @@ from rlhf.errors import InputError
 from rlhf.files.run_folder import Run, prepare_output
 from rlhf.hardware import pick_device
 from rlhf.models.content import model_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from rlhf.models.families import family_notes
 from rlhf.models.loading import (
     check_adapter,
-    check_limits,
+    check_stage,
     load_tokenizer,
     prompt_layout,
     read_model_config,
@@ -104,11 +105,9 @@ class StageInputs:
         self.renderer = PromptRenderer.for_tokenizer(
             self.tokenizer, config.instruction, config.chat_template_options
         )
-        self.lines: list[str] = []
+        self.lines: list[str] = family_notes(self.model_config)
         self._rows: list[str] = []
-        self._limits: list[str] = check_limits(
-            self.model_config, config.prompt_sequence_length, config.target_sequence_length
-        )
+        self._limits: list[str] = check_stage(config, self.model_config)
         self._limits += check_adapter(config, self.model_config, model)
         self._fingerprints: dict[str, str] = {}
         self._chats_differ = False

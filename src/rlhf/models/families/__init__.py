@@ -5,7 +5,8 @@ follow from it. Register your own from outside, before loading its first checkpo
 
     FAMILIES["my_type"] = MyFamily
 
-Loading compares it with transformers' own forward (`rlhf.models.agreement`).
+Loading compares it with transformers' own forward (`rlhf.models.agreement`). Any other causal model
+is computed by that forward itself, which is slower (`rlhf.models.generic`).
 """
 
 from transformers import PretrainedConfig
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig
 from rlhf.errors import InputError
 from rlhf.models.families.gemma2 import Gemma2
 from rlhf.models.families.gemma3 import Gemma3
+from rlhf.models.families.generic_causal import GenericCausal
 from rlhf.models.families.llama import Llama
 from rlhf.models.families.longt5 import LongT5
 from rlhf.models.families.mistral import Mistral
@@ -23,6 +25,8 @@ from rlhf.models.families.qwen3 import Qwen3
 from rlhf.models.families.smollm3 import SmolLM3
 from rlhf.models.families.t5 import T5
 from rlhf.models.families.umt5 import UMT5
+from rlhf.models.families.unsupported import reason_against
+from rlhf.models.generic import GenericModel
 from rlhf.models.language_model import LanguageModel
 
 FAMILIES: dict[str, type[LanguageModel]] = {
@@ -39,6 +43,8 @@ FAMILIES: dict[str, type[LanguageModel]] = {
     "t5": T5,
     "umt5": UMT5,
 }
+# For models without their own, by whether they have an encoder.
+_GENERIC: dict[bool, type[GenericModel]] = {False: GenericCausal}
 
 
 def family_of(config: PretrainedConfig, where: str = "base_model") -> type[LanguageModel]:
@@ -52,6 +58,26 @@ def family_of(config: PretrainedConfig, where: str = "base_model") -> type[Langu
         InputError: No family computes such models.
     """
     kind = config.model_type
-    if kind not in FAMILIES:
-        raise InputError(f"{where}: a {kind!r} model; rlhf trains {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[kind]
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    family = _GENERIC.get(bool(config.is_encoder_decoder))
+    reason: str | None = "transformers has no text model of this type"
+    if family and type(config) in family.classes:
+        reason = reason_against(config, family.classes[type(config)])
+        if reason is None:
+            return family
+    known = ", ".join(sorted(FAMILIES))
+    raise InputError(
+        f"{where}: a {kind!r} model cannot be trained: {reason}; rlhf trains {known}, and other "
+        "dense causal language models of transformers"
+    )
+
+
+def family_notes(config: PretrainedConfig) -> list[str]:
+    """Return what a user should know of the way in which a model is computed, line by line."""
+    if not family_of(config).is_generic:
+        return []
+    return [
+        f"model: no own family for {config.model_type!r}: transformers' own forward computes it, "
+        "which is slower; prompts of a group are read once per response"
+    ]
