@@ -107,6 +107,34 @@ def test_dpo_is_tuned_beside_ppo_where_it_is_asked_for(values, tiny_checkpoint):
     assert run(values, base_model=str(tiny_checkpoint), dpo={"beta": 0.5}).metrics == result.metrics
 
 
+def test_a_reward_model_that_is_given_is_used_by_all_stages(cases, arch, tmp_path):
+    case = cases[arch]
+    rows = [{"input_text": f"{number} the cat"} for number in range(4)]
+    fields = {
+        "base_model": str(case.base), "output_dir": str(tmp_path / "out"),
+        "reward_model_path": str(case.reward),
+        "prompt_dataset": write_rows(tmp_path / "prompts.jsonl", rows),
+        "eval_dataset": str(case.data), "prompt_sequence_length": 24, "target_sequence_length": 8,
+        "batch_size": 4, "train_steps": 1, "log_with": "none", "device": "cpu",
+    }  # fmt: skip
+    result = run(fields)
+    out = Path(result.output_dir)
+    assert {path.name for path in out.iterdir()} == {
+        "policy", "inference", "config.yaml", "metrics.json"
+    }  # fmt: skip
+    assert list(result.metrics) == ["ppo", "inference", "seconds"]
+    own = run_inference(
+        InferenceConfig(
+            policy_path=str(out / "policy"), reward_model_path=str(case.reward),
+            eval_dataset=str(case.data), output_dir=str(tmp_path / "own"), device="cpu",
+        )
+    ).metrics  # fmt: skip
+    assert result.metrics["inference"]["reward"] == pytest.approx(own["reward"], abs=1e-4)
+    with pytest.raises(InputError, match="reward_model_path: there is no folder .*missing"):
+        run(fields, reward_model_path=str(tmp_path / "missing"), output_dir=str(tmp_path / "b"))
+    assert not (tmp_path / "b").exists()
+
+
 def test_rankings_are_enough_for_all_stages(values, tiny_checkpoint, tmp_path):
     """Of rankings alone: held out, learned by reward model and DPO, PPO's prompts, evaluated."""
     rows = [

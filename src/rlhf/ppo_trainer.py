@@ -15,10 +15,7 @@ from rlhf.data.batching import chunks, permutation, rows_for_step
 from rlhf.data.groups import group_batches, members
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.schema import PromptRow
-from rlhf.files.output import path_in
-from rlhf.files.storage import exists
 from rlhf.models.generation import Generator, generate_in_chunks, rollout_uniforms
-from rlhf.models.reward_record import RECORD_FILE
 from rlhf.models.saving import save_policy
 from rlhf.ppo.deviations import deviation_warnings
 from rlhf.ppo.experience import (
@@ -30,7 +27,7 @@ from rlhf.ppo.experience import (
     rollout_metrics,
     rollout_samples,
 )
-from rlhf.ppo.inputs import PPOInputs, other_bases, read_ppo_inputs
+from rlhf.ppo.inputs import PPOInputs, made_later, other_bases, read_ppo_inputs
 from rlhf.ppo.reward_parts import RewardFunctions
 from rlhf.ppo.rewards import load_rewards
 from rlhf.ppo.roles import load_bases, make_critic, make_policy, make_reference
@@ -94,10 +91,10 @@ def dry_run_in_pipeline(
     Raises:
         InputError: Bad data, configuration or checkpoints.
     """
-    path = config.reward_model_path
-    if path is None or exists(path_in(path, RECORD_FILE)):
+    folder = made_later(config)
+    if folder is None:
         return train_ppo(config, reward_fn=reward_fn)
-    inputs = read_ppo_inputs(config, PPOTrainer, reward_fn=reward_fn, reward_model_exists=False)
+    inputs = read_ppo_inputs(config, PPOTrainer, reward_fn=reward_fn, to_be_written=folder)
     lines, bases = inputs.lines, other_bases(config)
     show(dry_run_report("ppo", config, len(inputs.prompts), lines, reward_bases=bases))
     return RunResult(config.output_dir, {})

@@ -257,6 +257,51 @@ def test_dpo_runs_in_a_pipeline_that_has_its_section():
     assert PipelineConfig.model_validate(config.resolved()).stages() == config.stages()
 
 
+def test_a_reward_model_that_is_given_is_not_trained():
+    given = {
+        "base_model": "b", "output_dir": "out", "reward_model_path": "team/scorer",
+        "prompt_dataset": "prompts.jsonl", "eval_dataset": "eval.jsonl",
+    }  # fmt: skip
+    config = load_config(PipelineConfig, None, given)
+    assert config.stages() == ["ppo", "inference"]
+    for stage in config.stages():
+        assert config.stage_config(stage).reward_model_path == "team/scorer"
+    pairs = load_config(
+        PipelineConfig, None, RUN | {"reward_model_path": "team/scorer", "dpo.beta": 0.5}
+    )
+    assert pairs.stages() == ["ppo", "dpo", "inference"]
+    assert pairs.stage_config("ppo").prompt_dataset == "pairs.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("fields", "problems"),
+    [
+        ({}, ["preference_dataset: is required, but not given (or reward_model_path)"]),
+        (
+            {"reward_model_path": "r"},
+            [
+                f"{name}: is required, but not given; without preference_dataset there is no other"
+                for name in ("prompt_dataset", "eval_dataset")
+            ],
+        ),
+        (
+            {"reward_model_path": "out/reward_model", "preference_dataset": "p",
+             "reward_model.seed": 1},
+            [
+                "reward_model: no reward model is trained when reward_model_path is given; leave "
+                "one of them out",
+                "reward_model_path: is the folder of this pipeline's own reward model; leave it "
+                "out",
+            ],
+        ),
+    ],
+)  # fmt: skip
+def test_a_pipeline_says_what_it_lacks(fields, problems):
+    with pytest.raises(InputError) as caught:
+        load_config(PipelineConfig, None, {"base_model": "b", "output_dir": "out"} | fields)
+    assert caught.value.problems == problems
+
+
 def test_stages_of_a_pipeline_do_not_share_a_tensorboard_folder():
     fields = {"base_model": "b", "preference_dataset": "p.jsonl", "output_dir": "out"}
     config = PipelineConfig(**fields, tensorboard_dir="gs://b/logs", ppo={"tensorboard_dir": "own"})

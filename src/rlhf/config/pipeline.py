@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-from rlhf.config.common import Paths, StageConfig, TrainingConfig, option
+from rlhf.config.common import NonEmpty, Paths, StageConfig, TrainingConfig, option
 from rlhf.config.loading import InnerFieldsError, merged, validation_problems
 from rlhf.config.shared import ties
 from rlhf.config.stages import STAGE_CONFIGS
@@ -20,7 +20,14 @@ class PipelineConfig(TrainingConfig):
 
     needed_on_load: ClassVar[tuple[str, ...]] = ("base_model",)
 
-    preference_dataset: Paths = option(..., "Preference rows for the reward model, JSON Lines.")
+    preference_dataset: Paths | None = option(
+        None, "Preference rows for the reward model. Needed unless reward_model_path is given."
+    )
+    reward_model_path: NonEmpty | None = option(
+        None,
+        "Reward model to use instead of training one: a folder that `rlhf reward-model` wrote, or "
+        "a Hugging Face sequence classifier (folder or Hub id).",
+    )
     prompt_dataset: Paths | None = option(
         None, "Rows with prompts for PPO. Default: the preference rows' prompts."
     )
@@ -48,7 +55,7 @@ class PipelineConfig(TrainingConfig):
 
     def cross_problems(self) -> list[str]:
         """Say what is wrong between fields, in each stage as the pipeline would run it."""
-        problems = super().cross_problems()
+        problems = super().cross_problems() + self._missing_data()
         if problems:
             return problems
         for stage in self.stages():
@@ -56,6 +63,31 @@ class PipelineConfig(TrainingConfig):
                 self.stage_config(stage)
             except ValidationError as error:
                 problems += validation_problems(STAGE_CONFIGS[stage], error, f"{stage}.")
+        return problems
+
+    def _missing_data(self) -> list[str]:
+        """Say which data sets are missing, and what stands against a reward model that is given."""
+        if self.reward_model_path is None:
+            if self.preference_dataset is None:
+                return ["preference_dataset: is required, but not given (or reward_model_path)"]
+            return []
+        problems = [
+            f"{name}: is required, but not given; without preference_dataset there is no other"
+            for name, rows in (
+                ("prompt_dataset", self.prompt_dataset),
+                ("eval_dataset", self.eval_dataset),
+            )
+            if rows is None and self.preference_dataset is None
+        ]
+        if self.section("reward_model"):
+            problems.append(
+                "reward_model: no reward model is trained when reward_model_path is given; "
+                "leave one of them out"
+            )
+        if self.reward_model_path.rstrip("/") == self.stage_dir("reward_model"):
+            problems.append(
+                "reward_model_path: is the folder of this pipeline's own reward model; leave it out"
+            )
         return problems
 
     def stages(self) -> list[str]:

@@ -13,7 +13,7 @@ from rlhf.config.common import (
     option,
 )
 from rlhf.config.rewards import RewardEntry, name_problems
-from rlhf.config.shared import PATHS, compile_decode, tuned_base
+from rlhf.config.shared import PATHS, compile_decode, reward_model_of, tuned_base
 
 # Estimators that compare the responses to one prompt.
 COMPARING = frozenset({"rloo", "grpo", "reinforce_pp_baseline"})
@@ -306,5 +306,5 @@ class PPOConfig(TrainingConfig):
         given = pipeline.prompt_dataset is not None
         return tuned_base(pipeline) | {
             "prompt_dataset": pipeline.prompt_dataset if given else pipeline.preference_dataset,
-            "reward_model_path": pipeline.stage_dir("reward_model"),
+            "reward_model_path": reward_model_of(pipeline),
         }

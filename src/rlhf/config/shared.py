@@ -42,3 +42,9 @@ def tuned_base(pipeline: Any) -> dict[str, Any]:
     if "sft" not in pipeline.stages():
         return {}
     return {"base_model": f"{pipeline.stage_dir('sft')}/merged", "revision": None}
+
+
+def reward_model_of(pipeline: Any) -> str:
+    """Return the folder or Hub id of the reward model that was given, or that is trained."""
+    given: str | None = pipeline.reward_model_path
+    return pipeline.stage_dir("reward_model") if given is None else given

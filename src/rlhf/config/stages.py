@@ -20,7 +20,14 @@ from rlhf.config.common import (
 from rlhf.config.dpo import DPOConfig
 from rlhf.config.mappings import ChatTemplateOptions
 from rlhf.config.ppo import PPOConfig
-from rlhf.config.shared import PATHS, compile_decode, reward_model_label, ties, tuned_base
+from rlhf.config.shared import (
+    PATHS,
+    compile_decode,
+    reward_model_label,
+    reward_model_of,
+    ties,
+    tuned_base,
+)
 
 
 class SFTConfig(TrainingConfig):
@@ -80,6 +87,11 @@ class RewardModelConfig(TrainingConfig):
         "Demonstrations (rows with output_text) to use as reference responses. "
         f"Default: the candidates of the training rows. {PATHS}.",
     )
+
+    @classmethod
+    def runs_in(cls, pipeline: Any) -> bool:
+        """Whether none is given."""
+        return pipeline.reward_model_path is None
 
     @classmethod
     def handed_over(cls, pipeline: Any) -> dict[str, Any]:
@@ -149,7 +161,7 @@ class InferenceConfig(StageConfig):
             "base_model": None,
             "revision": None,
             "policy_path": pipeline.stage_dir("ppo"),
-            "reward_model_path": pipeline.stage_dir("reward_model"),
+            "reward_model_path": reward_model_of(pipeline),
             "eval_dataset": pipeline.eval_dataset if given else pipeline.preference_dataset,
         }
 

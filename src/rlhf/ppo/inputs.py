@@ -7,14 +7,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import objectives
-from rlhf.config import PPOConfig
+from rlhf.config import PPOConfig, RewardModelConfig
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import PromptData
 from rlhf.errors import together
 from rlhf.files.local_copy import recorded_base
+from rlhf.files.output import path_in
 from rlhf.files.run_folder import Run
 from rlhf.files.storage import exists
-from rlhf.models.reward_record import read_record
+from rlhf.models.reward_record import RECORD_FILE, read_record
 from rlhf.ppo.reward_parts import (
     RewardFunctions,
     RewardPart,
@@ -48,7 +49,7 @@ def read_ppo_inputs(
     reward_fn: RewardFunctions | None = None,
     model: Any = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    reward_model_exists: bool = True,
+    to_be_written: str | None = None,
 ) -> PPOInputs:
     """Read and check everything that can be checked without weights.
 
@@ -58,7 +59,7 @@ def read_ppo_inputs(
         reward_fn: Functions of texts, besides the rewards of the configuration.
         model: A transformers model instead of `config.base_model`.
         tokenizer: Its tokenizer.
-        reward_model_exists: Whether `config.reward_model_path` must be there.
+        to_be_written: Reward model's folder that need not be there yet.
 
     Raises:
         InputError: Everything that is wrong, rows first, then limits.
@@ -72,7 +73,6 @@ def read_ppo_inputs(
         "eval_dataset": inputs.read("eval_dataset", uses=uses),
     }
     run = inputs.finish(**rewards_identity(rewards), optimizer=trainer.optimizer_settings())
-    to_be_written = None if reward_model_exists else config.reward_model_path
     inputs.lines += _check_rewards(rewards, config, inputs.renderer, data, to_be_written)
     return PPOInputs(
         inputs.tokenizer,
@@ -104,7 +104,17 @@ def check_rewards_in_pipeline(
         InputError: All that is wrong with them.
     """
     rewards = read_rewards(config, reward_fn)
-    _check_rewards(rewards, config, renderer, data, config.reward_model_path)
+    _check_rewards(rewards, config, renderer, data, made_later(config))
+
+
+def made_later(config: PPOConfig) -> str | None:
+    """Return the reward model's folder if the pipeline has yet to write it, else None.
+
+    The pipeline writes it beside PPO's own folder.
+    """
+    path = config.reward_model_path
+    own = f"{config.output_dir.rpartition('/')[0]}/{RewardModelConfig.folder}"
+    return path if path == own and not exists(path_in(path, RECORD_FILE)) else None
 
 
 def _check_rewards(

@@ -168,6 +168,11 @@ def _not_in_the_pipeline(config: PipelineConfig) -> list[str]:
             "sft_dataset: the Vertex pipeline has no SFT stage; run `rlhf sft` first and give its "
             "merged/ folder as base_model"
         )
+    if config.reward_model_path is not None:
+        problems.append(
+            "reward_model_path: the Vertex pipeline always trains a reward model; leave it out and "
+            "give preference_dataset"
+        )
     if "dpo" in config.stages():
         problems.append(
             "dpo: the Vertex pipeline has no DPO stage; run `rlhf dpo` on its own and leave the "
