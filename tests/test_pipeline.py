@@ -130,7 +130,7 @@ def test_a_reward_model_that_is_given_is_used_by_all_stages(cases, arch, tmp_pat
         )
     ).metrics  # fmt: skip
     assert result.metrics["inference"]["reward"] == pytest.approx(own["reward"], abs=1e-4)
-    with pytest.raises(InputError, match="reward_model_path: there is no folder .*missing"):
+    with pytest.raises(InputError, match=r"reward_model_path: there is no folder .*missing"):
         run(fields, reward_model_path=str(tmp_path / "missing"), output_dir=str(tmp_path / "b"))
     assert not (tmp_path / "b").exists()
 

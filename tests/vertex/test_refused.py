@@ -14,10 +14,11 @@ from google.protobuf.json_format import MessageToDict
 
 import rlhf
 from rlhf.cli import main
-from rlhf.config import VertexConfig
+from rlhf.config import PipelineConfig, VertexConfig
 from rlhf.config.cloud_names import REGIONS
 from rlhf.errors import InputError
 from rlhf.vertex import submit
+from rlhf.vertex.conversion import to_parameters
 from rlhf.vertex.image import pinned
 
 
@@ -160,7 +161,8 @@ def test_mounted_addresses_are_addresses(vertex, run_file):
         (['labels={"1a": "b"}'], ["labels: 1a=b: expected lower case"]),
         (['labels={"goog-a": "b"}'], ["labels: goog-a: names in goog- are Google's"]),
         (
-            [f"labels={json.dumps({f'l{n}': 'x' for n in range(65)})}"],
+            # The file has another one.
+            [f"labels={json.dumps({f'l{n}': 'x' for n in range(64)})}"],
             ["labels: there are 65; at most 64"],
         ),
         ([f"model_display_name={'x' * 129}"], ["model_display_name: expected at most 128"]),
@@ -336,3 +338,12 @@ def test_a_bucket_that_is_not_there_is_refused_and_not_made(vertex, run_file, mo
     assert "output_dir: there is no bucket gs://" in said
     assert "gcloud storage buckets create" in said
     assert vertex.requests == []
+
+
+def test_a_pipeline_that_trains_no_reward_model_is_refused():
+    config = PipelineConfig(
+        base_model="b", output_dir="gs://bkt/runs/one", preference_dataset="gs://bkt/p.jsonl",
+        reward_model_path="team/scorer",
+    )  # fmt: skip
+    with pytest.raises(InputError, match="reward_model_path: the Vertex pipeline always trains"):
+        to_parameters(config)
