@@ -109,6 +109,20 @@ def test_another_family_in_the_place_of_ours_is_refused(
         load(model, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [1, 4, 5000])
+def test_a_window_that_a_family_forgets_is_found(
+    window: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is longer than any text of the check."""
+    model = build("mistral", sliding_window=window)
+    assert load(model, dtype).config.sliding_window == window
+    monkeypatch.setitem(FAMILIES, "mistral", Llama)
+    with pytest.raises(InputError, match=r"'mistral' model differ .* LLaMA does not compute"):
+        load(model, dtype)
+    assert model.config.sliding_window == window
+
+
 LAYERS: dict[str, Callable[[Any], Any]] = {
     "llama": lambda model: model.model.layers[0],
     "t5": lambda model: model.decoder.block[0],

@@ -68,40 +68,41 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float, conf
 
 
 @pytest.mark.parametrize("family", DRAWS)
-def test_logprobs_and_all_gradients_are_those_of_plain_transformers(family: str) -> None:
+def test_logprobs_all_gradients_and_greedy_responses_are_those_of_plain_transformers(
+    family: str,
+) -> None:
     for seed in DRAWN:
         model = draw_model(family, seed).double()
         plain = copy.deepcopy(model)
         plain.get_input_embeddings().padding_idx = None  # else PAD's own row gets no gradient
         lm = language_model(model, trainable=True)
         with InFloat64():
-            ours, theirs = grouped_logprobs(lm), plain_rows(plain)
-            backward(ours)
-            backward(theirs)
-        assert_same(ours, theirs, 1e-9, plain.config)
-        gradients = {name: p.grad for name, p in plain.named_parameters()}
-        total = torch.stack([g.norm() for g in gradients.values() if g is not None]).norm()
-        for name, parameter in lm.module.named_parameters():
-            error = (parameter.grad - gradients[name]).norm()
-            assert error <= 1e-9 * total, (name, plain.config)
+            gradients_agree(lm, plain)
+            greedy_responses_agree(lm, plain)
 
 
-@pytest.mark.parametrize("family", DRAWS)
+def gradients_agree(lm: LanguageModel, plain: Any) -> None:
+    ours, theirs = grouped_logprobs(lm), plain_rows(plain)
+    backward(ours)
+    backward(theirs)
+    assert_same(ours, theirs, 1e-9, plain.config)
+    gradients = {name: p.grad for name, p in plain.named_parameters()}
+    total = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    for name, parameter in lm.module.named_parameters():
+        error = (parameter.grad - gradients[name]).norm()
+        assert error <= 1e-9 * total, (name, plain.config)
+
+
 @torch.no_grad()
-def test_greedy_responses_are_those_of_plain_transformers(family: str) -> None:
-    for seed in DRAWN:
-        model = draw_model(family, seed).double()
-        plain = copy.deepcopy(model)
-        lm = language_model(model)
-        prompts, _, groups = batch()
-        with InFloat64():
-            made = generate(lm, prompts, groups=groups, max_new_tokens=6, temperature=0.0)
-            for group, response in zip(GROUPS, made.responses.tolists(), strict=True):
-                best = plain_logits(plain, PROMPTS[group], response).argmax(-1).tolist()
-                assert response == best[:-1], plain.config
-                eos = lm.layout.eos_id
-                assert eos not in response[:-1]
-                assert len(response) == 6 or response[-1] == eos
+def greedy_responses_agree(lm: LanguageModel, plain: Any) -> None:
+    prompts, _, groups = batch()
+    made = generate(lm, prompts, groups=groups, max_new_tokens=6, temperature=0.0)
+    for group, response in zip(GROUPS, made.responses.tolists(), strict=True):
+        best = plain_logits(plain, PROMPTS[group], response).argmax(-1).tolist()
+        assert response == best[:-1], plain.config
+        eos = lm.layout.eos_id
+        assert eos not in response[:-1]
+        assert len(response) == 6 or response[-1] == eos
 
 
 @pytest.mark.parametrize("family", DRAWS)

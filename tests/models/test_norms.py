@@ -1,24 +1,33 @@
 """RMSNorm's own backward pass against transformers' forward and float64's autograd."""
 
+import importlib
+
 import pytest
 import torch
+from support.families import draw_model
 from support.tiny import tiny_model
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from rlhf.models.norms import faster, use_faster_norms
-
-KINDS = {"llama": LlamaRMSNorm, "t5": T5LayerNorm}
+from rlhf.models.norms import KINDS, faster, use_faster_norms
 
 
-def make_norms(arch: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+def class_of(name: str) -> type[nn.Module]:
+    """Find transformers' class."""
+    model = name.removesuffix("RMSNorm").removesuffix("LayerNorm").lower()
+    kind: type[nn.Module] = getattr(
+        importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name
+    )
+    return kind
+
+
+def make_norms(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     """Transformers' norm and ours, of the same frozen weight."""
-    norms = [KINDS[arch](48, eps=1e-4).to(dtype).requires_grad_(False) for _ in range(2)]
+    norms = [class_of(name)(48, eps=1e-4).to(dtype).requires_grad_(False) for _ in range(2)]
     weight = torch.randn(48, generator=torch.Generator().manual_seed(1)) + 1
     for norm in norms:
         norm.weight.copy_(weight)
     use_faster_norms(norms[1])
+    assert type(norms[1]) is not class_of(name)
     return norms[0], norms[1]
 
 
@@ -26,13 +35,15 @@ def exact_gradient(norm: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     """By float64's autograd through the formula."""
     x = x.detach().double().requires_grad_()
     normed = x / (x.pow(2).mean(-1, keepdim=True) + 1e-4).sqrt()
-    (gradient,) = torch.autograd.grad(normed * norm.weight.double(), x, g.double())
+    factor = norm.weight.double() + (1 if "Gemma" in type(norm).__name__ else 0)
+    (gradient,) = torch.autograd.grad(normed * factor, x, g.double())
     return gradient
 
 
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-def test_norms_are_those_of_transformers(arch: str, dtype: torch.dtype, tolerance: float) -> None:
-    theirs, ours = make_norms(arch, dtype)
+def test_norms_are_those_of_transformers(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    theirs, ours = make_norms(name, dtype)
     random = torch.Generator().manual_seed(0)
     x, g = (torch.randn(3, 5, 48, generator=random).to(dtype) for _ in range(2))
     x[0, 0] *= 1e-3  # here ε counts
@@ -46,8 +57,9 @@ def test_norms_are_those_of_transformers(arch: str, dtype: torch.dtype, toleranc
     assert error.max() < tolerance
 
 
-def test_a_weight_that_is_trained_gets_its_gradient(arch: str) -> None:
-    theirs, ours = make_norms(arch, torch.float32)
+@pytest.mark.parametrize("name", KINDS)
+def test_a_weight_that_is_trained_gets_its_gradient(name: str) -> None:
+    theirs, ours = make_norms(name, torch.float32)
     x = torch.randn(3, 5, 48)
     gradients = []
     for norm in (theirs, ours):
@@ -63,5 +75,20 @@ def test_all_norms_of_a_model_are_found(arch: str) -> None:
     use_faster_norms(model)
     kinds = [type(part) for part in model.modules() if "Norm" in type(part).__name__]
     assert len(kinds) >= 5
-    assert set(kinds) == {faster(KINDS[arch])}
+    assert set(kinds) == {faster(class_of({"llama": "LlamaRMSNorm", "t5": "T5LayerNorm"}[arch]))}
     assert model.state_dict().keys() == before
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral", "phi3", "qwen3", "smollm3"])
+def test_no_norm_of_a_family_is_left_as_it_was(family: str) -> None:
+    model = draw_model(family, 0)
+    use_faster_norms(model)
+    kinds = {type(part).__name__ for part in model.modules() if "Norm" in type(part).__name__}
+    assert all(kind.startswith("Faster") for kind in kinds)
+
+
+def test_a_norm_from_elsewhere_keeps_its_own_pass() -> None:
+    class LlamaRMSNorm(nn.Module):
+        pass
+
+    assert faster(LlamaRMSNorm) is LlamaRMSNorm

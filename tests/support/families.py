@@ -36,7 +36,7 @@ def decoder(draw: random.Random, *, wide: bool = True) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "vocab_size": VOCAB, "hidden_size": draw.choice([16, 32]),
         "intermediate_size": draw.choice([16, 24]),
-        "num_hidden_layers": draw.choice([1, 2, 2, 2, 3]),
+        "num_hidden_layers": draw.choice([1, 2, 2]),
         "num_attention_heads": heads, "max_position_embeddings": POSITIONS,
         "num_key_value_heads": draw.choice([1, heads // 2, heads]),
         "tie_word_embeddings": draw.random() < 0.5, "attention_dropout": 0.1,
@@ -164,7 +164,11 @@ DRAWS: dict[str, Callable[[random.Random], PretrainedConfig]] = {
 
 def draw_model(model_type: str, seed: int) -> PreTrainedModel:
     """Build a random model of a family, in which every weight counts, biases and norms too."""
-    config = DRAWS[model_type](random.Random(f"{model_type} {seed}"))
+    return model_of(DRAWS[model_type](random.Random(f"{model_type} {seed}")), seed)
+
+
+def model_of(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """Build a random model of a configuration."""
     torch.manual_seed(seed)
     model: PreTrainedModel = family_of(config).auto_class.from_config(config)
     with torch.no_grad():

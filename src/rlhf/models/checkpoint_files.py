@@ -33,6 +33,7 @@ _SIZES: dict[str, tuple[int, int]] = {
     "head_dim": (1, 2**16),
     "intermediate_size": (1, 2**20),
     "max_position_embeddings": (1, 2**31),
+    "sliding_window": (1, 2**31),
     "num_decoder_layers": (1, 2000),
     "d_kv": (1, 2**16),
     "d_ff": (1, 2**20),
@@ -41,7 +42,8 @@ _SIZES: dict[str, tuple[int, int]] = {
     "relative_attention_num_buckets": (4, 2**16),
     "relative_attention_max_distance": (2, 2**31),
 }
-_SELDOM = frozenset({"head_dim", "num_key_value_heads", "num_decoder_layers"})  # may be null
+# May be null.
+_SELDOM = frozenset({"head_dim", "num_key_value_heads", "num_decoder_layers", "sliding_window"})
 _EPSILONS = ("rms_norm_eps", "layer_norm_epsilon")
 
 

@@ -164,9 +164,12 @@ def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: in
     limit = family_of(config).position_limit(config)
     if limit is None or prompt_limit + response_limit <= limit:
         return []
+    positions = f"the {limit} positions of the model"
+    if limit < getattr(config, "max_position_embeddings", limit):
+        positions = f"the first {limit} positions, up to which the model rotates by one table"
     return [
         f"prompt_sequence_length {prompt_limit} + target_sequence_length {response_limit} exceed "
-        f"the {limit} positions of the model; lower one of them"
+        f"{positions}; lower one of them"
     ]
 
 

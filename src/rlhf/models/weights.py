@@ -46,11 +46,12 @@ def cast_weights(module: PreTrainedModel, dtype: torch.dtype) -> None:
         if old.is_floating_point() and old.dtype != dtype:
             parameter.data = cast.setdefault(old.data_ptr(), old.to(dtype))
     for part in module.modules():
-        frequencies = getattr(part, "inv_freq", None)
-        if isinstance(frequencies, torch.Tensor) and frequencies.dtype != torch.float32:
+        # Gemma 3 has frequencies for each kind of layer.
+        frequencies = [b for name, b in part.named_buffers(recurse=False) if "inv_freq" in name]
+        if any(buffer.dtype != torch.float32 for buffer in frequencies):
             rotary: Any = part
             for name, buffer in type(rotary)(rotary.config).named_buffers():
-                setattr(rotary, name, buffer.to(frequencies.device))
+                setattr(rotary, name, buffer.to(frequencies[0].device))
 
 
 def switch_off_dropout(module: nn.Module) -> None:
