@@ -13,7 +13,7 @@ from support.families import DRAWS, draw_model, language_model, plain_logits, pl
 from support.numerics import InFloat64, assert_same_gradients
 from support.tiny import randomize_lora
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Conv1D
 
 from rlhf.config import LoRAConfig
 from rlhf.data.batching import TokenBatch
@@ -148,6 +148,8 @@ def through_the_merge(lm: LanguageModel, plain: Any) -> dict[str, Tensor]:
         if isinstance(layer, LoRALinear):
             a, b, scale = layer.lora_A["policy"], layer.lora_B["policy"], layer.scaling["policy"]
             of_weight = weights[f"{name}.weight"].grad
+            if isinstance(layer.base_layer, Conv1D):
+                of_weight = of_weight.t()
             gradients[f"{name}.lora_A.policy.weight"] = scale * b.weight.t() @ of_weight
             gradients[f"{name}.lora_B.policy.weight"] = scale * of_weight @ a.weight.t()
     return {name: gradient.detach() for name, gradient in gradients.items()}
@@ -160,7 +162,7 @@ def test_the_default_adapter_is_on_all_linear_layers_but_the_head(family: str) -
     linear = {
         name
         for name, part in lm.module.named_modules()
-        if part is not head and type(part).__name__ in ("Linear", "Conv1D")
+        if part is not head and isinstance(part, torch.nn.Linear | Conv1D)
     }
     lm.add_adapter("policy", LORA)
     adapted = {n for n, part in lm.module.named_modules() if isinstance(part, LoRALinear)}

@@ -1,7 +1,7 @@
 """A family is one class: one that the package does not know is trained, decoded and written.
 
-GPT-NeoX differs from LLaMA in all that a family says: biased layer norms, one matrix for queries,
-keys and values, positions in a quarter of each head, attention and feed forward side by side.
+Phi 1 and 2 differ from LLaMA in all that a family says: biased layer norms, positions in a part of
+each head, attention and feed forward side by side, an LM head with a bias.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 from support.numerics import assert_same_gradients
 from support.tiny import make_tokenizer, randomize_lora
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from rlhf.config import LoRAConfig, PPOConfig, SFTConfig
 from rlhf.data.batching import TokenBatch
@@ -31,44 +31,42 @@ from rlhf.models.memory import memory_per_role
 from rlhf.sft import train_sft
 
 
-class GPTNeoX(DecoderOnlyModel):
-    """All that there is to say of it (Black et al. 2022)."""
+class Phi(DecoderOnlyModel):
+    """All that there is to say of it (Li et al. 2023)."""
 
-    name = "GPT-NeoX"
-    adapter_modules = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+    name = "Phi"
+    adapter_modules = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
     has_sequence_classifier = False
 
     @property
     def layers(self) -> Sequence[Any]:
-        return self.module.gpt_neox.layers
+        return self.module.model.layers
 
     def embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Places]:
-        x = self.module.gpt_neox.embed_in(ids)
-        return x, self.module.gpt_neox.rotary_emb(x, positions)
+        x = self.module.model.embed_tokens(ids)
+        return x, self.module.model.rotary_emb(x, positions)
 
     def attention(self, layer: Any) -> Any:
-        return layer.attention
+        return layer.self_attn
 
     def attention_input(self, layer: Any, x: Tensor) -> Tensor:
         return layer.input_layernorm(x)
 
     def queries(self, layer: Any, h: Tensor, places: Places) -> Tensor:
-        return turned(parts(layer.attention, h)[0], places)
+        return turned(split_heads(layer.self_attn.q_proj(h), layer.self_attn.head_dim), places)
 
     def keys_values(self, layer: Any, h: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        _, keys, values = parts(layer.attention, h)
+        keys, values = (
+            split_heads(part(h), layer.self_attn.head_dim)
+            for part in (layer.self_attn.k_proj, layer.self_attn.v_proj)
+        )
         return turned(keys, places), values
 
     def after_attention(self, layer: Any, x: Tensor, heads: Tensor) -> Tensor:
-        fed = layer.mlp(layer.post_attention_layernorm(x))
-        return fed + layer.attention.dense(heads) + x
+        return x + layer.self_attn.dense(heads) + layer.mlp(layer.input_layernorm(x))
 
     def final_norm(self, x: Tensor) -> Tensor:
-        return self.module.gpt_neox.final_layer_norm(x)
-
-
-def parts(attention: Any, h: Tensor) -> tuple[Tensor, ...]:
-    return split_heads(attention.query_key_value(h), 3 * attention.head_size).chunk(3, dim=-1)
+        return self.module.model.final_layernorm(x)
 
 
 def turned(states: Tensor, places: Places) -> Tensor:
@@ -78,26 +76,30 @@ def turned(states: Tensor, places: Places) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "gpt_neox", GPTNeoX)
+    monkeypatch.setitem(FAMILIES, "phi", Phi)
+
+
+def write_checkpoint(folder: Path, **fields: Any) -> Path:
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=120, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=64, bos_token_id=1,
+        eos_token_id=2, **fields, rope_parameters={
+            "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5,
+        },
+    )  # fmt: skip
+    model = PhiForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.2)
+    model.save_pretrained(folder)
+    make_tokenizer("llama").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=120, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
-        intermediate_size=48, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-        rope_parameters={
-            "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.25,
-        },
-    )  # fmt: skip
-    model = GPTNeoXForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.2)
-    model.save_pretrained(tmp_path / "base")
-    make_tokenizer("llama").save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+    return write_checkpoint(tmp_path / "base")
 
 
 def load(checkpoint: Path, *, trainable: bool = False, **fields: Any) -> LanguageModel:
@@ -115,7 +117,7 @@ def test_its_gradients_are_those_of_plain_transformers(
     checkpoint: Path, checkpointing: bool
 ) -> None:
     lm = load(checkpoint, trainable=True, gradient_checkpointing=checkpointing)
-    assert type(lm) is GPTNeoX
+    assert type(lm) is Phi
     prompts, responses = map(TokenBatch.from_lists, (PROMPTS, RESPONSES))
     lm.token_logprobs(lm.response_states(prompts, responses), responses).logprobs.sum().backward()
     ours = {name: parameter.grad for name, parameter in lm.module.named_parameters()}
@@ -165,7 +167,7 @@ def test_it_is_tuned_and_written_as_transformers_loads_it(checkpoint: Path, tmp_
     )  # fmt: skip
     train_sft(config)
     tokenizer = make_tokenizer("llama")
-    codec = PromptCodec(tokenizer, GPTNeoX.prompt_layout(tokenizer), 16, 8)
+    codec = PromptCodec(tokenizer, Phi.prompt_layout(tokenizer), 16, 8)
     (prompt,), (response,) = (
         codec.prompt_rows([PromptText("a", ((0, 1),))]),
         codec.response_rows(["the cat"]),
@@ -191,9 +193,7 @@ def test_what_a_dry_run_says_of_it(checkpoint: Path) -> None:
     assert memory_per_role(read_model_config(str(checkpoint)), config)["cache"] == real
 
 
-def test_a_field_that_it_does_not_compute_is_refused(checkpoint: Path) -> None:
-    values = json.loads((checkpoint / "config.json").read_text())
-    values["use_parallel_residual"] = False
-    (checkpoint / "config.json").write_text(json.dumps(values))
-    with pytest.raises(InputError, match=r"'gpt_neox' model differ .* GPT-NeoX does not compute"):
-        load(checkpoint)
+def test_a_field_that_it_does_not_compute_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "normed", qk_layernorm=True)
+    with pytest.raises(InputError, match=r"'phi' model differ .* Phi does not compute"):
+        load(folder)

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from support.generic_decoders import generic
 from support.tiny import make_tokenizer
 from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -149,10 +152,38 @@ def phi3(draw: random.Random) -> PretrainedConfig:
     return Phi3Config(**fields, resid_pdrop=0.1, sliding_window=size, rope_parameters=tables)
 
 
-# By `model_type`.
+def gpt_neox(draw: random.Random) -> PretrainedConfig:
+    fields = decoder(draw, wide=False)
+    del fields["num_key_value_heads"], fields["rms_norm_eps"]
+    kinds = draw.choice(["gelu", "gelu_new", "relu"])
+    part = {"partial_rotary_factor": draw.choice([0.25, 0.5, 1.0])}
+    return GPTNeoXConfig(
+        **fields, hidden_act=kinds, hidden_dropout=0.1, layer_norm_eps=draw.choice([1e-5, 1e-2]),
+        use_parallel_residual=draw.random() < 0.5, attention_bias=draw.random() < 0.7,
+        rope_parameters=rope(draw) | part,
+    )  # fmt: skip
+
+
+def gpt2(draw: random.Random) -> PretrainedConfig:
+    """With the switches of other models of its class, such as Mistral's and Cerebras'."""
+    switches = ("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
+    return GPT2Config(
+        vocab_size=VOCAB, n_positions=POSITIONS, n_embd=draw.choice([16, 32]),
+        n_layer=draw.choice([1, 2, 3]), n_head=draw.choice([1, 2, 4]),
+        n_inner=draw.choice([None, 24]), activation_function=draw.choice(["gelu_new", "relu"]),
+        layer_norm_epsilon=draw.choice([1e-5, 1e-2]), tie_word_embeddings=draw.random() < 0.5,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **{switch: draw.random() < 0.5 for switch in switches},
+    )  # fmt: skip
+
+
+# By `model_type`, and all that have no family of their own.
 DRAWS: dict[str, Callable[[random.Random], PretrainedConfig]] = {
     "gemma2": gemma2,
     "gemma3_text": gemma3,
+    "generic": generic,
+    "gpt2": gpt2,
+    "gpt_neox": gpt_neox,
     "llama": llama,
     "mistral": mistral,
     "phi3": phi3,

@@ -15,6 +15,8 @@ from rlhf.errors import InputError
 from rlhf.models.families.gemma2 import Gemma2
 from rlhf.models.families.gemma3 import Gemma3
 from rlhf.models.families.generic_causal import GenericCausal
+from rlhf.models.families.gpt2 import GPT2
+from rlhf.models.families.gpt_neox import GPTNeoX
 from rlhf.models.families.llama import Llama
 from rlhf.models.families.longt5 import LongT5
 from rlhf.models.families.mistral import Mistral
@@ -32,6 +34,8 @@ from rlhf.models.language_model import LanguageModel
 FAMILIES: dict[str, type[LanguageModel]] = {
     "gemma2": Gemma2,
     "gemma3_text": Gemma3,
+    "gpt2": GPT2,
+    "gpt_neox": GPTNeoX,
     "llama": Llama,
     "longt5": LongT5,
     "mistral": Mistral,
