@@ -217,7 +217,14 @@ def test_data_commands(tmp_path, capsys):
     assert main(["data", "convert", str(source), str(rows)]) == 0
     assert "1 rows" in capsys.readouterr().out
     assert main(["data", "check", str(rows), "--kind=preference"]) == 0
-    assert "1 preferences" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "preferences" in said
+    held_out = ["--eval_dataset", str(rows), "--columns", '{"context": "c"}']
+    assert main(["data", "check", "--preference_dataset", str(rows), *held_out]) == 0
+    assert "eval_dataset, also in preference_dataset  1  of 1" in capsys.readouterr().out
+    for wrong, named in (([], "FILE: give one"), ([str(rows), "--columns", "x"], "columns: expe")):
+        assert main(["data", "check", *wrong]) == 2
+        assert named in capsys.readouterr().err
 
     rows.write_text('{"input_text": "x", "candidate_0": "a", "candidate_1": "b", "choice": 2}\n')
     assert main(["data", "check", str(rows)]) == 2

@@ -269,10 +269,12 @@ def test_limits_of_a_single_stage_are_found_first(values, checkpoints):
 
 def test_a_dry_run_says_what_would_happen_and_writes_nothing(values, capsys):
     result = run(values, dry_run=True)
-    said = capsys.readouterr().out
+    said, warned = capsys.readouterr()
     for stage in ("sft", "reward_model", "ppo", "inference"):
         assert stage in said
     assert "eval_dataset: 18 rows" in said
+    assert "12 of 18 rows have a prompt that dataset of stage sft has, too" in warned
+    assert "preference_dataset has, too" not in said + warned
     assert result.metrics == {}
     assert not Path(values["output_dir"]).exists()
 

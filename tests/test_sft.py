@@ -280,3 +280,20 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(
     assert "7 rows" in told
     assert "steps: 4 of 5, 20 in all" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_for_evaluation_that_are_also_trained_on_are_counted(
+    tiny_checkpoint: Path, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"input_text": text, "output_text": "a"} for text in ("x", "post", "a  cat and a dog")]
+    held_out = write_rows(tmp_path / "held_out.jsonl", rows)
+    fields = {"eval_dataset": held_out, "dry_run": True}
+    train_sft(sft_config(tiny_checkpoint, dataset, tmp_path / "run", **fields))
+    said = [line for line in capsys.readouterr().out.splitlines() if "memory" in line]
+    assert said[0] == (
+        f"eval_dataset: 2 of 3 rows have a prompt that dataset has, too, such as {held_out}:2 "
+        f"(as {dataset}:3); results on them show memory"
+    )
+    held_out = write_rows(tmp_path / "held_out.jsonl", rows[:1])
+    train_sft(sft_config(tiny_checkpoint, dataset, tmp_path / "run", **fields))
+    assert "show memory" not in capsys.readouterr().out

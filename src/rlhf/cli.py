@@ -211,13 +211,17 @@ def data() -> None:
 
 
 @data.command()
-@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.argument("files", nargs=-1, metavar="[FILE...]")
+@click.option("--preference_dataset", multiple=True, help="Preference rows; may be repeated.")
+@click.option("--prompt_dataset", multiple=True, help="Rows with prompts; may be repeated.")
+@click.option("--eval_dataset", multiple=True, help="Held-out rows; may be repeated.")
 @click.option(
     "--kind",
     type=click.Choice(["auto", "preference", "prompt", "demonstration"]),
     default="auto",
     show_default=True,
-    help="What every row must be; auto: a preference if it has candidates, else a prompt.",
+    help="What every row of FILE and eval_dataset must be; auto: a preference if it has "
+    "candidates, else a prompt.",
 )
 @click.option(
     "--on_bad_rows",
@@ -226,8 +230,27 @@ def data() -> None:
     show_default=True,
     help="Whether bad rows are errors, or are counted and skipped.",
 )
+@click.option(
+    "--columns", metavar="JSON", help='The files\' columns by our names: {"input_text": "query"}.'
+)
+@click.option(
+    "--ties",
+    type=click.Choice(["drop", "keep"]),
+    default="drop",
+    show_default=True,
+    help="Whether tied answers are left out or kept.",
+)
 @click.option("--instruction", default="", help="Text put before every input, as in training.")
-@click.option("--base_model", help="Count lengths in this model's tokens; loads no weights.")
+@click.option(
+    "--chat_template_options",
+    metavar="JSON",
+    help='Variables for the chat template of base_model: {"enable_thinking": false}.',
+)
+@click.option(
+    "--base_model",
+    help="Count lengths in this model's tokens, and compare conversations with their rendering as "
+    "a whole; loads no weights.",
+)
 @click.option("--revision", help="Branch, tag or commit of base_model on the Hub.")
 @click.option(
     "--prompt_sequence_length",
@@ -244,10 +267,26 @@ def data() -> None:
     help="Longest response, tokens.",
 )
 def check(files: tuple[str, ...], **options: Any) -> None:
-    """Validate files (paths, globs, gs:// addresses) and describe their contents."""
-    from rlhf.reports.data_check import check_files
+    """Validate data sets, describe their contents, and look for prompts that they share.
 
-    show("\n".join(check_files(list(files), **options).lines()))
+    Data sets are files given as paths, globs or gs:// addresses. The FILEs together are one.
+    """
+    from rlhf.reports.data_check import check_sets
+
+    names = ("preference_dataset", "prompt_dataset", "eval_dataset")
+    given = {"data": files, **{name: options.pop(name) for name in names}}
+    sets = {name: list(paths) for name, paths in given.items() if paths}
+    if not sets:
+        raise InputError(f"FILE: give one, or a data set by name: {', '.join(names)}")
+    for name, example in (
+        ("columns", '{"input_text": "query"}'),
+        ("chat_template_options", '{"enable_thinking": false}'),
+    ):
+        try:
+            options[name] = mapping_from_text(options[name], example)
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from None
+    show("\n".join(check_sets(sets, **options).lines()))
 
 
 @data.command("convert")

@@ -7,12 +7,14 @@ interrupted run resumes stage by stage.
 import gc
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from rlhf.config import PipelineConfig, config_to_yaml
 from rlhf.console import say, show
+from rlhf.data.overlaps import find_overlap
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_preferences, read_once, split_holdout
 from rlhf.errors import InputError
@@ -122,6 +124,7 @@ def _check_inputs(config: PipelineConfig, given: Given) -> list[str]:
     rows: dict[str, None] = {}  # an ordered set: stages share files
     limits: dict[str, None] = {}
     lines: dict[str, None] = {}
+    unseen: dict[str, Any] = {}  # training rows that their stage compares with no eval_dataset
     for stage in config.stages():
         stage_config = on_the_given_base(config, stage)
         record = STAGES[stage]
@@ -142,6 +145,8 @@ def _check_inputs(config: PipelineConfig, given: Given) -> list[str]:
                 if (found := read_data(reads, stage_config, renderer)) is not None:
                     lines |= dict.fromkeys(found.report.lines())
                 data[reads.field] = found
+                if reads is record.reads[0] and found is not None:
+                    _note_overlap(config, stage_config, reads.field, found, unseen)
             except InputError as error:
                 rows |= dict.fromkeys(error.problems)
         if record.check_data is not None and not rows:
@@ -159,6 +164,28 @@ def _check_inputs(config: PipelineConfig, given: Given) -> list[str]:
     if rows or limits:
         raise InputError([*rows, *limits])
     return list(lines)
+
+
+def _note_overlap(
+    config: PipelineConfig, stage_config: Any, field: str, data: Any, unseen: dict[str, Any]
+) -> None:
+    """Say how many rows for inference have a prompt of training rows that no stage compares.
+
+    Args:
+        config: The pipeline's configuration.
+        stage_config: Configuration of a stage.
+        field: What it reads first: its training rows, or those for inference.
+        data: These rows.
+        unseen: Training rows of earlier stages that have no `eval_dataset`; may get these.
+    """
+    if field != "eval_dataset":
+        if getattr(stage_config, "eval_dataset", data) is None:
+            unseen[f"{field} of stage {stage_config.stage}"] = data
+    elif config.eval_dataset is not None:
+        for name, trained in unseen.items():
+            overlap = find_overlap(data, trained)
+            if overlap.count:
+                say(replace(overlap, other=name).line())
 
 
 def on_the_given_base(config: PipelineConfig, stage: str) -> Any:

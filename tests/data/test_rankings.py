@@ -216,15 +216,17 @@ def test_the_check_counts_pairs(tmp_path: Path) -> None:
     assert report.second_chosen == 5
     assert report.longer_chosen == 2  # than " three", both
     assert report.lengths[1].count == 8
-    said = "\n".join(report.lines())
-    assert "preferred in 6 pairs: the later candidate in 83.3%, the longer one in 33.3%" in said
-    assert "pairs with identical candidates left out (they carry no signal): 1" in said
+    found = {words: (figure, more) for words, figure, more in report.facts()}
+    assert found["the later candidate preferred"] == ("83.3%", "")
+    assert found["longer one preferred"] == ("33.3%", "")
+    identical = found["pairs with identical candidates left out (they carry no signal)"]
+    assert identical == ("1", f"{path}:2")
 
 
 def test_the_check_tells_rankings_that_repeat_the_input(tmp_path: Path) -> None:
     texts = [f"a post {text}" for text in "xyz"]
     path = write(tmp_path / "a.jsonl", {**RANKED, "candidates": texts}, RANKED)
-    assert "all candidates begin with the whole input: 1" in check_files(path).lines()
+    assert ("all candidates begin with the whole input", "1", "") in check_files(path).facts()
 
 
 @given(ROWS, st.integers(0, 3))

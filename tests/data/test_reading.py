@@ -270,7 +270,12 @@ def test_repeated_and_contradicting_pairs_are_counted(tmp_path: Path) -> None:
     said = "\n".join(rows.report.lines())
     assert "pairs that an earlier row has too, with the same choice: 4" in said
     assert "contradicting pairs (same candidates, either choice): 1" in said
-    assert said in "\n".join(check_files(path).lines()).replace("data:", "preference_dataset:")
+    examples = check_files(path).examples
+    assert examples["repeated"] == [f"{path}:2 (as {path}:1)", *(
+        f"{path}:{line} (as {path}:{first})" for line, first in ((4, 3), (5, 1))
+    )]  # fmt: skip
+    assert examples["contradictions"] == [f"{path}:3 (as {path}:1)"]
+    assert examples["identical"] == [f"{path}:9"]
 
 
 @settings(max_examples=50, deadline=None)

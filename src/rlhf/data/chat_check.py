@@ -20,6 +20,7 @@ from rlhf.untrusted import parse_json
 
 _MOST_ROWS = 8
 _BEFORE, _AFTER = 3, 4  # tokens shown around the first difference
+_COLUMNS = ("input_text", "candidates", "ranking", "references")
 _ANSWER = "Yes, it is."  # for rows without an answer
 
 
@@ -144,15 +145,16 @@ def _answered(
     """Yield source, fields and answer of the first few conversations."""
     for number in _first_conversations(data):
         row = data[number]
-        raw = data.table.row(int(data.stored[number]), ("input_text",))["input_text"]
-        turns = parse_json(raw) if raw else []
+        columns = data.table.row(int(data.stored[number]), _COLUMNS)
+        turns = parse_json(columns["input_text"] or "[]")
         messages = tuple(Message(turn["author"], turn["content"]) for turn in turns)
         fields = PromptFields(None, messages, None)
         # The row's `context` is not stored by itself; a conversation that has one is passed over.
         if not messages or renderer.render(fields).text != row.prompt.text:
             continue
-        answers = [row.chosen] if isinstance(row, PreferenceRow) else row.references
-        yield row.source, fields, next((text for text in answers if text.strip()), _ANSWER)
+        best = [columns["candidates"][place] for place in columns["ranking"][:1]]
+        texts = best if isinstance(row, PreferenceRow) else [*columns["references"], *best]
+        yield row.source, fields, next((text for text in texts if text.strip()), _ANSWER)
 
 
 def _first_conversations(data: RowData[Any]) -> list[int]:

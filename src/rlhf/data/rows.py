@@ -71,33 +71,50 @@ class ReadReport:
     fields: Sequence[str] | None = ()
     problems: list[str] = field(default_factory=list)
 
-    def lines(self) -> list[str]:
-        """Return the report for people, one fact per line."""
-        facts = (
-            (self.conversations, "of them conversations"),
-            (self.rankings, "of them with more than two candidates"),
-            (self.pairs if self.rankings else 0, "pairs that their candidates make"),
-            (self.skipped, "bad rows left out"),
-            (self.identical, "pairs with identical candidates left out (they carry no signal)"),
-            (0 if self.keep_ties else self.ties, "tied pairs left out (ties: keep)"),
-            (self.ties if self.keep_ties else 0, "tied pairs kept, as half a choice either way"),
-            (self.left_out, "rows left out, not two answers to the same prompt"),
-            (self.blank_candidates, "blank candidates kept"),
-            (self.blank_references, "blank output_text kept"),
-            (self.without_candidates, "rows without candidates passed over"),
-            (self.mended, "rows with half characters (lone surrogates) mended"),
-            (self.repeated, "pairs that an earlier row has too, with the same choice"),
-            (self.contradictions, "contradicting pairs (same candidates, either choice)"),
+    def facts(self) -> list[tuple[str, str, int]]:
+        """Return what was counted, as attribute, words and count; zeros are left out."""
+        ties = "tied pairs kept, as half a choice either way"
+        counted = (
+            ("conversations", "of them conversations"),
+            ("rankings", "of them with more than two candidates"),
+            ("pairs", "pairs that their candidates make"),
+            ("skipped", "bad rows left out"),
+            ("identical", "pairs with identical candidates left out (they carry no signal)"),
+            ("ties", ties if self.keep_ties else "tied pairs left out (ties: keep)"),
+            ("left_out", "rows left out, not two answers to the same prompt"),
+            ("blank_candidates", "blank candidates kept"),
+            ("blank_references", "blank output_text kept"),
+            ("without_candidates", "rows without candidates passed over"),
+            ("mended", "rows with half characters (lone surrogates) mended"),
+            ("repeated", "pairs that an earlier row has too, with the same choice"),
+            ("contradictions", "contradicting pairs (same candidates, either choice)"),
         )
+        return [
+            (name, words, int(getattr(self, name)))
+            for name, words in counted
+            if getattr(self, name) and (name != "pairs" or self.rankings)
+        ]
+
+    def head(self) -> list[str]:
+        """Return how many rows there are, and of which layouts."""
         said = [f"{self.name}: {self.rows} rows from {self.files} file{_s(self.files)}"]
         if set(self.layouts) - {ROWS.name}:
             said.append(f"{self.name}: {layout_words(self.layouts)}")
-        said += [f"{self.name}: {what}: {count}" for count, what in facts if count]
+        return said
+
+    def tail(self) -> list[str]:
+        """Return which fields were not used, and the first bad rows."""
+        said = []
         if self.missing_columns:
             said.append(f"{self.name}: no row has the columns: {named(self.missing_columns)}")
         if self.unused:
             said.append(f"{self.name}: fields not used: {named(self.unused)}")
         return said + [f"  left out: {problem}" for problem in self.problems]
+
+    def lines(self) -> list[str]:
+        """Return the report for people, one fact per line."""
+        facts = [f"{self.name}: {words}: {count}" for _, words, count in self.facts()]
+        return [*self.head(), *facts, *self.tail()]
 
 
 class RowData(Sequence[RowT], Generic[RowT]):

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import StageConfig
 from rlhf.data.chat_check import check_conversations
+from rlhf.data.overlaps import find_overlap
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import (
@@ -111,6 +112,7 @@ class StageInputs:
         self._limits += check_adapter(config, self.model_config, model)
         self._fingerprints: dict[str, str] = {}
         self._chats_differ = False
+        self._trained: Any = None
 
     def read(self, name: str, **options: Any) -> Any:
         """Read one data set of the configuration and check that its prompts fit.
@@ -133,6 +135,7 @@ class StageInputs:
         if data is None:
             return None
         self._fingerprints[name] = data.fingerprint
+        self._note_overlap(name, data, stage.reads[0].field)
         self.lines += data.report.lines()
         codec = self._codec()
         try:
@@ -148,6 +151,14 @@ class StageInputs:
             self._chats_differ = bool(warning)
             self.lines += warning
         return data
+
+    def _note_overlap(self, name: str, data: Any, trained: str) -> None:
+        """Say how many rows for evaluation have a prompt of the stage's training rows."""
+        if name == trained:
+            self._trained = data
+        elif name == "eval_dataset" and self._trained is not None and len(data):
+            overlap = find_overlap(data, self._trained)
+            self.lines += [overlap.line()] if overlap.count else []
 
     def hold_out(
         self, train: PreferenceData, held_out: PreferenceData | None
