@@ -222,7 +222,13 @@ def test_data_commands(tmp_path, capsys):
     held_out = ["--eval_dataset", str(rows), "--columns", '{"context": "c"}']
     assert main(["data", "check", "--preference_dataset", str(rows), *held_out]) == 0
     assert "eval_dataset, also in preference_dataset  1  of 1" in capsys.readouterr().out
-    for wrong, named in (([], "FILE: give one"), ([str(rows), "--columns", "x"], "columns: expe")):
+    for wrong, named in (
+        ([], "FILE: give one"),
+        ([str(rows), "--columns", "x"], "columns: expected JSON"),
+        ([str(rows), "--columns", "[1]"], "columns: expected JSON"),
+        ([str(rows), "--columns", '{"promt": "x"}'], "columns.promt: unknown field"),
+        ([str(rows), "--chat_template_options", "no"], "chat_template_options: expected JSON"),
+    ):
         assert main(["data", "check", *wrong]) == 2
         assert named in capsys.readouterr().err
 

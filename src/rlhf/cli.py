@@ -17,7 +17,7 @@ import rlhf
 from rlhf.config import PipelineConfig, Schema, ScoreConfig
 from rlhf.config.columns import EXAMPLE as COLUMNS_EXAMPLE
 from rlhf.config.loading import unreadable_character
-from rlhf.config.mappings import mapping_from_text
+from rlhf.config.mappings import OPTIONS_EXAMPLE, mapping_from_text
 from rlhf.console import show, steady_streams
 from rlhf.errors import InputError
 from rlhf.flags import (
@@ -231,7 +231,7 @@ def data() -> None:
     help="Whether bad rows are errors, or are counted and skipped.",
 )
 @click.option(
-    "--columns", metavar="JSON", help='The files\' columns by our names: {"input_text": "query"}.'
+    "--columns", metavar="JSON", help=f"The files' columns by our names: {COLUMNS_EXAMPLE}."
 )
 @click.option(
     "--ties",
@@ -244,7 +244,7 @@ def data() -> None:
 @click.option(
     "--chat_template_options",
     metavar="JSON",
-    help='Variables for the chat template of base_model: {"enable_thinking": false}.',
+    help=f"Variables for the chat template of base_model: {OPTIONS_EXAMPLE}.",
 )
 @click.option(
     "--base_model",
@@ -279,13 +279,10 @@ def check(files: tuple[str, ...], **options: Any) -> None:
     if not sets:
         raise InputError(f"FILE: give one, or a data set by name: {', '.join(names)}")
     for name, example in (
-        ("columns", '{"input_text": "query"}'),
-        ("chat_template_options", '{"enable_thinking": false}'),
+        ("columns", COLUMNS_EXAMPLE),
+        ("chat_template_options", OPTIONS_EXAMPLE),
     ):
-        try:
-            options[name] = mapping_from_text(options[name], example)
-        except ValueError as error:
-            raise InputError(f"{name}: {error}") from None
+        options[name] = _mapping(name, options[name], example)
     show("\n".join(check_sets(sets, **options).lines()))
 
 
@@ -305,11 +302,19 @@ def data_convert(sources: tuple[str, ...], output: str, layout: str, columns: st
     """Convert files in other layouts to the library's rows."""
     from rlhf.data.convert import convert
 
-    try:
-        mapping = mapping_from_text(columns, COLUMNS_EXAMPLE)
-    except ValueError as error:
-        raise InputError(f"columns: {error}") from None
+    mapping = _mapping("columns", columns, COLUMNS_EXAMPLE)
     show("\n".join(convert(list(sources), output, layout, mapping).lines()))
+
+
+def _mapping(flag: str, text: str | None, example: str) -> Any:
+    """Return the mapping that the JSON of a flag holds; None without the flag."""
+    try:
+        value = mapping_from_text(text, example)
+    except ValueError as error:
+        raise InputError(f"{flag}: {error}") from None
+    if not isinstance(value, dict | None):
+        raise InputError(f"{flag}: expected JSON such as {example}, got {text!r:.200}")
+    return value
 
 
 def _imported(address: str) -> Callable[..., Any]:

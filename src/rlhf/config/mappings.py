@@ -7,6 +7,8 @@ from pydantic import BeforeValidator
 from rlhf.config.loading import InnerFieldsError, unreadable_character
 from rlhf.untrusted import parse_json
 
+OPTIONS_EXAMPLE = '{"enable_thinking": false}'
+
 
 def mapping_from_text(value: Any, example: str) -> Any:
     """Turn the JSON text that a flag gives into a mapping; return anything else as it is.
@@ -26,7 +28,7 @@ def mapping_from_text(value: Any, example: str) -> Any:
 
 def _template_options(value: Any) -> Any:
     """Check the names and values that a chat template gets."""
-    options = mapping_from_text(value, '{"enable_thinking": false}')
+    options = mapping_from_text(value, OPTIONS_EXAMPLE)
     if not isinstance(options, dict):
         raise ValueError(f"expected a mapping of names to values, got {value!r:.200}")
     problems = []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.config.columns import column_problems
 from rlhf.data.overlaps import Overlap, find_overlap, prompt_hashes
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import DataPaths, OnBadRows, Ties, scan_files
@@ -214,6 +215,8 @@ def check_sets(
     Raises:
         InputError: If anything is wrong with the rows or with `base_model`.
     """
+    if wrong := column_problems(columns or {}):
+        raise InputError([f"columns.{problem}" for problem in wrong])
     codec, renderer = None, PromptRenderer(instruction)
     if base_model is not None:
         limits = (prompt_sequence_length, target_sequence_length)
