@@ -13,7 +13,8 @@ import yaml
 
 from rlhf.cli import main
 from rlhf.config import PipelineConfig, StageConfig, config_to_yaml
-from rlhf.config.common import Paths, option
+from rlhf.config.common import option
+from rlhf.config.sources import Sources
 from rlhf.errors import InputError
 from rlhf.pipeline import run_pipeline
 from rlhf.stages import STAGES, Reads, RunResult, Stage, register, unregister
@@ -26,7 +27,7 @@ class CountConfig(StageConfig):
     folder: ClassVar[str] = "counts"
     set_by_pipeline: ClassVar[frozenset[str]] = frozenset({"output_dir", "dataset"})
 
-    dataset: Paths = option(..., "Rows with prompts.")
+    dataset: Sources = option(..., "Rows with prompts.")
     weight: float = option(1.0, "Value of a word.", gt=0)
 
     @classmethod

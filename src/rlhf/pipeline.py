@@ -16,7 +16,7 @@ from rlhf.config import PipelineConfig, config_to_yaml
 from rlhf.console import say, show
 from rlhf.data.overlaps import find_overlap
 from rlhf.data.prompts import PromptRenderer
-from rlhf.data.reading import load_preferences, read_once, split_holdout
+from rlhf.data.reading import PreferenceData, load_preferences, read_once, split_holdout
 from rlhf.errors import InputError
 from rlhf.files.lease import lease
 from rlhf.files.output import RESULT_FILE, Output, path_in
@@ -222,20 +222,33 @@ def hold_out_rows(config: PipelineConfig) -> PipelineConfig:
     if not held_out:
         say("pipeline: a single prompt, so nothing can be held out; inference runs on it")
         return config
-    folder = path_in(config.output_dir, "data")
-    files = {}
-    output = Output(folder)
-    for name, part in (("preferences", train), ("held_out", held_out)):
-        files[name] = path_in(folder, f"{name}.jsonl")
-        write_text(
-            output.path / f"{name}.jsonl", (f"{line.decode()}\n" for line in part.raw_lines())
-        )
-    output.publish()
-    say(f"pipeline: {len(held_out)} preference rows held out by prompt: {files['held_out']}")
     data = config.model_dump(exclude_unset=True)
-    data |= {"preference_dataset": files["preferences"], "eval_dataset": files["held_out"]}
+    data |= _write_rows(path_in(config.output_dir, "data"), train, held_out)
     data.get("reward_model", {}).pop("preference_dataset", None)
     return PipelineConfig.model_validate(data)
+
+
+def _write_rows(folder: str, train: PreferenceData, held_out: PreferenceData) -> dict[str, Any]:
+    """Write the two parts of the preference rows, those to train on with their weights.
+
+    Returns:
+        The fields of the configuration that name them.
+    """
+    output = Output(folder)
+
+    def write(name: str, part: PreferenceData) -> str:
+        lines = (f"{line.decode()}\n" for line in part.raw_lines())
+        write_text(output.path / f"{name}.jsonl", lines)
+        return path_in(folder, f"{name}.jsonl")
+
+    preferences: Any = [
+        {"path": write(f"preferences-{index}", part), "weight": entry.weight}
+        for index, (entry, part) in enumerate(train.weighted_parts())
+    ] or write("preferences", train)
+    fields = {"preference_dataset": preferences, "eval_dataset": write("held_out", held_out)}
+    output.publish()
+    say(f"pipeline: {len(held_out)} preference rows held out by prompt: {fields['eval_dataset']}")
+    return fields
 
 
 def _finished(folder: str) -> bool:

@@ -200,7 +200,8 @@ class PPOTrainer(Trainer):
     def next_prompts(self) -> list[PromptRow]:
         """Return the rows of this step, one for each group of responses."""
         size, seed = self.config.rows_per_step, self.config.seed
-        return [self.prompts[i] for i in rows_for_step(self.num_rows, size, self.step_index, seed)]
+        rows = rows_for_step(self.prompts.visits, size, self.step_index, seed)
+        return [self.prompts[row] for row in rows]
 
     def rollout(
         self,

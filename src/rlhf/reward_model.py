@@ -200,7 +200,7 @@ class RewardModelTrainer(Trainer):
     def make_step(self) -> dict[str, float]:
         """Make one optimizer step on `batch_size` rows, each with all its pairs."""
         size, seed = self.config.batch_size, self.config.seed
-        rows = rows_for_step(self.num_rows, size, self.step_index, seed)
+        rows = rows_for_step(self.inputs.train.visits, size, self.step_index, seed)
         pairs = Pairs.from_rows([self.inputs.train[row] for row in rows], self.reward.codec)
         with self.phase("update"):
             metrics = self.accumulate_gradients(pairs)

@@ -17,8 +17,9 @@ from rlhf.data.layouts.turns import RowError
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.row_checker import RowChecker
 from rlhf.data.schema import PromptText, ranked_pairs
-from rlhf.data.sources.reading import Source, find_sources, place, read_records
+from rlhf.data.sources.reading import find_sources, read_records
 from rlhf.data.sources.record import MAX_PROBLEMS
+from rlhf.data.sources.source import Source, place
 from rlhf.errors import InputError
 from rlhf.evaluation import bootstrap_interval, evaluate_preferences
 from rlhf.files.local_copy import local_folder

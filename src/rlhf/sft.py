@@ -213,7 +213,7 @@ class SFTTrainer(Trainer):
     def next_batch(self) -> Demonstrations:
         """Return the rows of this step; each epoch uses another of several references."""
         size, rows = self.config.batch_size, self.num_rows
-        numbers = rows_for_step(rows, size, self.step_index, self.config.seed)
+        numbers = rows_for_step(self.inputs.train.visits, size, self.step_index, self.config.seed)
         chosen, responses = [], []
         for place, number in enumerate(numbers, start=self.step_index * size):
             row = self.inputs.train[number]

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from rlhf.config.common import (
     BASE_LEARNING_RATES,
     LoRAConfig,
-    Paths,
     Schema,
     StageConfig,
     TrainingConfig,
@@ -22,6 +21,7 @@ from rlhf.config.loading import load, to_yaml
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.ppo import PPOConfig
 from rlhf.config.rewards import RewardEntry
+from rlhf.config.sources import SourceEntry, Sources
 from rlhf.config.stages import (
     InferenceConfig,
     RewardModelConfig,
@@ -37,13 +37,14 @@ __all__ = [
     "InferenceConfig",
     "LoRAConfig",
     "PPOConfig",
-    "Paths",
     "PipelineConfig",
     "RewardEntry",
     "RewardModelConfig",
     "SFTConfig",
     "Schema",
     "ScoreConfig",
+    "SourceEntry",
+    "Sources",
     "StageConfig",
     "TrainingConfig",
     "VertexConfig",

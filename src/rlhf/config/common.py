@@ -58,7 +58,6 @@ def _known_device(value: str) -> str:
 
 Device = Annotated[str, AfterValidator(_known_device)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
-Paths = NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
 
 
 def option(default: Any, description: str, *, affects_result: bool = True, **bounds: Any) -> Any:

@@ -3,6 +3,7 @@
 import types
 import typing
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -11,6 +12,17 @@ from pydantic.fields import FieldInfo
 from rlhf.errors import closest
 
 _WORDS = {str: "text", int: "integer", float: "number", bool: "true | false"}
+
+
+@dataclass(frozen=True)
+class TypeWords:
+    """What a type is called, as part of its `Annotated`.
+
+    Attributes:
+        words: Such as "text or list of text".
+    """
+
+    words: str
 
 
 def model_inside(annotation: Any) -> type[BaseModel] | None:
@@ -50,7 +62,8 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 def type_name(field: FieldInfo) -> str:
     """Return a field's type in words a user knows, such as `integer` or `auto | float32`."""
-    return _type_words(field.annotation)
+    own = next((part for part in field.metadata if isinstance(part, TypeWords)), None)
+    return own.words if own is not None else _type_words(field.annotation)
 
 
 def may_be_none(field: FieldInfo) -> bool:
@@ -60,7 +73,7 @@ def may_be_none(field: FieldInfo) -> bool:
 
 def takes_list(field: FieldInfo) -> bool:
     """Whether a list is a value of the field."""
-    return "list" in _type_words(field.annotation)
+    return "list" in type_name(field)
 
 
 def takes_mapping(field: FieldInfo) -> bool:
@@ -75,7 +88,8 @@ def _type_words(annotation: Any) -> str:
         return "mapping"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return _type_words(arguments[0])
+        own = next((part for part in arguments if isinstance(part, TypeWords)), None)
+        return own.words if own is not None else _type_words(arguments[0])
     if origin is typing.Literal:
         return " | ".join(map(str, arguments))
     if origin is list:

@@ -2,8 +2,9 @@
 
 from typing import Any, ClassVar, Literal
 
-from rlhf.config.common import LARGEST_WEIGHT, Paths, TrainingConfig, option
+from rlhf.config.common import LARGEST_WEIGHT, TrainingConfig, option
 from rlhf.config.shared import PATHS, ties, tuned_base
+from rlhf.config.sources import Sources, UnweightedSources
 
 
 class DPOConfig(TrainingConfig):
@@ -13,8 +14,10 @@ class DPOConfig(TrainingConfig):
     folder: ClassVar[str] = "dpo"
     base_rate: ClassVar[str | None] = "dpo"
 
-    preference_dataset: Paths = option(..., f"Preference rows; their margin is not used. {PATHS}.")
-    eval_dataset: Paths | None = option(
+    preference_dataset: Sources = option(
+        ..., f"Preference rows; their margin is not used. {PATHS}."
+    )
+    eval_dataset: UnweightedSources | None = option(
         None,
         "Preference rows for evaluation. Default: 5 % of the training rows, "
         "at most 1000, held out by prompt.",

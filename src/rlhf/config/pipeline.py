@@ -6,9 +6,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-from rlhf.config.common import NonEmpty, Paths, StageConfig, TrainingConfig, option
+from rlhf.config.common import NonEmpty, StageConfig, TrainingConfig, option
 from rlhf.config.loading import InnerFieldsError, merged, validation_problems
 from rlhf.config.shared import ties
+from rlhf.config.sources import GivenRows, Sources, UnweightedSources, entries
 from rlhf.config.stages import STAGE_CONFIGS
 from rlhf.config.vertex import VertexConfig
 
@@ -20,7 +21,7 @@ class PipelineConfig(TrainingConfig):
 
     needed_on_load: ClassVar[tuple[str, ...]] = ("base_model",)
 
-    preference_dataset: Paths | None = option(
+    preference_dataset: Sources | None = option(
         None, "Preference rows for the reward model. Needed unless reward_model_path is given."
     )
     reward_model_path: NonEmpty | None = option(
@@ -28,13 +29,13 @@ class PipelineConfig(TrainingConfig):
         "Reward model to use instead of training one: a folder that `rlhf reward-model` wrote, or "
         "a Hugging Face sequence classifier (folder or Hub id).",
     )
-    prompt_dataset: Paths | None = option(
+    prompt_dataset: Sources | None = option(
         None, "Rows with prompts for PPO. Default: the preference rows' prompts."
     )
-    sft_dataset: Paths | None = option(
+    sft_dataset: Sources | None = option(
         None, "Demonstrations to fine-tune base_model on first. Default: no SFT stage."
     )
-    eval_dataset: Paths | None = option(
+    eval_dataset: UnweightedSources | None = option(
         None,
         "Held-out rows: those with candidates evaluate the reward model, all go to inference. "
         "Default: the preference rows that the reward model holds out.",
@@ -192,7 +193,12 @@ def section_problems(stage: str, section: Mapping[str, Any]) -> list[str]:
     ]
     required = {name: _ANYTHING for name, field in cls.model_fields.items() if field.is_required()}
     try:
-        cls.model_validate(required | dict(section))
+        config = cls.model_validate(required | dict(section))
+        problems += [
+            f"{name}: rows given from Python belong at the top level, not in a section"
+            for name in section
+            if any(isinstance(one.path, GivenRows) for one in entries(getattr(config, name, None)))
+        ]
     except ValidationError as error:
         of_fields = [detail for detail in error.errors() if detail["loc"]]
         if of_fields:

@@ -8,12 +8,12 @@ from rlhf.config.common import (
     MOST_TOKENS,
     SMALLEST_RATE,
     NonEmpty,
-    Paths,
     TrainingConfig,
     option,
 )
 from rlhf.config.rewards import RewardEntry, name_problems
 from rlhf.config.shared import PATHS, compile_decode, reward_model_of, tuned_base
+from rlhf.config.sources import Sources, UnweightedSources
 
 # Estimators that compare the responses to one prompt.
 COMPARING = frozenset({"rloo", "grpo", "reinforce_pp_baseline"})
@@ -28,8 +28,8 @@ class PPOConfig(TrainingConfig):
     base_rate: ClassVar[str | None] = "ppo"
     default_train_steps: ClassVar[int | None] = 200
 
-    prompt_dataset: Paths = option(..., f"Rows with prompts. {PATHS}.")
-    eval_dataset: Paths | None = option(
+    prompt_dataset: Sources = option(..., f"Rows with prompts. {PATHS}.")
+    eval_dataset: UnweightedSources | None = option(
         None, "Rows with prompts for evaluation during training. Default: none."
     )
     reward_model_path: NonEmpty | None = option(

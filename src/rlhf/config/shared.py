@@ -4,7 +4,10 @@ from typing import Any
 
 from rlhf.config.common import option
 
-PATHS = "JSON Lines: a path, a glob, a gs:// address, or a list of these"
+PATHS = (
+    "A file, glob, folder, gs:// or other address, or Hub id USER/SET[@REVISION][:[CONFIG/]SPLIT]; "
+    '{"path": …, "weight": …, "limit": …}; or several of these'
+)
 
 
 def compile_decode() -> Any:

@@ -10,7 +10,6 @@ from rlhf.config.common import (
     MOST_TOKENS,
     Device,
     NonEmpty,
-    Paths,
     Schema,
     StageConfig,
     TrainingConfig,
@@ -28,6 +27,7 @@ from rlhf.config.shared import (
     ties,
     tuned_base,
 )
+from rlhf.config.sources import Sources, UnweightedSources, weightless
 
 
 class SFTConfig(TrainingConfig):
@@ -37,8 +37,8 @@ class SFTConfig(TrainingConfig):
     folder: ClassVar[str] = "sft"
     base_rate: ClassVar[str | None] = "sft"
 
-    dataset: Paths = option(..., f"Rows with a prompt and output_text. {PATHS}.")
-    eval_dataset: Paths | None = option(
+    dataset: Sources = option(..., f"Rows with a prompt and output_text. {PATHS}.")
+    eval_dataset: UnweightedSources | None = option(
         None, "Demonstrations on which the loss is evaluated during training. Default: none."
     )
 
@@ -61,10 +61,10 @@ class RewardModelConfig(TrainingConfig):
     folder: ClassVar[str] = "reward_model"
     base_rate: ClassVar[str | None] = "reward_model"
 
-    preference_dataset: Paths = option(
+    preference_dataset: Sources = option(
         ..., f"Preference rows, of two candidates or of a ranking of several. {PATHS}."
     )
-    eval_dataset: Paths | None = option(
+    eval_dataset: UnweightedSources | None = option(
         None,
         "Preference rows for evaluation. Default: 5 % of the training rows, "
         "at most 1000, held out by prompt.",
@@ -82,7 +82,7 @@ class RewardModelConfig(TrainingConfig):
         "After training, shift scores to mean 0 over the reference responses (mean), and also "
         "scale them to standard deviation 1 (mean_std).",
     )
-    normalization_dataset: Paths | None = option(
+    normalization_dataset: UnweightedSources | None = option(
         None,
         "Demonstrations (rows with output_text) to use as reference responses. "
         f"Default: the candidates of the training rows. {PATHS}.",
@@ -114,7 +114,9 @@ class InferenceConfig(StageConfig):
         "Folder written by `rlhf ppo`, `rlhf dpo` or `rlhf sft`, or the adapter/ or merged/ "
         "inside it.",
     )
-    eval_dataset: Paths = option(..., f"Rows with prompts, with or without references. {PATHS}.")
+    eval_dataset: UnweightedSources = option(
+        ..., f"Rows with prompts, with or without references. {PATHS}."
+    )
     reward_model_path: NonEmpty | None = option(
         None, "Reward model that scores both models' responses. Default: no scores."
     )
@@ -162,7 +164,9 @@ class InferenceConfig(StageConfig):
             "revision": None,
             "policy_path": pipeline.stage_dir("ppo"),
             "reward_model_path": reward_model_of(pipeline),
-            "eval_dataset": pipeline.eval_dataset if given else pipeline.preference_dataset,
+            "eval_dataset": (
+                pipeline.eval_dataset if given else weightless(pipeline.preference_dataset)
+            ),
         }
 
 
@@ -180,7 +184,7 @@ class ScoreConfig(Schema):
         "Folder written by `rlhf reward-model`, or a Hugging Face sequence classifier.",
     )
     reward_model_label: int | str | None = reward_model_label()
-    dataset: Paths = option(
+    dataset: UnweightedSources = option(
         ...,
         f"Rows with a prompt and candidates, or a prediction, response or output_text. {PATHS}.",
     )

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -107,30 +107,44 @@ def seeded_generator(purpose: str, *seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(state & 0x7FFFFFFFFFFFFFFF)
 
 
-def rows_for_step(num_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
+class Order(Protocol):
+    """An order of rows other than a plain shuffle."""
+
+    def __len__(self) -> int: ...
+
+    def __hash__(self) -> int: ...
+
+    def order_of_epoch(self, seed: int, epoch: int) -> Tensor:
+        """Return as many rows as the epoch has, in the order in which it visits them."""
+
+
+def rows_for_step(rows: int | Order, batch_size: int, step: int, seed: int) -> list[int]:
     """Return the rows that training step `step` (from 0) visits.
 
-    The stream is the concatenation of one permutation per epoch, so it needs no state: step n of a
+    The stream is the concatenation of one order per epoch, so it needs no state: step n of a
     resumed run gets the same rows as in an uninterrupted one.
 
     Args:
-        num_rows: Rows in the data set, at least 1.
-        batch_size: Rows per step; may exceed `num_rows` (rows then repeat).
+        rows: Rows in the data set, at least 1, each visited once an epoch; or their own order.
+        batch_size: Rows per step; may exceed an epoch's (rows then repeat).
         step: Training step, from 0.
         seed: The run's seed.
     """
-    rows: list[int] = []
+    found: list[int] = []
+    size = rows if isinstance(rows, int) else len(rows)
     position, end = step * batch_size, (step + 1) * batch_size
     while position < end:
-        epoch, offset = divmod(position, num_rows)
-        rows += _order_of_epoch(num_rows, seed, epoch)[offset : offset + end - position].tolist()
-        position = step * batch_size + len(rows)
-    return rows
+        epoch, offset = divmod(position, size)
+        found += _order_of_epoch(rows, seed, epoch)[offset : offset + end - position].tolist()
+        position = step * batch_size + len(found)
+    return found
 
 
 @lru_cache(maxsize=2)  # every step asks for its epoch's order, and a step may span two epochs
-def _order_of_epoch(num_rows: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(num_rows, generator=seeded_generator("data order", seed, epoch))
+def _order_of_epoch(rows: int | Order, seed: int, epoch: int) -> Tensor:
+    if not isinstance(rows, int):
+        return rows.order_of_epoch(seed, epoch)
+    return torch.randperm(rows, generator=seeded_generator("data order", seed, epoch))
 
 
 def chunks(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -12,8 +12,9 @@ from rlhf.data.layouts.parts import Row, has
 from rlhf.data.layouts.reader import Found, LayoutReader, layout_words
 from rlhf.data.layouts.table import BY_NAME, ROWS, has_prompt, near_miss
 from rlhf.data.row_checker import RowChecker, add_names, in_words, named
-from rlhf.data.sources.reading import Source, find_sources, place, read_records
+from rlhf.data.sources.reading import find_sources, read_records
 from rlhf.data.sources.record import MAX_PROBLEMS
+from rlhf.data.sources.source import Source, place
 from rlhf.errors import InputError
 from rlhf.files.text import whole_file
 

@@ -17,7 +17,8 @@ from rlhf.data.prompts import PromptRenderer
 from rlhf.data.rows import PreferenceData, PromptData, ReadReport
 from rlhf.data.scanning import Scan, scan
 from rlhf.data.selection import OnBadRows, Ties, Wants, column_values, group_rows, rows_wanted
-from rlhf.data.sources.reading import Source, find_sources
+from rlhf.data.sources.reading import find_sources
+from rlhf.data.sources.source import Source
 
 __all__ = [
     "OnBadRows",
@@ -32,7 +33,7 @@ __all__ = [
     "split_holdout",
 ]
 
-DataPaths = str | Sequence[str]
+DataPaths = Any  # what `rlhf.config.Sources` holds, or what becomes that: a path, …
 _HELD_OUT = 0.05  # share of the rows
 
 _MOST_SCANS = 8  # each of them is a file on disk
@@ -51,7 +52,8 @@ def load_prompts(
     """Read prompt rows; preference rows are prompt rows too.
 
     Args:
-        paths: A path, a glob, an fsspec address, or a list of these.
+        paths: A path, glob, folder, address, Hub id, entry with weight and limit, rows, or a list
+            of these.
         renderer: Renders the prompts.
         on_bad_rows: Whether bad rows are an error, or are skipped and counted.
         require_output: Whether each row must have `output_text` (demonstrations).
@@ -66,6 +68,7 @@ def load_prompts(
     scanned = scan_files(paths, renderer, name, keep_lines=uses is not None, columns=columns)
     wants = Wants(output="required" if require_output else "if present", lines=uses is not None)
     data = PromptData(*_data(scanned, wants, name, on_bad_rows))
+    data.check_shares()
     if uses is not None:
         unused = [field for field in data.report.unused if not uses(field)]
         data.report = replace(data.report, unused=unused)
@@ -85,7 +88,8 @@ def load_preferences(
     """Read preference rows; rows whose candidates are all the same text are left out.
 
     Args:
-        paths: A path, a glob, an fsspec address, or a list of these.
+        paths: A path, glob, folder, address, Hub id, entry with weight and limit, rows, or a list
+            of these.
         renderer: Renders the prompts.
         on_bad_rows: Whether bad rows are an error, or are skipped and counted.
         candidates_optional: Whether to pass over rows without candidate fields, which an
@@ -99,7 +103,9 @@ def load_preferences(
     """
     scanned = scan_files(paths, renderer, name, columns=columns)
     wants = Wants(pair="required", pass_over=candidates_optional, output="ignored", ties=ties)
-    return PreferenceData(*_data(scanned, wants, name, on_bad_rows))
+    data = PreferenceData(*_data(scanned, wants, name, on_bad_rows))
+    data.check_shares()
+    return data
 
 
 def _data(scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows) -> tuple[Any, ...]:
@@ -112,6 +118,7 @@ def _data(scanned: Scan, wants: Wants, name: str, on_bad_rows: OnBadRows) -> tup
         taken.fingerprint,
         taken.index,
         scanned.token_counts,
+        scanned.entries,
     )
 
 
@@ -169,8 +176,12 @@ class _Scans:
     ) -> Scan:
         """Return the scan of some sources; scan them again if they changed."""
         keep_lines = keep_lines or self.keep_lines
-        mapped = tuple((columns or {}).items())
-        key = (renderer.identity, keep_lines, mapped, *(source.stamp() for source in sources))
+        key = (
+            renderer.identity,
+            keep_lines,
+            tuple((columns or {}).items()),
+            *((source.entry, *source.stamp()) for source in sources),
+        )
         if key not in self._scans:
             self._scans[key] = scan(sources, renderer, keep_lines, columns)
             if len(self._scans) > _MOST_SCANS:
@@ -210,7 +221,8 @@ def scan_files(
     """Scan all rows of some files, good and bad.
 
     Args:
-        paths: A path, a glob, an fsspec address, or a list of these.
+        paths: A path, glob, folder, address, Hub id, entry with weight and limit, rows, or a list
+            of these.
         renderer: Renders the prompts.
         name: Configuration field to name in messages.
         keep_lines: Whether to keep every original line, too.

@@ -3,7 +3,8 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
 import numpy as np
@@ -11,9 +12,12 @@ from numpy.typing import NDArray
 
 from rlhf.data.layouts.reader import layout_words
 from rlhf.data.layouts.table import ROWS
+from rlhf.data.mixtures import Mixture, shares_in_words, weights_of
 from rlhf.data.row_checker import named
 from rlhf.data.row_table import RowTable, take
 from rlhf.data.schema import PreferenceRow, PromptRow, PromptText
+from rlhf.data.sources.source import Entry
+from rlhf.errors import InputError
 
 RowT = TypeVar("RowT", PromptRow, PreferenceRow)
 _BASE_COLUMNS = ("text", "template_bos", "spans", "reserve", "input_text", "file", "line")
@@ -46,6 +50,7 @@ class ReadReport:
         unused: Names of the first few non-empty fields that no stage reads.
         fields: Names of the fields of all rows; None if there are too many to list.
         problems: The first problems of skipped rows.
+        shares: How many rows of an epoch come from each data set, if they have weights.
     """
 
     name: str
@@ -70,6 +75,7 @@ class ReadReport:
     unused: list[str] = field(default_factory=list)
     fields: Sequence[str] | None = ()
     problems: list[str] = field(default_factory=list)
+    shares: str = ""
 
     def facts(self) -> list[tuple[str, str, int]]:
         """Return what was counted, as attribute, words and count; zeros are left out."""
@@ -100,6 +106,8 @@ class ReadReport:
         said = [f"{self.name}: {self.rows} rows from {self.files} file{_s(self.files)}"]
         if set(self.layouts) - {ROWS.name}:
             said.append(f"{self.name}: {layout_words(self.layouts)}")
+        if self.shares:
+            said.append(f"{self.name}: {self.shares}")
         return said
 
     def tail(self) -> list[str]:
@@ -126,6 +134,8 @@ class RowData(Sequence[RowT], Generic[RowT]):
         report: Summary of reading.
         fingerprint: Hash of the rows' contents and order.
         stored: Indices of these rows in the table.
+        token_counts: Token counts by tokenizer, cached.
+        entries: The data set of each file, with its weight.
 
     Attributes:
         report: Summary of reading.
@@ -144,6 +154,7 @@ class RowData(Sequence[RowT], Generic[RowT]):
         fingerprint: str,
         stored: NDArray[np.int64],
         token_counts: dict[str, Any] | None = None,
+        entries: Sequence[Entry] = (),
     ) -> None:
         self.report = report
         self.fingerprint = fingerprint
@@ -151,6 +162,7 @@ class RowData(Sequence[RowT], Generic[RowT]):
         self.table = table
         self.token_counts = {} if token_counts is None else token_counts
         self._files = files
+        self._entries = entries
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -200,8 +212,57 @@ class RowData(Sequence[RowT], Generic[RowT]):
         chosen = np.asarray(rows, dtype=np.int64)
         digest = hashlib.sha256(self.fingerprint.encode() + chosen.tobytes()).hexdigest()
         return type(self)(
-            self.table, self._files, self.report, digest, self.stored[chosen], self.token_counts
+            self.table,
+            self._files,
+            self.report,
+            digest,
+            self.stored[chosen],
+            self.token_counts,
+            self._entries,
         )
+
+    @property
+    def commits(self) -> list[str]:
+        """The commits of the Hub that the rows were read from, as USER/SET@COMMIT."""
+        return sorted({entry.commit for entry in self._entries if entry.commit})
+
+    @cached_property
+    def visits(self) -> int | Mixture:
+        """The order in which training visits the rows, for `rlhf.data.batching.rows_for_step`."""
+        weighted = weights_of(self._entries)
+        if not weighted:
+            return len(self)
+        return Mixture(self.groups(), {index: e.weight or 0.0 for index, e in weighted.items()})
+
+    def weighted_parts(self) -> list[tuple[Entry, Self]]:
+        """Return the rows of each data set that has rows and a weight; [] if none has a weight."""
+        groups = self.groups()
+        return [
+            (entry, self.select_rows(np.flatnonzero(groups == index)))
+            for index, entry in weights_of(self._entries).items()
+            if np.any(groups == index)
+        ]
+
+    def groups(self) -> NDArray[np.int64]:
+        """Return (N,) index of the data set, of those that the field names, that a row is of."""
+        index = np.array([entry.index for entry in self._entries], np.int64)
+        none = np.zeros(0, np.int32)
+        files = [none, *(batch.column("file").to_numpy() for batch in self.batches(("file",)))]
+        return index[np.concatenate(files)]
+
+    def check_shares(self) -> None:
+        """Report the shares of the data sets in an epoch, if they have weights.
+
+        Raises:
+            InputError: A data set has no row, or too little weight for one.
+        """
+        if weighted := weights_of(self._entries):
+            try:
+                shares = shares_in_words(self.groups(), weighted)
+            except InputError as error:
+                problems = [f"{self.report.name}: {problem}" for problem in error.problems]
+                raise InputError(problems) from None
+            self.report = replace(self.report, shares=shares)
 
     def _source(self, columns: dict[str, Any]) -> str:
         return f"{self._files[columns['file']]}:{columns['line']}"

@@ -19,8 +19,9 @@ from rlhf.data.row_checker import RowChecker, add_names, in_words
 from rlhf.data.row_reader import FieldNames, Parts, RowReader
 from rlhf.data.row_table import Flag, RowTable, TableWriter
 from rlhf.data.schema import Candidates, ranked_pairs
-from rlhf.data.sources.reading import Source, place, read_records
+from rlhf.data.sources.reading import read_records
 from rlhf.data.sources.record import Record
+from rlhf.data.sources.source import Source, place
 
 
 class Scan:
@@ -28,6 +29,7 @@ class Scan:
 
     Attributes:
         files: Their names.
+        entries: The data set that each belongs to.
         table: A row for each record.
         faults: Problems of the bad rows.
         unused: Names of fields that no stage reads.
@@ -41,7 +43,7 @@ class Scan:
 
     def __init__(
         self,
-        files: Sequence[str],
+        sources: Sequence[Source],
         table: RowTable,
         faults: Faults,
         unused: list[str],
@@ -50,7 +52,8 @@ class Scan:
         missing_columns: Sequence[str] = (),
         has_ties: bool = False,
     ) -> None:
-        self.files = list(files)
+        self.files = [source.name for source in sources]
+        self.entries = [source.entry for source in sources]
         self.table = table
         self.faults = faults
         self.unused = unused
@@ -124,7 +127,7 @@ class _Scanner:
         layouts, unused = self.layouts, self.own.unused
         add_names(unused, (*layouts.columns.replaced, *layouts.unused))
         return Scan(
-            [source.name for source in self.sources],
+            self.sources,
             self.writer.finish(),
             self.faults,
             unused,

@@ -184,6 +184,7 @@ def prepare_output(
     data_fingerprints: Mapping[str, str],
     *,
     stage: str,
+    commits: Mapping[str, str] | None = None,
     saved: Sequence[str] = ("checkpoints/step-*/manifest.json",),
 ) -> Run:
     """Decide what to do with `output_dir`, without writing to it.
@@ -195,6 +196,7 @@ def prepare_output(
         config: A stage's configuration.
         data_fingerprints: Content hash of each data set (and of anything else that matters).
         stage: Name of the stage.
+        commits: Commits of the data sets that come from the Hub, as USER/SET@COMMIT.
         saved: Patterns of files worth continuing from.
 
     Raises:
@@ -202,6 +204,7 @@ def prepare_output(
             `resume: never`; or it cannot be written to.
     """
     contents = {f"{name} (content)": value for name, value in data_fingerprints.items()}
+    contents |= {f"{name} (commit)": value for name, value in (commits or {}).items()}
     resolved = config.model_copy(update={"dtype": dtype_name(config.dtype, config.device)})
     fields = {**result_fields(resolved), **contents}
     identity = json.loads(json.dumps({"stage": stage, "fields": fields}, default=str))
@@ -266,7 +269,8 @@ def _defaults(cls: type[StageConfig]) -> dict[str, Any]:
 
 def _is_moved(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """Return whether an address only moved and the content is the same at its new place."""
-    content = f"{'base_model' if name == 'revision' else name} (content)"
+    plain = "base_model" if name == "revision" else name.removesuffix(" (commit)")
+    content = f"{plain} (content)"
     return bool(old.get(content)) and old.get(content) == new.get(content)
 
 

@@ -107,7 +107,14 @@ def run_inference(
     source = find_policy(config.policy_path)
     config = with_policy_settings(config, source)
     inputs = _read_inputs(config, source)
-    run = prepare_output(config, _fingerprints(config, inputs), stage=STAGE, saved=(PARTIAL, FINAL))
+    commits = {"eval_dataset": ", ".join(inputs.prompts.commits)} if inputs.prompts.commits else {}
+    run = prepare_output(
+        config,
+        _fingerprints(config, inputs),
+        stage=STAGE,
+        commits=commits,
+        saved=(PARTIAL, FINAL),
+    )
     if run.status is Status.FINISHED and not config.dry_run:
         say(f"{STAGE}: {config.output_dir} is finished already")
         return _result(run, run.conclude())

@@ -113,6 +113,7 @@ class StageInputs:
         self._fingerprints: dict[str, str] = {}
         self._chats_differ = False
         self._trained: Any = None
+        self._commits: dict[str, str] = {}
 
     def read(self, name: str, **options: Any) -> Any:
         """Read one data set of the configuration and check that its prompts fit.
@@ -136,6 +137,8 @@ class StageInputs:
             return None
         self._fingerprints[name] = data.fingerprint
         self._note_overlap(name, data, stage.reads[0].field)
+        if data.commits:
+            self._commits[name] = ", ".join(data.commits)
         self.lines += data.report.lines()
         codec = self._codec()
         try:
@@ -184,7 +187,9 @@ class StageInputs:
         if self._rows or self._limits:
             raise InputError([*self._rows, *self._limits])
         found = {**self._fingerprints, "base_model": self._base_fingerprint()}
-        return prepare_output(self.config, found | fingerprints, stage=self.config.stage)
+        return prepare_output(
+            self.config, found | fingerprints, stage=self.config.stage, commits=self._commits
+        )
 
     def _base_fingerprint(self) -> str:
         """Return the fingerprint of the base, whether it was given by name or as an object."""

@@ -4,6 +4,7 @@ import os
 import re
 
 from rlhf.config import PipelineConfig, RewardEntry, cloud_names
+from rlhf.config.sources import GivenRows, entries
 from rlhf.files.storage import as_url
 
 # It becomes part of folder and job names.
@@ -37,8 +38,8 @@ def not_in_the_cloud(config: PipelineConfig) -> list[str]:
                 continue
             given = getattr(stage_config, field, None) or []
             name = f"{stage}.{field}" if field in own else field
-            for path in [given] if isinstance(given, str) else given:
-                problems += _of_file(name, path)
+            for entry in entries(given) if given else ():
+                problems += _of_file(name, entry.path)
         for number, entry in enumerate(getattr(stage_config, "rewards", ())):
             problems += _of_reward(f"{stage}.rewards.{number}", entry)
         if base := stage_config.base_model:
@@ -65,7 +66,9 @@ def _of_output(output_dir: str) -> list[str]:
     return []
 
 
-def _of_file(name: str, path: str) -> list[str]:
+def _of_file(name: str, path: str | GivenRows) -> list[str]:
+    if isinstance(path, GivenRows):
+        return [f"{name}: {path}, and the jobs are other processes; give an address or a Hub id"]
     if path.startswith(("gs://", "/gcs/")):
         wrong = cloud_names.address(path)
         return [f"{name}: {wrong}"] if wrong else []

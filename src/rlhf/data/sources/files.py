@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,31 +12,24 @@ from rlhf.files import storage
 from rlhf.files.storage import is_remote, locate, open_store, reason
 
 
-def expand_paths(paths: str | Sequence[str], name: str) -> list[str]:
-    """Expand paths and globs into the files that they name.
+def expand_path(path: str, name: str) -> list[str]:
+    """Return the files that a path names.
 
     Args:
-        paths: A path, a glob, a folder, an fsspec address (`gs://…`, also of globs and folders),
-            or a list of these.
+        path: A path, a glob, a folder, or an fsspec address (`gs://…`, also of globs and folders).
         name: Configuration field to name in messages.
 
     Returns:
-        Existing files, each pattern's and each folder's sorted.
+        Existing files; those of a glob or folder are sorted.
 
     Raises:
-        InputError: If a path is missing, a folder is no data set, or a glob has no match.
+        InputError: If nothing is there, or a folder is no data set.
     """
-    listed = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    files: list[str] = []
-    problems: list[str] = [] if listed else [f"{name}: names no file, expected at least one"]
-    for path in map(locate, map(str, listed)):
-        try:
-            files += _remote_matches(path) if is_remote(path) else _local_matches(path)
-        except InputError as error:
-            problems += [f"{name}: {problem}" for problem in error.problems]
-    if problems:
-        raise InputError(problems)
-    return files
+    path = locate(path)
+    try:
+        return _remote_matches(path) if is_remote(path) else _local_matches(path)
+    except InputError as error:
+        raise InputError([f"{name}: {problem}" for problem in error.problems]) from error
 
 
 def _local_matches(path: str) -> list[str]:

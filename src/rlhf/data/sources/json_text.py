@@ -17,6 +17,7 @@ _MANY_DIGITS = "has a number of thousands of digits, expected a smaller one"
 _DECODER = json.JSONDecoder()
 _scan = _DECODER.scan_once  # type: ignore[attr-defined]  # json.loads without what lines do not need
 _SPACE = re.compile(r"[ \t\r\n]*")
+_AFTER = re.compile(r"[ \t\r\n,\]]")
 _CHUNK = 2**18
 
 
@@ -130,14 +131,18 @@ class _Window:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._place)
-                if end < len(self._text) or self._at_end:  # a number may continue in the next chunk
+                # The start of a number is a number: what follows must show that it is whole.
+                if self._at_end or _AFTER.match(self._text, end) or self._is_full():
                     text = self._text[self._place : end]
                     self._place = end
                     return value, text
             except json.JSONDecodeError:  # if only because the rest is not read yet
-                if self._at_end or len(self._text) - self._place > record.MAX_ROW_BYTES:
+                if self._at_end or self._is_full():
                     raise
             self._read_on()
+
+    def _is_full(self) -> bool:
+        return len(self._text) - self._place > record.MAX_ROW_BYTES
 
     def _read_on(self) -> None:
         """Drop what lies behind; read at least as much again as lies ahead."""

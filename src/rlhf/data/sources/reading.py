@@ -1,42 +1,19 @@
-"""Sources of rows and the one way to read them all."""
+"""From what a field of a configuration names to records, whatever holds them."""
 
 import os
-from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
-from rlhf.data.sources.files import expand_paths, open_file
+from rlhf.config.sources import GivenRows, SourceEntry, entries, parse_sources
+from rlhf.data.sources.files import expand_path, open_file
 from rlhf.data.sources.formats import read_stream
+from rlhf.data.sources.given import GivenSource
 from rlhf.data.sources.record import BrokenSourceError, Record
+from rlhf.data.sources.source import Entry, Source
 from rlhf.errors import InputError
 from rlhf.files.storage import is_remote, open_store
-
-
-class Source(ABC):
-    """Something that holds rows.
-
-    Attributes:
-        name: What messages call it; rows are `NAME:NUMBER`.
-    """
-
-    name: str
-
-    @abstractmethod
-    def records(self, number: int) -> Iterator[Record]:
-        """Yield every row.
-
-        Args:
-            number: Index of this source in its list.
-
-        Raises:
-            BrokenSourceError: It cannot be read any further.
-            InputError: It cannot be read at all.
-            OSError: The same, in the system's or a store's words.
-        """
-
-    @abstractmethod
-    def stamp(self) -> tuple[object, ...]:
-        """Return a value that changes whenever the content does."""
 
 
 class FileSource(Source):
@@ -70,31 +47,66 @@ def find_sources(data: Any, name: str) -> list[Source]:
     """Return the sources that a field of a configuration names.
 
     Args:
-        data: A path, a glob, a folder, an fsspec address, or a list of these.
+        data: What `rlhf.config.Sources` holds, or what becomes that: a path, a glob, a folder, an
+            fsspec address, rows, an entry with weight and limit, or a list of these.
         name: The field, for messages.
 
     Raises:
-        InputError: Something that it names is not there.
+        InputError: Something that it names is not there; lists everything that is not.
     """
-    return [FileSource(path) for path in expand_paths(data, name)]
+    found: list[Source] = []
+    problems: list[str] = []
+    listed = entries(parse_sources(data, name))
+    weighted = any(one.weight is not None for one in listed)
+    for index, given in enumerate(listed):
+        place = name if len(listed) == 1 else f"{name}[{index}]"
+        entry = Entry(
+            index,
+            place if isinstance(given.path, GivenRows) else given.path,
+            (given.weight or 1.0) if weighted else None,
+            given.limit,
+        )
+        try:
+            sources = _sources(given, name, place)
+        except InputError as error:
+            problems += error.problems
+            continue
+        for source in sources:
+            source.entry = entry
+        found += sources
+    if problems:
+        raise InputError(problems)
+    return found
+
+
+def _sources(given: SourceEntry, name: str, place: str) -> Sequence[Source]:
+    """Return the sources of one entry of a field."""
+    if isinstance(given.path, GivenRows):
+        return [GivenSource(given.path.rows, place)]
+    return [FileSource(path) for path in expand_path(given.path, name)]
 
 
 def read_records(sources: Sequence[Source]) -> Iterator[Record]:
     """Yield every row of all sources; what is wrong with a source is its last record."""
+    read: Counter[int] = Counter()  # rows of each entry that has a limit
     for number, source in enumerate(sources):
-        try:
-            yield from source.records(number)
-        except BrokenSourceError as error:
-            yield Record(number, error.row, problem=error.problem, whole_file=True)
-        except InputError as error:
-            problem = error.problems[0].removeprefix(f"{source.name} ")
-            yield Record(number, 0, problem=problem, whole_file=True)
-        except OSError as error:
-            problem = f"cannot be read: {error.strerror or error}"
-            yield Record(number, 0, problem=problem, whole_file=True)
+        entry = source.entry
+        if entry.limit is None:
+            yield from _records(source, number)
+        elif left := entry.limit - read[entry.index]:
+            for record in islice(_records(source, number), left):
+                read[entry.index] += 1
+                yield record
 
 
-def place(sources: Sequence[Source], record: Record) -> str:
-    """Return where a record is, for messages: `SOURCE:ROW`, or the source as a whole."""
-    name = sources[record.file].name
-    return f"{name}:{record.line}" if record.line else name
+def _records(source: Source, number: int) -> Iterator[Record]:
+    try:
+        yield from source.records(number)
+    except BrokenSourceError as error:
+        yield Record(number, error.row, problem=error.problem, whole_file=True)
+    except InputError as error:
+        problem = error.problems[0].removeprefix(f"{source.name} ")
+        yield Record(number, 0, problem=problem, whole_file=True)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror or error}"
+        yield Record(number, 0, problem=problem, whole_file=True)
