@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from rlhf import train_sft
-from rlhf.config import LoRAConfig, SFTConfig, StageConfig
+from rlhf import train_ppo, train_sft
+from rlhf.config import LoRAConfig, PPOConfig, SFTConfig, StageConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptText
@@ -203,6 +203,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_where_a_base_has_moved_is_said_in_the_environment(
+    arch: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_plain(arch, "/gone/base", tmp_path / "adapter")
+    save_reward(arch, str(tiny_checkpoint), tmp_path / "reward")
+    change(tmp_path / "reward", base_model_name_or_path="/gone/base", revision="v1")
+    with pytest.raises(InputError, match=r"its base: .*RLHF_BASES='/gone/base=NEW'"):
+        load(tmp_path / "adapter")
+    monkeypatch.setenv("RLHF_BASES", f"/other=x, /gone/base={tiny_checkpoint}")
+    assert load(tmp_path / "adapter").base_name == str(tmp_path / "adapter")
+    load_reward_model(str(tmp_path / "reward"), device="cpu")
+    assert weights_fingerprint(str(tmp_path / "adapter")) != ""
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_merged_is_refused_by_name(
     arch: str, kind: str, tiny_checkpoint: Path, tmp_path: Path
@@ -296,3 +310,30 @@ def test_a_reward_adapter_is_checked_before_weights(
     change(tmp_path / "reward", use_dora=False, r=8)
     with pytest.raises(InputError, match=r"reward_model_path: .*wrong shape"):
         check_reward_model(str(tmp_path / "reward"), renderer, label=1)
+
+
+def test_ppo_on_an_adapter_with_the_reward_of_an_adapter(
+    arch: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """As with TRL: a policy and a reward model, both tuned with LoRA on one base."""
+    base = shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    save_tokenizer(make_tokenizer(arch), (), [1] if arch == "t5" else [], base)
+    save_plain(arch, str(base), tmp_path / "policy")
+    save_reward(arch, str(base), tmp_path / "reward")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input_text": text}) + "\n" for text in PROMPTS))
+    config = PPOConfig(
+        base_model=str(tmp_path / "policy"), reward_model_path=str(tmp_path / "reward"),
+        prompt_dataset=str(rows), output_dir=str(tmp_path / "out"), batch_size=2, train_steps=1,
+        prompt_sequence_length=16, target_sequence_length=6, device="cpu", dtype="float32",
+        log_with=[], lora={"rank": 2},
+    )  # fmt: skip
+    train_ppo(config)
+    identity = json.loads((tmp_path / "out" / "run.json").read_text())["fields"]
+    assert identity["base_model (content)"] == weights_fingerprint(config.base_model or "")
+    assert identity["reward_model_path (content)"] == weights_fingerprint(
+        config.reward_model_path or ""
+    )
+    policy = find_policy(str(tmp_path / "out"))
+    assert (policy.kind, policy.base_model) == ("adapter", config.base_model)
+    assert "merge it first" in (tmp_path / "out" / "README.md").read_text()

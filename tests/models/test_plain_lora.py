@@ -255,7 +255,7 @@ def test_an_address_in_somebodys_record_is_never_called(
 
 def test_folders_hub_ids_and_gs_are_bases(tmp_path: Path) -> None:
     for name in (str(tmp_path), "google/flan-t5-small", "gs://bucket/model", "/gcs/bucket/model"):
-        assert recorded_base(name, "x") == name
+        assert recorded_base(name, "x", "v1") == (name, "v1")
 
 
 def test_a_reward_models_adapter_is_looked_at_before_weights(

@@ -112,37 +112,17 @@ def _explain(error: Exception, name: str, revision: str | None, kind: str) -> tu
     """Return what is wrong and what to do, and whether it may pass by itself."""
     from huggingface_hub import constants, errors, is_offline_mode
 
-    page = f"{constants.ENDPOINT}/{'' if kind == 'model' else f'{kind}s/'}{name}"
     where = f"{name} on the Hub" + (f" (revision {revision!r})" if revision else "")
-    answers = [one for one in _causes(error) if isinstance(one, errors.HfHubHTTPError)]
-    first = answers[0] if answers else error
-    status = answers[0].response.status_code if answers else None
-    if isinstance(first, errors.GatedRepoError):
-        if status == 401:
-            return (
-                f"{name} on the Hub is gated: accept its license at {page}, then give a token of "
-                f"that account ({_HOW})"
-            ), False
-        return (
-            f"{name} on the Hub is gated, and this token's account has no access: ask for it at "
-            f"{page}, or give another token ({_HOW})"
-        ), False
-    if isinstance(first, errors.RevisionNotFoundError):
-        return (
-            f"{name} on the Hub has no revision {revision!r}; give a branch, tag or commit of "
-            f"{page}/tree/main"
-        ), False
-    if isinstance(first, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return (
-            f"{name} is neither a folder here nor a {kind} on the Hub; check the name, and if it "
-            f"is private give a token that may read it ({_HOW})"
-        ), False
-    if status in (401, 403):
-        return f"{where}: the Hub refuses the token: {_line(first)}; renew it ({_HOW})", False
-    if status == 429:
+    causes = list(_causes(error))
+    answer = next((one for one in causes if isinstance(one, errors.HfHubHTTPError)), None)
+    if isinstance(error, errors.HFValidationError):
+        return f"{name} is neither a folder here nor the name of a {kind} on the Hub", False
+    if answer is not None and (said := _explain_answer(answer, name, where, revision, kind)):
+        return said, False
+    if answer is not None and answer.response.status_code == 429:
         return (
             f"{where}: the Hub lets nobody at this address read more for now (429, after the "
-            f"client's retries); wait some minutes, or give a token, which raises the limit "
+            "client's retries); wait some minutes, or give a token, which raises the limit "
             f"({_HOW})"
         ), True
     if is_offline_mode():
@@ -151,13 +131,45 @@ def _explain(error: Exception, name: str, revision: str | None, kind: str) -> tu
             f"({constants.HF_HUB_CACHE}), or not all of it; HF_HUB_OFFLINE forbids to download it: "
             f"unset that, or run `hf download {name}` where there is a network"
         ), False
-    if status is None and isinstance(error, OSError) and error.errno is not None:
+    if answer is None and isinstance(error, OSError) and error.errno is not None:
         return f"{where} cannot be stored in {constants.HF_HUB_CACHE}: {_line(error)}", False
-    causes = list(_causes(error))
     return (
         f"{where} cannot be read, and it is not in the cache: {_line(causes[-1])}; try again "
         "later, or give a local folder"
     ), True
+
+
+def _explain_answer(
+    answer: Any, name: str, where: str, revision: str | None, kind: str
+) -> str | None:
+    """Return what an answer of the Hub means that will stay the same; None for others."""
+    from huggingface_hub import constants, errors
+
+    page = f"{constants.ENDPOINT}/{'' if kind == 'model' else f'{kind}s/'}{name}"
+    status = answer.response.status_code
+    if isinstance(answer, errors.GatedRepoError) and status == 401:
+        return (
+            f"{name} on the Hub is gated: accept its license at {page}, then give a token of that "
+            f"account ({_HOW})"
+        )
+    if isinstance(answer, errors.GatedRepoError):
+        return (
+            f"{name} on the Hub is gated, and this token's account has no access: ask for it at "
+            f"{page}, or give another token ({_HOW})"
+        )
+    if isinstance(answer, errors.RevisionNotFoundError):
+        return (
+            f"{name} on the Hub has no revision {revision!r}; give a branch, tag or commit of "
+            f"{page}/tree/main"
+        )
+    if isinstance(answer, errors.RepositoryNotFoundError):
+        return (
+            f"{name} is neither a folder here nor a {kind} on the Hub; check the name, and if it "
+            f"is private give a token that may read it ({_HOW})"
+        )
+    if status in (401, 403):
+        return f"{where}: the Hub refuses the token: {_line(answer)}; renew it ({_HOW})"
+    return None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

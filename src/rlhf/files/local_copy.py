@@ -1,6 +1,7 @@
 """Local copies of folders in object stores and on the Hub."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,24 +105,31 @@ def _weight_files(folder: Path) -> list[str]:
     return [*whole, *sorted(name for name in names if name.endswith(".safetensors"))]
 
 
-def recorded_base(name: str, where: str) -> str:
-    """Return the base that an untrusted file names, if it may be loaded from there.
+def recorded_base(name: str, where: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Return the base that an untrusted file names, and its revision, if it may be loaded.
 
-    Folders, Hub ids and gs:// addresses may; other addresses only if the user gives them.
+    Folders, Hub ids and gs:// addresses may; other addresses only if the user gives them. Where a
+    base has moved, the user says so in `$RLHF_BASES`: OLD=NEW, several separated by commas.
 
     Args:
         name: The base that the file names.
         where: The file, for the message.
+        revision: The Hub revision that the file names; that of a base that has moved is unknown.
 
     Raises:
         InputError: It is any other address.
     """
+    pairs = os.environ.get("RLHF_BASES", "").split(",")
+    moved = {old.strip(): new.strip() for old, _, new in (one.partition("=") for one in pairs)}
+    if new := moved.get(name):
+        return new, None
     if "::" in name or ("://" in name and not name.startswith(("gs://", "gcs://"))):
         raise InputError(
             f"{where} names {without_secrets(name)!r} as its base, which is no folder, Hub id or "
-            "gs:// address; nothing was read from there: give the base yourself, as base_model"
+            "gs:// address; nothing was read from there: give the base yourself, as base_model or "
+            "in RLHF_BASES (OLD=NEW)"
         )
-    return name
+    return name, revision
 
 
 def _inside(name: str, root: str) -> str:

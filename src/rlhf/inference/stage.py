@@ -155,8 +155,9 @@ def with_policy_settings(config: InferenceConfig, source: PolicySource) -> Infer
         elif name != "temperature" or sampled:
             say(f"{STAGE}: {name} is {here!r}, but the policy was trained with {trained!r}")
     if config.base_model is None and source.base_model is not None:
-        base = recorded_base(source.base_model, f"policy_path: {config.policy_path}")
-        found |= {"base_model": base, "revision": source.revision}
+        where = f"policy_path: {config.policy_path}"
+        base, revision = recorded_base(source.base_model, where, source.revision)
+        found |= {"base_model": base, "revision": revision}
     return InferenceConfig.model_validate(config.model_dump() | found)
 
 

@@ -78,9 +78,11 @@ def _find(name: str, revision: str | None, weights: bool, where: str, deepest: i
         folder = local_folder(name, weights=weights, revision=revision)
         if is_remote(name) and (folder / ADAPTER_CONFIG).is_file():
             folder = local_folder(name)
+        _check_folder(name, folder)
     except InputError as error:
-        raise InputError([f"{where}: {problem}" for problem in error.problems]) from error
-    _check_folder(name, folder, where)
+        named = deepest < _DEEPEST
+        hint = f"; if it has moved, say where to: RLHF_BASES='{name}=NEW'" if named else ""
+        raise InputError([f"{where}: {problem}{hint}" for problem in error.problems]) from error
     if not (folder / ADAPTER_CONFIG).is_file():
         return Base(name, revision, folder, (), folder)
     where = f"{where}: {name}"
@@ -109,17 +111,19 @@ def named_base(folder: Path, where: str) -> tuple[str, str | None]:
         name, revision = origin["base_model"], origin["revision"]
     if not name:
         raise InputError(f"{path}: names no base; set base_model_name_or_path there")
-    return recorded_base(name, f"{where}: {path.name}"), revision
+    return recorded_base(name, f"{where}: {path.name}", revision)
 
 
-def _check_folder(name: str, folder: Path, where: str) -> None:
+def _check_folder(name: str, folder: Path) -> None:
     if folder.is_file():
-        raise InputError(f"{where}: {name} is a file; give the folder that has config.json")
+        raise InputError(f"{name} is a file; give the folder that has config.json")
     if not folder.is_dir():
-        raise InputError(f"{where}: there is no folder {name}")
+        raise InputError(f"there is no folder {name}")
     if not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+        parts = [part for part in ("merged", "adapter") if (folder / part).is_dir()]
+        hint = f"; give its {' or '.join(f'{part}/' for part in parts)}" if parts else ""
         raise InputError(
-            f"{where}: {name} is not a checkpoint: it has no config.json (and no {ADAPTER_CONFIG})"
+            f"{name} is not a checkpoint: it has no config.json (and no {ADAPTER_CONFIG}){hint}"
         )
 
 

@@ -211,7 +211,7 @@ def _base_content(folder: Path, bases: int) -> dict[Any, str]:
     name, revision = values.get("base_model"), values.get("revision")
     content = ""
     if isinstance(name, str) and name and isinstance(revision, str | None):
-        content = _fingerprint(recorded_base(name, str(file)), revision, bases)
+        content = _fingerprint(*recorded_base(name, str(file), revision), bases)
     return {("", f"{file.name} base"): content}
 
 

@@ -341,13 +341,11 @@ def _load_base(config: StageConfig, record: RewardRecord, base: str | None) -> L
             f"{where} was trained on a model given as an object, so its base cannot be found; "
             "train it on a saved model"
         )
+    revision = None
+    if not base:
+        base, revision = recorded_base(record.base_model, where, record.revision)
     try:
-        lm = load_language_model(
-            config,
-            trainable=False,
-            base_model=base or recorded_base(record.base_model, where),
-            revision=None if base else record.revision,
-        )
+        lm = load_language_model(config, trainable=False, base_model=base, revision=revision)
     except InputError as error:
         problems = [f"{where}: its {problem}" for problem in error.problems]
         raise InputError(problems) from error

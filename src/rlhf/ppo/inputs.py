@@ -152,5 +152,5 @@ def other_bases(config: PPOConfig) -> list[str]:
         path = entry.path or ""
         record = read_record(path) if exists(path) else None
         if record is not None and record.base_model != config.base_model:
-            found[recorded_base(record.base_model, f"reward_model_path: {path}")] = None
+            found[recorded_base(record.base_model, f"reward_model_path: {path}")[0]] = None
     return list(found)

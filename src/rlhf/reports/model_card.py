@@ -11,8 +11,9 @@ import yaml
 from transformers import AutoConfig
 
 from rlhf.config import TrainingConfig
-from rlhf.errors import InputError
+from rlhf.errors import InputError, StorageError
 from rlhf.files.text import write_text
+from rlhf.models.bases import find_base
 from rlhf.models.families import family_of
 from rlhf.stages import STAGES, Card, Stage
 from rlhf.untrusted import as_code, as_markdown, without_secrets
@@ -43,7 +44,7 @@ def write_card(
         f"Trained with [rlhf](https://pypi.org/project/rlhf-ppo/) from {base}"
         + (f" at revision {as_code(config.revision)}" if config.revision else "")
         + ". All settings are in `config.yaml`, the course of training in `metrics.jsonl`.",
-        "## Use\n\n" + _usage(folder, record.card),
+        "## Use\n\n" + _usage(folder, record.card, config),
         "## Training\n\n" + _table(_settings(config), ("setting", "value")),
     ]
     if data:
@@ -77,7 +78,7 @@ def _front_matter(folder: Path, stage: Stage, config: TrainingConfig) -> str:
     return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
 
 
-def _usage(folder: Path, card: Card) -> str:
+def _usage(folder: Path, card: Card, config: TrainingConfig) -> str:
     if card.holds == "reward model":
         return _reward_model_usage(folder)
     model_class = _auto_class(folder / "merged")
@@ -90,7 +91,21 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_spec
 ```"""
     if not (folder / "adapter").is_dir():
         return code
-    return code + "\n\n`adapter/` is the same as a LoRA adapter for plain peft on the base model."
+    code += "\n\n`adapter/` is the same as a LoRA adapter for plain peft on the base model"
+    if not _is_adapter(config):
+        return f"{code}."
+    return code + (
+        ", which is an adapter itself: rlhf merges that one when it loads this one; for plain "
+        "peft, merge it first (`merge_and_unload`), or take `merged/`."
+    )
+
+
+def _is_adapter(config: TrainingConfig) -> bool:
+    """Return whether the base of a finished stage is an adapter, merged on loading."""
+    try:
+        return bool(config.base_model and find_base(config.base_model, config.revision).adapters)
+    except (InputError, StorageError):  # it was there; the card is no reason to fail now
+        return False
 
 
 def _reward_model_usage(folder: Path) -> str:
