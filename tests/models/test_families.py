@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, Conv1D
 from rlhf.config import LoRAConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.models.agreement import check_agreement
+from rlhf.models.compat import attention_kind
 from rlhf.models.generation import generate
 from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
@@ -128,10 +129,12 @@ def test_an_adapter_and_its_merge_are_those_of_plain_transformers(
 
 def merged(lm: LanguageModel, adapter: str, folder: Path | None) -> Any:
     """The model that plain transformers makes of the merged weights; most do without files."""
+    kind = attention_kind(lm.config)
     if folder is not None:
         save_merged(lm, adapter, folder)
-        return type(lm).auto_class.from_pretrained(folder)
-    plain: Any = type(lm).auto_class.from_config(copy.deepcopy(lm.config))
+        return type(lm).auto_class.from_pretrained(folder, attn_implementation=kind)
+    config = copy.deepcopy(lm.config)
+    plain: Any = type(lm).auto_class.from_config(config, attn_implementation=kind)
     weights = {name: weight.make() for name, weight in plain_weights(lm, adapter).items()}
     problems = plain.load_state_dict(weights, strict=False)
     plain.tie_weights()

@@ -233,7 +233,8 @@ class DecoderOnlyModel(CausalModel):
         positions = (state.prompt_lengths + state.column)[:, None]
         bias = hide_later(state.prompt_bias.new_zeros(1, 1, 1, width), state.column)
         rules = self._rules
-        sights = {rule.window: hide_outside(rule.window, state, bias) for rule in rules}
+        windows = {rule.window for rule in rules}
+        sights = {window: hide_outside(window, state, bias) for window in windows}
         with self.autocast():
             x, places = self.embed(tokens[:, None], positions)
             for layer, rule, (keys, values, prompt) in zip(

@@ -7,19 +7,21 @@ from transformers import PretrainedConfig
 from typing_extensions import override
 
 from rlhf.models.attention import ScoreRule, capped
+from rlhf.models.compat import set_attention_kind
 from rlhf.models.decoder_only import window_of
 from rlhf.models.families.llama import Llama
 from rlhf.models.family import Shape
 
 
-class Gemma2(Llama):
-    """Gemma 2. Its embedding module scales what it returns; its norms multiply by 1 + weight."""
+class Gemma(Llama):
+    """What Gemma 2 and 3 share.
 
-    name = "Gemma 2"
+    Their embedding modules scale what they return, and their norms multiply by 1 + weight.
+    """
 
     @override
     def score_rule(self, layer: Any) -> ScoreRule:
-        return ScoreRule(window_of(self.config, layer), self.config.attn_logit_softcapping)
+        return ScoreRule(window_of(self.config, layer))
 
     @override
     def after_attention(self, layer: Any, x: Tensor, heads: Tensor) -> Tensor:
@@ -30,6 +32,21 @@ class Gemma2(Llama):
     @override
     def finish_logits(self, logits: Tensor) -> Tensor:
         return capped(logits, self.config.final_logit_softcapping)
+
+
+class Gemma2(Gemma):
+    """Gemma 2."""
+
+    name = "Gemma 2"
+
+    def __init__(self, module: Any, *arguments: Any, **options: Any) -> None:
+        # By default, older versions of transformers (5.17) use a kernel that leaves out the cap.
+        set_attention_kind(module.config, "eager")
+        super().__init__(module, *arguments, **options)
+
+    @override
+    def score_rule(self, layer: Any) -> ScoreRule:
+        return ScoreRule(window_of(self.config, layer), self.config.attn_logit_softcapping)
 
     @classmethod
     @override

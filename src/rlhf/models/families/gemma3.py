@@ -6,16 +6,14 @@ Layers with a window rotate by other frequencies than those without.
 from typing import Any
 
 from torch import Tensor
-from transformers import PretrainedConfig
 from typing_extensions import override
 
-from rlhf.models.attention import ScoreRule, rotate, split_heads
-from rlhf.models.decoder_only import Places, window_of
-from rlhf.models.families.gemma2 import Gemma2
-from rlhf.models.family import Shape
+from rlhf.models.attention import rotate, split_heads
+from rlhf.models.decoder_only import Places
+from rlhf.models.families.gemma2 import Gemma
 
 
-class Gemma3(Gemma2):
+class Gemma3(Gemma):
     """Gemma 3 of 270M and 1B, and the text part of others as a model of its own."""
 
     name = "Gemma 3"
@@ -24,10 +22,6 @@ class Gemma3(Gemma2):
     def embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Places]:
         x, rotary = self.module.model.embed_tokens(ids), self.module.model.rotary_emb
         return x, tuple(part for kind in self._kinds for part in rotary(x, positions, kind))
-
-    @override
-    def score_rule(self, layer: Any) -> ScoreRule:
-        return ScoreRule(window_of(self.config, layer))
 
     @override
     def queries(self, layer: Any, h: Tensor, places: Places) -> Tensor:
@@ -51,8 +45,3 @@ class Gemma3(Gemma2):
         kind = self.config.layer_types[layer.self_attn.layer_idx]
         first = 2 * self._kinds.index(kind)
         return places[first : first + 2]
-
-    @classmethod
-    @override
-    def shape(cls, config: PretrainedConfig) -> Shape:
-        return super(Gemma2, cls).shape(config)
