@@ -1,5 +1,6 @@
 """Inference from the outside: files in, files out, for T5 and LLaMA."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -530,6 +531,14 @@ def test_settings_come_from_the_policy_unless_given(case: Case, tmp_path: Path) 
     assert config.base_model == str(case.base)
     given = case.config(tmp_path / "out", prompt_sequence_length=9)
     assert inference.with_policy_settings(given, source).prompt_sequence_length == 9
+    options = {"enable_thinking": False}
+    trained = dataclasses.replace(
+        source, settings={**source.settings, "chat_template_options": options}
+    )
+    fresh = case.config(tmp_path / "out")
+    assert inference.with_policy_settings(fresh, trained).chat_template_options == options
+    given = case.config(tmp_path / "out", chat_template_options={"depth": 1})
+    assert inference.with_policy_settings(given, trained).chat_template_options == {"depth": 1}
 
 
 def test_a_moved_base_can_be_given(case: Case, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from support.chats import CHATML, THINKING, chat_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from rlhf.config import RewardModelConfig, SFTConfig, StageConfig
+from rlhf.config import RewardModelConfig, ScoreConfig, SFTConfig, StageConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import Message, PromptFields
@@ -20,6 +20,7 @@ from rlhf.models.reward_model import RewardModel, check_reward_model, load_rewar
 from rlhf.models.reward_record import RECORD_FILE
 from rlhf.models.saving import save_merged
 from rlhf.reward_model import train_reward_model
+from rlhf.score import run_score
 from rlhf.sft import SFTTrainer, train_sft
 
 CHAT = [{"author": "user", "content": "is it a cat?"}]
@@ -158,6 +159,16 @@ def test_a_reward_model_scores_chats_as_it_was_trained(base: Path, tmp_path: Pat
         prompts, ["Yes"] * 2, finished=[False] * 2
     )
     assert cut.tolist() != pytest.approx(expected, abs=1e-5)
+    rows = write(tmp_path / "rows.jsonl", {"messages": CHAT, "response": "Yes"})
+    scored = ScoreConfig(
+        reward_model_path=str(folder), dataset=rows, output=str(tmp_path / "scored"), device="cpu",
+        dtype="float32",
+    )  # fmt: skip
+    run_score(scored)  # with the options of the training
+    found = json.loads((tmp_path / "scored").read_text())["reward"]
+    assert found == pytest.approx(expected[0], abs=1e-5)
+    with pytest.raises(InputError, match=r"but they are \{'enable_thinking': True\}"):
+        run_score(scored.model_copy(update={"chat_template_options": {"enable_thinking": True}}))
     # Trained before the end of a turn was recorded: chats ended in EOS.
     del record["turn_end"], record["chat_template_options"]
     (folder / RECORD_FILE).write_text(json.dumps(record))
