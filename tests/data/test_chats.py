@@ -227,7 +227,7 @@ def test_thoughts_that_the_template_adds_are_shown(tmp_path: Path) -> None:
         r"  prompt, then answer: … '<|im_start|>' 'assistant' '\n' 'the' ' cat' ' sat' '<|im_end|>'"
     )
     assert whole.startswith(r"  whole conversation:  … '<|im_start|>' 'assistant' '\n' '<")
-    assert r"puts '<think>\n\n</think>\n\n' before an answer, the row ''" in meaning
+    assert r"puts '<think>\n\n</think>\n\n' before an answer, where the row has ''" in meaning
     assert "chat_template_options can set enable_thinking" in meaning
 
 
@@ -235,12 +235,12 @@ def test_a_missing_space_is_shown(tmp_path: Path) -> None:
     _, ours, whole, meaning = checked(tmp_path, BRACKETS, rows_with("the cat"))
     assert ours.split(" … ")[1].endswith("'the' ' cat' '<|end|>'")
     assert whole.split(" … ")[1].endswith("' the' ' cat' '<|end|>'")
-    assert "puts ' ' before an answer, the row ''" in meaning
+    assert "puts ' ' before an answer, where the row has ''" in meaning
 
 
 def test_text_that_the_template_strips_is_shown(tmp_path: Path) -> None:
     *_, meaning = checked(tmp_path, DATED, rows_with(" the cat"))
-    assert "puts '' before an answer, the row ' '" in meaning
+    assert "puts '' before an answer, where the row has ' '" in meaning
     *_, meaning = checked(tmp_path, DATED, rows_with("the cat\n"))
     assert r"the template leaves out '\n' at the end of the answer" in meaning
 

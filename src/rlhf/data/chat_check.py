@@ -132,7 +132,9 @@ def _meaning(renderer: PromptRenderer, prompt: PromptText, whole: PromptText, an
         added = rest[: rest.index(core)]
         own = answer[: len(answer) - len(answer.lstrip())]
         if added != own:
-            return f"the template puts {added!r} before an answer, the row {own!r}{options}"
+            return (
+                f"the template puts {added!r} before an answer, where the row has {own!r}{options}"
+            )
         lost = answer[len(answer.rstrip()) :]
         if lost and not rest[len(own) + len(core) :].startswith(lost):
             return f"the template leaves out {lost!r} at the end of the answer"
