@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from support import encoder_decoders
 from support.generic_decoders import generic
 from support.tiny import make_tokenizer
 from torch import Tensor
@@ -190,7 +191,20 @@ DRAWS: dict[str, Callable[[random.Random], PretrainedConfig]] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
     "smollm3": smollm3,
+    **encoder_decoders.DRAWS,
 }
+
+
+def random_model(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+    """Build a model, with an LM head of its own if its family's checkpoints have one."""
+    family = family_of(config)
+    model: Any = family.auto_class.from_config(config, **options)
+    if not family.head_is_tied(config):
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    if family.is_generic and getattr(config, "decoder_start_token_id", None) == 7:
+        model.generation_config.forced_bos_token_id = 2
+    return model
 
 
 def draw_model(model_type: str, seed: int) -> PreTrainedModel:
@@ -204,12 +218,11 @@ def model_of(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     # A cap needs the eager kernel; GPT-2's that casts to float32 can do nothing else.
     needed = getattr(config, "attn_logit_softcapping", None) is not None
     eager = needed or (seed % 3 == 0 and not getattr(config, "reorder_and_upcast_attn", False))
-    model: PreTrainedModel = family_of(config).auto_class.from_config(
-        config, attn_implementation="eager" if eager else None
-    )
+    model = random_model(config, attn_implementation="eager" if eager else None)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.2)
+        biases = [tensor for name, tensor in model.named_buffers() if "logits_bias" in name]
+        for tensor in [*model.parameters(), *biases]:
+            tensor.add_(torch.randn(tensor.shape) * 0.2)
     return model.eval()
 
 
@@ -222,9 +235,11 @@ def language_model(model: PreTrainedModel, **options: Any) -> LanguageModel:
 def plain_logits(model: Any, prompt: list[int], response: list[int]) -> Tensor:
     """Return (R+1, V): transformers' logits before and after each token, from one unpadded row."""
     if model.config.is_encoder_decoder:
-        decoder = torch.tensor([[model.config.decoder_start_token_id, *response]])
+        forced = getattr(model.generation_config, "forced_bos_token_id", None)
+        start = [model.config.decoder_start_token_id, *([] if forced is None else [forced])]
+        decoder = torch.tensor([[*start, *response]])
         told = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": decoder}
-        return model(**told, use_cache=False).logits[0]
+        return model(**told, use_cache=False).logits[0, len(start) - 1 :]
     row = torch.tensor([[*prompt, *response]])
     return model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 :]
 

@@ -78,13 +78,18 @@ class ModelWithEncoder(LanguageModel):
     @classmethod
     @override
     def position_limit(cls, config: PretrainedConfig) -> int | None:
-        return None  # relative positions
+        return None  # of prompt and response together
 
     @property
     def start_ids(self) -> tuple[int, ...]:
         """The ids that the decoder reads before a response."""
         start = getattr(self.config, "decoder_start_token_id", None)
         return (int(self.config.pad_token_id if start is None else start),)
+
+    @override
+    def generation_ids(self) -> dict[str, int]:
+        names = ("decoder_start_token_id", "forced_bos_token_id")
+        return super().generation_ids() | dict(zip(names, self.start_ids, strict=False))
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Run the encoder on (B, P) ids and their mask: (B, P, D)."""

@@ -113,6 +113,20 @@ class Family(ABC):
         """Return the most tokens of prompt and response together; None if there is no limit."""
 
     @classmethod
+    def limit_problems(cls, config: PretrainedConfig, prompt: int, response: int) -> list[str]:
+        """Return what is wrong with the most tokens of prompts and of responses."""
+        limit = cls.position_limit(config)
+        if limit is None or prompt + response <= limit:
+            return []
+        positions = f"the {limit} positions of the model"
+        if limit < getattr(config, "max_position_embeddings", limit):
+            positions = f"the first {limit} positions, up to which the model rotates by one table"
+        return [
+            f"prompt_sequence_length {prompt} + target_sequence_length {response} exceed "
+            f"{positions}; lower one of them"
+        ]
+
+    @classmethod
     def config_problems(cls, config: PretrainedConfig) -> list[str]:  # noqa: ARG003
         """Return the fields of a config.json that contradict each other, though each is valid."""
         return []

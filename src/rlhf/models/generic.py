@@ -1,7 +1,8 @@
 """Models without a family of their own: transformers' own forward computes them, with its cache.
 
-Everything works as in a family that defines its layers, only slower: a prompt is read once for each
-of its responses, padding is computed too, and decoding copies the cache for every token.
+Everything works as in a family that defines its layers, only slower: a causal model reads a prompt
+once for each of its responses, padding is computed too, and decoding copies the cache for every
+token.
 
 Shape letters: as in `language_model`.
 """
@@ -69,9 +70,11 @@ class GenericModel(LanguageModel):
 
     Attributes:
         classes: Transformers' classes of such models, by the class of their configuration.
+        group_note: What happens to a prompt that several responses answer.
     """
 
     classes: ClassVar[Any]
+    group_note: ClassVar[str]
 
     adapter_modules = ()
     has_sequence_classifier = False

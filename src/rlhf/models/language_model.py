@@ -86,7 +86,9 @@ class LanguageModel(Family):
         use_faster_norms(module)
         # An Embedding drops the gradient of its padding_idx, but PAD may be a real token here.
         embedding: Any = module.get_input_embeddings()
-        embedding.padding_idx = None
+        for part in module.modules():  # BART's encoder and decoder have modules of their own
+            if isinstance(part, nn.Embedding) and part.weight is embedding.weight:
+                part.padding_idx = None
         module.requires_grad_(trainable)
         module.train()
 
@@ -105,6 +107,13 @@ class LanguageModel(Family):
         """V, the number of logits of the LM head (may exceed the tokenizer's size)."""
         head: Any = self.module.get_output_embeddings()
         return int(head.weight.shape[0])
+
+    def generation_ids(self) -> dict[str, int]:
+        """Return the ids, EOS apart, that transformers' generation needs, by their fields."""
+        own = self.module.generation_config
+        found = {name: getattr(own, name, None) for name in ("bos_token_id", "pad_token_id")}
+        # Old configurations use -1 for none.
+        return {name: id_ for name, id_ in found.items() if id_ not in (None, -1)}
 
     def with_states(self, prompts: TokenBatch, batch_size: int) -> TokenBatch:  # noqa: ARG002
         """Return the prompts, with anything that all roles would compute from them alike.

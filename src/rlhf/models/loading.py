@@ -161,16 +161,7 @@ def check_stage(config: StageConfig, model_config: PretrainedConfig) -> list[str
 
 def check_limits(config: PretrainedConfig, prompt_limit: int, response_limit: int) -> list[str]:
     """Return what is wrong with the sequence limits for this model; empty if it has no limit."""
-    limit = family_of(config).position_limit(config)
-    if limit is None or prompt_limit + response_limit <= limit:
-        return []
-    positions = f"the {limit} positions of the model"
-    if limit < getattr(config, "max_position_embeddings", limit):
-        positions = f"the first {limit} positions, up to which the model rotates by one table"
-    return [
-        f"prompt_sequence_length {prompt_limit} + target_sequence_length {response_limit} exceed "
-        f"{positions}; lower one of them"
-    ]
+    return family_of(config).limit_problems(config, prompt_limit, response_limit)
 
 
 def without_storage(config: PretrainedConfig) -> Any:

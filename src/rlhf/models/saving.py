@@ -130,14 +130,8 @@ def save_merged(
 
 def _plain_generation(lm: LanguageModel) -> GenerationConfig:
     """Return our decoding: greedy until any EOS, without the checkpoint's penalties and filters."""
-    own = lm.module.generation_config
-    names = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
     ends = sorted(lm.layout.eos_ids)
-    return GenerationConfig(
-        eos_token_id=ends[0] if len(ends) == 1 else ends,
-        # Old configurations use -1 for none.
-        **{name: id_ for name in names if (id_ := getattr(own, name, None)) not in (None, -1)},
-    )
+    return GenerationConfig(eos_token_id=ends[0] if len(ends) == 1 else ends, **lm.generation_ids())
 
 
 def _write_origin(lm: LanguageModel, folder: Path) -> None:

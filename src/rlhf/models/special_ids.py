@@ -5,7 +5,7 @@ from typing import Any
 
 # Old LLaMA configurations use -1 for none.
 _OPTIONAL = ("bos_token_id", "pad_token_id")
-_FIELDS = ("eos_token_id", "decoder_start_token_id", *_OPTIONAL)
+_FIELDS = ("eos_token_id", "decoder_start_token_id", "forced_bos_token_id", *_OPTIONAL)
 
 
 def special_id_problems(sources: Sequence[tuple[str, Any]], rows: int) -> list[str]:

@@ -5,8 +5,8 @@ follow from it. Register your own from outside, before loading its first checkpo
 
     FAMILIES["my_type"] = MyFamily
 
-Loading compares it with transformers' own forward (`rlhf.models.agreement`). Any other causal model
-is computed by that forward itself, which is slower (`rlhf.models.generic`).
+Loading compares it with transformers' own forward (`rlhf.models.agreement`). Any other causal or
+encoder-decoder model is computed by that forward itself, which is slower (`rlhf.models.generic`).
 """
 
 from transformers import PretrainedConfig
@@ -15,6 +15,7 @@ from rlhf.errors import InputError
 from rlhf.models.families.gemma2 import Gemma2
 from rlhf.models.families.gemma3 import Gemma3
 from rlhf.models.families.generic_causal import GenericCausal
+from rlhf.models.families.generic_encoder_decoder import GenericEncoderDecoder
 from rlhf.models.families.gpt2 import GPT2
 from rlhf.models.families.gpt_neox import GPTNeoX
 from rlhf.models.families.llama import Llama
@@ -48,7 +49,7 @@ FAMILIES: dict[str, type[LanguageModel]] = {
     "umt5": UMT5,
 }
 # For models without their own, by whether they have an encoder.
-_GENERIC: dict[bool, type[GenericModel]] = {False: GenericCausal}
+_GENERIC: dict[bool, type[GenericModel]] = {False: GenericCausal, True: GenericEncoderDecoder}
 
 
 def family_of(config: PretrainedConfig, where: str = "base_model") -> type[LanguageModel]:
@@ -64,24 +65,25 @@ def family_of(config: PretrainedConfig, where: str = "base_model") -> type[Langu
     kind = config.model_type
     if kind in FAMILIES:
         return FAMILIES[kind]
-    family = _GENERIC.get(bool(config.is_encoder_decoder))
+    family = _GENERIC[bool(config.is_encoder_decoder)]
     reason: str | None = "transformers has no text model of this type"
-    if family and type(config) in family.classes:
+    if type(config) in family.classes:
         reason = reason_against(config, family.classes[type(config)])
         if reason is None:
             return family
     known = ", ".join(sorted(FAMILIES))
     raise InputError(
         f"{where}: a {kind!r} model cannot be trained: {reason}; rlhf trains {known}, and other "
-        "dense causal language models of transformers"
+        "dense language models of transformers"
     )
 
 
 def family_notes(config: PretrainedConfig) -> list[str]:
     """Return what a user should know of the way in which a model is computed, line by line."""
-    if not family_of(config).is_generic:
+    family = family_of(config)
+    if not issubclass(family, GenericModel):
         return []
     return [
         f"model: no own family for {config.model_type!r}: transformers' own forward computes it, "
-        "which is slower; prompts of a group are read once per response"
+        f"which is slower; {family.group_note}"
     ]

@@ -20,6 +20,7 @@ class GenericCausal(GenericModel, CausalModel):
 
     name = "generic causal model"
     classes = MODEL_FOR_CAUSAL_LM_MAPPING
+    group_note = "prompts of a group are read once per response"
 
     @classmethod
     @override

@@ -80,11 +80,6 @@ class T5(EncoderDecoderModel):
 
     @classmethod
     @override
-    def position_limit(cls, config: PretrainedConfig) -> int | None:
-        return None  # relative positions
-
-    @classmethod
-    @override
     def shape(cls, config: PretrainedConfig) -> Shape:
         encoder, heads = int(config.num_layers), int(config.num_heads)
         decoder = int(config.num_decoder_layers or encoder)

@@ -17,6 +17,17 @@ _GROUPS = frozenset({"attn_config", "ffn_config"})
 _SENSES = ("vision", "image", "audio", "speech", "vq_")
 # Kinds of layers that cache keys and values alone, of all tokens or of the last ones.
 _CACHED = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+# Encoder-decoder models, by `model_type`.
+_SKIPS_PAD = "its decoder gives PAD no position, so decoding differs from reading a response"
+_NAMED = {
+    "bigbird_pegasus": "the states of a prompt depend on its padding",
+    "fsmt": "its decoder is not called as others are",
+    "led": "it needs to be told which tokens have global attention",
+    "m2m_100": _SKIPS_PAD,
+    "prophetnet": "its decoder predicts several tokens at once",
+    "seamless_m4t": _SKIPS_PAD,
+    "seamless_m4t_v2": _SKIPS_PAD,
+}
 
 
 def reason_against(config: PretrainedConfig, model_class: type[PreTrainedModel]) -> str | None:
@@ -26,6 +37,8 @@ def reason_against(config: PretrainedConfig, model_class: type[PreTrainedModel])
         config: Its configuration.
         model_class: The class that transformers would load it with.
     """
+    if config.model_type in _NAMED:
+        return _NAMED[config.model_type]
     if experts := sorted(set(_expert_fields(config.to_dict()))):
         return f"it is a mixture of experts ({', '.join(experts[:3])})"
     parts = sorted(set(config.sub_configs) - _GROUPS)
@@ -43,6 +56,8 @@ def reason_against(config: PretrainedConfig, model_class: type[PreTrainedModel])
         return "its layers differ in size"
     # Old files may have the field without a meaning; GPT-NeoX has it, but is always causal.
     may_be_encoder = getattr(type(config), "is_decoder", None) is False
+    if config.is_encoder_decoder:
+        return None
     if may_be_encoder and not config.is_decoder and not config.model_type.startswith("gpt_neox"):
         return "it reads a text in both directions (is_decoder is false)"
     return None
