@@ -8,7 +8,7 @@ from support.families import DRAWS, draw_model, language_model, model_of
 from support.tiny import make_tokenizer
 from transformers import Gemma2Config, Gemma3TextConfig, PretrainedConfig, Qwen2Config
 
-from rlhf.config import StageConfig
+from rlhf.config import InferenceConfig, StageConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.errors import InputError
 from rlhf.models.checkpoint_files import check_config
@@ -16,6 +16,7 @@ from rlhf.models.families import family_of
 from rlhf.models.generation import generate
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import check_limits, load_language_model
+from rlhf.models.memory import count_parameters, memory_per_role
 
 SIZES: dict[str, Any] = {
     "vocab_size": 120, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
@@ -53,10 +54,30 @@ def test_a_model_that_rotates_by_two_tables_is_read_up_to_where_the_second_begin
     assert check_limits(config, 20, 4) == []
     (problem,) = check_limits(config, 20, 5)
     assert "20 + target_sequence_length 5 exceed the first 24 positions" in problem
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 100.0}
+    plain = {"rope_type": "default", "rope_theta": 100.0}
+    by_layer = draw_model("gemma3_text", 0).config
+    by_layer.rope_parameters = {KINDS[0]: config.rope_parameters, KINDS[1]: plain}
+    assert check_limits(by_layer, 20, 4) == []
+    assert check_limits(by_layer, 20, 5) == [problem]
+    config.rope_parameters = plain
     assert check_limits(config, 40, 8) == []
     (problem,) = check_limits(config, 41, 8)
     assert "the 48 positions of the model" in problem
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "phi3", "qwen2", "smollm3"])
+def test_the_memory_of_the_cache_is_known_before_loading(family: str) -> None:
+    model = draw_model(family, 2)
+    config = InferenceConfig(
+        policy_path="p", eval_dataset="d", output_dir="x", device="cpu", dtype="float32",
+        batch_size=2, prompt_sequence_length=5, target_sequence_length=7,
+    )  # fmt: skip
+    state, _ = language_model(model).prefill(TokenBatch.from_lists([[5] * 5] * 2), 7)
+    layers = (*state.keys, *state.values, *state.prompt_keys, *state.prompt_values)
+    real = sum(layer.numel() * 4 for layer in layers)
+    assert memory_per_role(model.config, config)["cache"] == real
+    counted = count_parameters(model.config).base
+    assert counted == sum(parameter.numel() for parameter in model.parameters())
 
 
 def load(family: str, dtype: str, *, trainable: bool, seed: int = 0) -> LanguageModel:

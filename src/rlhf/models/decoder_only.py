@@ -28,7 +28,7 @@ from rlhf.models.attention import (
 )
 from rlhf.models.causal import CausalModel
 from rlhf.models.decoding import Cached, DecodeState, cached_responses, hide_later, hide_outside
-from rlhf.models.family import Shape
+from rlhf.models.family import Shape, one_table_limit
 from rlhf.models.packing import Grid, SharedPrompts, Wanted, grid_heads
 
 # What layers need to know about the tokens' positions: tensors of (B or 1, L, any).
@@ -121,12 +121,8 @@ class DecoderOnlyModel(CausalModel):
     @classmethod
     @override
     def position_limit(cls, config: PretrainedConfig) -> int | None:
-        limit = int(config.max_position_embeddings)
-        rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":
-            # Beyond this length other frequencies apply to all of a row's tokens, the cached too.
-            return min(limit, int(rope["original_max_position_embeddings"]))
-        return limit
+        limits = (int(config.max_position_embeddings), one_table_limit(config))
+        return min(limit for limit in limits if limit)
 
     @classmethod
     @override

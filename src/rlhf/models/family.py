@@ -152,3 +152,14 @@ def eos_ids(eos: int, extra: int | list[int] | None) -> frozenset[int]:
     return frozenset(
         [eos, *([] if extra is None else [extra] if isinstance(extra, int) else extra)]
     )
+
+
+def one_table_limit(config: PretrainedConfig) -> int | None:
+    """Return the tokens up to which a model rotates by its first table; None if it has one only.
+
+    In longer rows, `longrope` has other frequencies for all tokens, the cached ones too.
+    """
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    tables = [rope, *(table for table in rope.values() if isinstance(table, dict))]
+    long = [table for table in tables if table.get("rope_type") == "longrope"]
+    return min((int(table["original_max_position_embeddings"]) for table in long), default=None)

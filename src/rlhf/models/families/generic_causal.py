@@ -11,7 +11,7 @@ from rlhf.data.batching import TokenBatch
 from rlhf.errors import InputError
 from rlhf.models.causal import CausalModel, joined_rows
 from rlhf.models.compat import supports_sdpa
-from rlhf.models.family import Shape
+from rlhf.models.family import Shape, one_table_limit
 from rlhf.models.generic import CacheState, GenericModel, takes
 
 
@@ -37,10 +37,7 @@ class GenericCausal(GenericModel, CausalModel):
     def position_limit(cls, config: PretrainedConfig) -> int | None:
         names = ("max_position_embeddings", "max_seq_len")  # the latter is MPT's
         limits = [getattr(config, name, None) for name in names]
-        rope: Any = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":
-            # Beyond this length other frequencies apply to all of a row's tokens, the cached too.
-            limits.append(rope.get("original_max_position_embeddings"))
+        limits.append(one_table_limit(config))
         return min((int(limit) for limit in limits if limit), default=None)
 
     @override
