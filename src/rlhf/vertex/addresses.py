@@ -5,6 +5,7 @@ import re
 
 from rlhf.config import PipelineConfig, RewardEntry, cloud_names
 from rlhf.config.sources import GivenRows, entries
+from rlhf.data.sources.hub import hub_id, is_hub_address
 from rlhf.files.storage import as_url
 
 # It becomes part of folder and job names.
@@ -72,6 +73,8 @@ def _of_file(name: str, path: str | GivenRows) -> list[str]:
     if path.startswith(("gs://", "/gcs/")):
         wrong = cloud_names.address(path)
         return [f"{name}: {wrong}"] if wrong else []
+    if name.endswith("_dataset") and (hub_id(path) is not None or is_hub_address(path)):
+        return []
     if "://" in path:
         return [f"{name}: {path}: the jobs read gs:// addresses; copy it to the bucket"]
     return [

@@ -100,8 +100,8 @@ def _header(cells: list[str], line: int, delimiter: str) -> list[str]:
         raise BrokenSourceError(f"has two columns called {twice:.100}, expected one", line)
     others = [mark for mark in (",", "\t", ";") if mark != delimiter and mark in cells[0]]
     if len(cells) == 1 and others:
-        what = "commas" if delimiter == "," else "tabs (.csv: commas)"
-        raise BrokenSourceError(f"has a header without {what}, expected columns set off by", line)
+        what = "commas" if delimiter == "," else "tabs (.csv has commas)"
+        raise BrokenSourceError(f"has a header of one column, expected {what} between them", line)
     return cells
 
 

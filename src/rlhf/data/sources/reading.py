@@ -10,6 +10,7 @@ from rlhf.config.sources import GivenRows, SourceEntry, entries, parse_sources
 from rlhf.data.sources.files import expand_path, open_file
 from rlhf.data.sources.formats import read_stream
 from rlhf.data.sources.given import GivenSource
+from rlhf.data.sources.hub import hub_id, hub_sources, is_hub_address
 from rlhf.data.sources.record import BrokenSourceError, Record
 from rlhf.data.sources.source import Entry, Source
 from rlhf.errors import InputError
@@ -60,17 +61,18 @@ def find_sources(data: Any, name: str) -> list[Source]:
     weighted = any(one.weight is not None for one in listed)
     for index, given in enumerate(listed):
         place = name if len(listed) == 1 else f"{name}[{index}]"
+        try:
+            sources, commit = _sources(given, name, place)
+        except InputError as error:
+            problems += error.problems
+            continue
         entry = Entry(
             index,
             place if isinstance(given.path, GivenRows) else given.path,
             (given.weight or 1.0) if weighted else None,
             given.limit,
+            commit,
         )
-        try:
-            sources = _sources(given, name, place)
-        except InputError as error:
-            problems += error.problems
-            continue
         for source in sources:
             source.entry = entry
         found += sources
@@ -79,11 +81,14 @@ def find_sources(data: Any, name: str) -> list[Source]:
     return found
 
 
-def _sources(given: SourceEntry, name: str, place: str) -> Sequence[Source]:
-    """Return the sources of one entry of a field."""
-    if isinstance(given.path, GivenRows):
-        return [GivenSource(given.path.rows, place)]
-    return [FileSource(path) for path in expand_path(given.path, name)]
+def _sources(given: SourceEntry, name: str, place: str) -> tuple[list[Source], str]:
+    """Return the sources of one entry of a field, and their commit if they are on the Hub."""
+    path = given.path
+    if isinstance(path, GivenRows):
+        return [GivenSource(path.rows, place)], ""
+    if is_hub_address(path) or hub_id(path) is not None:
+        return hub_sources(path, name)
+    return [FileSource(file) for file in expand_path(path, name)], ""
 
 
 def read_records(sources: Sequence[Source]) -> Iterator[Record]:
