@@ -10,23 +10,28 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.cases import make_case
+from support.families import DRAWS, draw_model
 from support.hub import Hub
 from support.tiny import make_tokenizer, randomize_lora, tiny_model
+from support.vertex_models import SHAPES
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
 )
 
 from rlhf import train_ppo, train_sft
-from rlhf.config import LoRAConfig, PPOConfig, SFTConfig, StageConfig
+from rlhf.config import LoRAConfig, PipelineConfig, PPOConfig, SFTConfig, StageConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.schema import PromptText
 from rlhf.data.special_tokens import save_tokenizer
 from rlhf.errors import InputError
+from rlhf.models.bases import Base, merge_adapters
 from rlhf.models.content import weights_fingerprint
 from rlhf.models.loading import load_language_model, load_tokenizer, read_model_config
 from rlhf.models.merging import plain_weights
@@ -34,6 +39,7 @@ from rlhf.models.policy_folder import find_policy
 from rlhf.models.reward_model import check_reward_model, load_reward_model
 from rlhf.models.saving import load_adapter, save_policy
 from rlhf.reports.dry_run import dry_run_report
+from rlhf.vertex.machines import choose_machine
 
 NAMES = {"t5": ["q", "v", "wo"], "llama": ["q_proj", "v_proj", "down_proj"]}
 AUTO = {"t5": AutoModelForSeq2SeqLM, "llama": AutoModelForCausalLM}
@@ -337,3 +343,52 @@ def test_ppo_on_an_adapter_with_the_reward_of_an_adapter(
     policy = find_policy(str(tmp_path / "out"))
     assert (policy.kind, policy.base_model) == ("adapter", config.base_model)
     assert "merge it first" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("model_type", DRAWS)
+def test_every_familys_layers_are_merged_as_by_peft(model_type: str, tmp_path: Path) -> None:
+    """GPT-2's weights are transposed; others have biases, or several projections in one."""
+    for seed in range(2):
+        peft_model = get_peft_model(
+            draw_model(model_type, seed), LoraConfig(r=2, lora_alpha=5, target_modules="all-linear")
+        )
+        fill(peft_model)
+        peft_model.save_pretrained(tmp_path / str(seed))
+        expected = peft_model.merge_and_unload().state_dict()
+        ours = draw_model(model_type, seed)
+        base = Base("a", None, tmp_path, (tmp_path / str(seed),), tmp_path)
+        merge_adapters(base, ours)
+        for name, tensor in ours.state_dict().items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_machine_is_chosen_by_the_base_of_an_adapter(tmp_path: Path) -> None:
+    """From descriptions alone: there are no weights of the base."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(SHAPES["1b"]))
+    config = LlamaConfig(**SHAPES["1b"])
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    lora = LoraConfig(r=1, target_modules=["v_proj"], layers_to_transform=[0])
+    layer = model.model.layers[0].self_attn.v_proj
+    lora.base_model_name_or_path = str(base)
+    lora.save_pretrained(tmp_path / "adapter")
+    prefix = "base_model.model.model.layers.0.self_attn.v_proj"
+    state = {
+        f"{prefix}.lora_A.weight": torch.ones(1, layer.in_features),
+        f"{prefix}.lora_B.weight": torch.ones(layer.out_features, 1),
+    }
+    save_file(state, tmp_path / "adapter" / "adapter_model.safetensors")
+    choices = []
+    for name in ("base", "adapter"):
+        run = PipelineConfig.model_validate(
+            {
+                "base_model": str(tmp_path / name),
+                "preference_dataset": "gs://bkt/pairs.jsonl",
+                "output_dir": "gs://bkt/runs/first",
+            }
+        )
+        machine, why = choose_machine(run)
+        choices.append((machine, why.replace(name, "model")))
+    assert choices[0] == choices[1]
