@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.cases import make_case
@@ -392,3 +393,20 @@ def test_a_machine_is_chosen_by_the_base_of_an_adapter(tmp_path: Path) -> None:
         machine, why = choose_machine(run)
         choices.append((machine, why.replace(name, "model")))
     assert choices[0] == choices[1]
+
+
+def test_an_adapter_in_a_store_is_fetched_whole(
+    arch: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    expected = save_plain(arch, str(tiny_checkpoint), tmp_path / "adapter").state_dict()
+    store = MemoryFileSystem()
+    store.put(str(tmp_path / "adapter"), f"/{arch}-store/adapter", recursive=True)
+    lm = load(f"memory://{arch}-store/adapter")
+    for name, tensor in lm.module.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+    before = weights_fingerprint(f"memory://{arch}-store/adapter")
+    change_weights(tiny_checkpoint, tmp_path / "other")
+    change(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "other"))
+    described = (tmp_path / "adapter" / "adapter_config.json").read_bytes()
+    store.pipe_file(f"/{arch}-store/adapter/adapter_config.json", described)
+    assert weights_fingerprint(f"memory://{arch}-store/adapter") != before

@@ -141,6 +141,27 @@ def test_a_process_reads_one_commit_of_a_branch(
     assert hub.requests == []
 
 
+def test_another_process_sees_the_branch_where_it_is_now(
+    tiny_checkpoint: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = StageConfig(base_model="user/m", output_dir="x")
+    commits = [hub.model("user/m", tiny_checkpoint)]
+    found = [weights_fingerprint(config.base_model or "")]
+    commits.append(hub.model("user/m", {"config.json": b"{}"}))
+    monkeypatch.setattr("rlhf.files.hub._COMMITS", {})
+    found.append(weights_fingerprint(config.base_model or ""))
+    assert found == commits
+
+
+def test_only_safetensors_are_loaded(tiny_checkpoint: Path, hub: Hub, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_checkpoint, tmp_path / "pickled"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    hub.model("user/m", folder)
+    with pytest.raises(InputError, match=r"base_model: user/m: .*no \*\.safetensors file"):
+        load("user/m")
+    assert not any("pytorch_model.bin" in request for request in hub.requests)
+
+
 @pytest.mark.usefixtures("arch")
 def test_a_broken_download_is_resumed(tiny_checkpoint: Path, hub: Hub) -> None:
     hub.model("user/m", tiny_checkpoint)

@@ -163,7 +163,9 @@ class StageConfig(Schema):
     set_by_pipeline: ClassVar[frozenset[str]] = frozenset({"output_dir"})
 
     base_model: NonEmpty | None = option(
-        None, "Hugging Face id or folder (local, /gcs/..., gs://...) of a T5 or LLaMA checkpoint."
+        None,
+        "Hub id or folder (local, /gcs/..., gs://...) of a model, or of a LoRA adapter, which is "
+        "merged into its base.",
     )
     revision: str | None = option(None, "Branch, tag or commit of base_model on the Hub.")
     output_dir: NonEmpty = option(

@@ -34,8 +34,9 @@ class PPOConfig(TrainingConfig):
     )
     reward_model_path: NonEmpty | None = option(
         None,
-        "Folder written by `rlhf reward-model`, or any Hugging Face sequence classifier with one "
-        "label: a reward of weight 1, named reward_model. Not needed with rewards or reward_fn.",
+        "Folder written by `rlhf reward-model`, or any Hugging Face sequence classifier (or peft "
+        "adapter of one) with one label: a reward of weight 1, named reward_model. Not needed with "
+        "rewards or reward_fn.",
     )
     rewards: list[RewardEntry] = option(
         [],

@@ -111,8 +111,8 @@ class InferenceConfig(StageConfig):
     )
     policy_path: NonEmpty = option(
         ...,
-        "Folder written by `rlhf ppo`, `rlhf dpo` or `rlhf sft`, or the adapter/ or merged/ "
-        "inside it.",
+        "Folder written by `rlhf ppo`, `rlhf dpo` or `rlhf sft`, the adapter/ or merged/ inside "
+        "it, or a checkpoint or peft adapter (folder or Hub id).",
     )
     eval_dataset: UnweightedSources = option(
         ..., f"Rows with prompts, with or without references. {PATHS}."
@@ -181,7 +181,8 @@ class ScoreConfig(Schema):
 
     reward_model_path: NonEmpty = option(
         ...,
-        "Folder written by `rlhf reward-model`, or a Hugging Face sequence classifier.",
+        "Folder written by `rlhf reward-model`, or a Hugging Face sequence classifier or peft "
+        "adapter of one.",
     )
     reward_model_label: int | str | None = reward_model_label()
     dataset: UnweightedSources = option(
