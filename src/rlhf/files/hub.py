@@ -74,17 +74,23 @@ def hub_folder(name: str, revision: str | None, files: Sequence[str], *, quiet: 
         InputError: Why it cannot be read, and what to do.
     """
     from huggingface_hub import snapshot_download
+
+    commit = hub_commit(name, revision)
+    bar = silent_bar() if quiet else None
+    with hub_errors(name, revision):
+        found = snapshot_download(name, revision=commit, allow_patterns=list(files), tqdm_class=bar)
+    return Path(found)
+
+
+def silent_bar() -> type[Any]:
+    """Return a progress bar that shows nothing, for the Hub's client."""
     from tqdm import tqdm
 
     class Silent(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options | {"disable": True})
 
-    commit = hub_commit(name, revision)
-    bar = Silent if quiet else None
-    with hub_errors(name, revision):
-        found = snapshot_download(name, revision=commit, allow_patterns=list(files), tqdm_class=bar)
-    return Path(found)
+    return Silent
 
 
 @contextmanager
@@ -126,10 +132,11 @@ def _explain(error: Exception, name: str, revision: str | None, kind: str) -> tu
             f"({_HOW})"
         ), True
     if is_offline_mode():
+        option = "" if kind == "model" else f"--repo-type {kind} "
         return (
             f"{name} is no folder here, and {where} is not in the cache "
             f"({constants.HF_HUB_CACHE}), or not all of it; HF_HUB_OFFLINE forbids to download it: "
-            f"unset that, or run `hf download {name}` where there is a network"
+            f"unset that, or run `hf download {option}{name}` where there is a network"
         ), False
     if answer is None and isinstance(error, OSError) and error.errno is not None:
         return f"{where} cannot be stored in {constants.HF_HUB_CACHE}: {_line(error)}", False

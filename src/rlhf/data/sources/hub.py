@@ -22,7 +22,7 @@ from rlhf.data.sources.record import Record
 from rlhf.data.sources.source import Source
 from rlhf.errors import InputError
 from rlhf.files.disk import cache_folder
-from rlhf.files.hub import hub_errors
+from rlhf.files.hub import hub_errors, silent_bar
 from rlhf.files.text import write_text
 
 _NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
@@ -184,11 +184,6 @@ def _record(said: HubId, folder: Path) -> Path:
 def _snapshot(name: str, revision: str | None) -> Path:
     """Return the folder in which the Hub's cache keeps the commit of a revision."""
     from huggingface_hub import constants, snapshot_download
-    from tqdm import tqdm
-
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options | {"disable": True})
 
     key = f"{constants.ENDPOINT} {constants.HF_HUB_CACHE}", name, revision
     if key not in _SNAPSHOTS:
@@ -199,7 +194,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
                     repo_type="dataset",
                     revision=revision,
                     allow_patterns="README.md",
-                    tqdm_class=Silent,
+                    tqdm_class=silent_bar(),
                 )
             )
     return _SNAPSHOTS[key]
