@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from support.families import (
     DRAWS,
     draw_model,
@@ -31,7 +32,7 @@ from rlhf.models.heads import ScalarHead
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.lora import LoRALinear
 from rlhf.models.merging import plain_weights
-from rlhf.models.saving import save_merged
+from rlhf.models.saving import load_adapter, save_adapter, save_merged
 from rlhf.models.sequence_classifier import save_sequence_classifier
 
 DRAWN = range(20)
@@ -167,6 +168,22 @@ def through_the_merge(lm: LanguageModel, plain: Any) -> dict[str, Tensor]:
             gradients[f"{name}.lora_A.policy.weight"] = scale * b.weight.t() @ of_weight
             gradients[f"{name}.lora_B.policy.weight"] = scale * of_weight @ a.weight.t()
     return {name: gradient.detach() for name, gradient in gradients.items()}
+
+
+@pytest.mark.parametrize("family", DRAWS)
+@torch.no_grad()
+def test_a_saved_adapter_is_plain_pefts(family: str, tmp_path: Path) -> None:
+    model = draw_model(family, 0)
+    plain, again = copy.deepcopy(model), language_model(copy.deepcopy(model))
+    lm = language_model(model)
+    lm.add_adapter("policy", LORA)
+    randomize_lora(lm, "policy", std=0.2)
+    save_adapter(lm, "policy", tmp_path)
+    load_adapter(again, tmp_path, "sft")
+    with lm.using("policy"), again.using("sft"):
+        ours = grouped_logprobs(lm)
+        assert_same(grouped_logprobs(again), ours, 1e-6, plain.config)
+    assert_same(ours, plain_rows(PeftModel.from_pretrained(plain, tmp_path)), 1e-5, plain.config)
 
 
 @pytest.mark.parametrize("family", DRAWS)

@@ -5,6 +5,7 @@ computed by its own family and by the generic one, and what neither can do is re
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from rlhf.models.families.generic_causal import GenericCausal
 from rlhf.models.families.llama import Llama
 from rlhf.models.generation import generate_in_chunks, rollout_uniforms
 from rlhf.models.language_model import LanguageModel
-from rlhf.models.loading import check_stage, load_language_model
+from rlhf.models.loading import check_stage, load_language_model, read_model_config
 from rlhf.models.memory import memory_per_role
 from rlhf.sft import train_sft
 
@@ -154,6 +155,15 @@ def test_what_cannot_be_trained_is_refused_by_name(model_type: str) -> None:
         InputError, match=f"base_model: m: a '{model_type}' model cannot be trained: .*{reason}"
     ):
         family_of(config, "base_model: m")
+
+
+def test_custom_code_is_refused(tmp_path: Path) -> None:
+    classes = {"AutoConfig": "weird.Config", "AutoModelForCausalLM": "weird.Model"}
+    values = {"model_type": "weird", "auto_map": classes}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "weird.py").write_text("raise SystemExit('custom code ran')")
+    with pytest.raises(InputError, match="auto_map: custom code is never run"):
+        read_model_config(str(tmp_path))
 
 
 def test_a_bert_that_decodes_is_causal() -> None:
@@ -288,3 +298,11 @@ def test_it_is_tuned_and_written_as_transformers_loads_it(tmp_path: Path) -> Non
         with torch.no_grad():
             loss[name] = float(plain(input_ids=ids, labels=labels).loss)
     assert loss["after"] < 0.5 * loss["before"]
+
+
+def test_the_docs_name_every_family() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    rows = [
+        line for line in text.splitlines() if line.endswith("| its own family | read once | yes |")
+    ]
+    assert sorted(re.findall("`(.*?)`", " ".join(rows))) == sorted(FAMILIES)

@@ -44,7 +44,7 @@ _SIZES: dict[str, tuple[int, int]] = {
 }
 # May be null.
 _SELDOM = frozenset({"head_dim", "num_key_value_heads", "num_decoder_layers", "sliding_window"})
-_EPSILONS = ("rms_norm_eps", "layer_norm_epsilon")
+_EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
 
 
 def check_checkpoint(folder: Path, where: str) -> None:

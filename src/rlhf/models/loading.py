@@ -45,7 +45,10 @@ def read_model_config(base_model: str, revision: str | None = None) -> Pretraine
     try:
         config = AutoConfig.from_pretrained(base.folder, trust_remote_code=False)
     except Exception as error:  # each of transformers' checks raises its own type
-        raise InputError(f"{where}: config.json: {_reason(error)}") from error
+        reason = _reason(error)
+        if "custom code" in reason:
+            reason = "auto_map: custom code is never run; only classes of transformers are used"
+        raise InputError(f"{where}: config.json: {reason}") from error
     config.name_or_path = base_model
     check_config(config, family_of(config, where), where)
     generation = _generation(base.folder, where)

@@ -59,8 +59,10 @@ def plain_weights(lm: LanguageModel, adapter: str | None) -> dict[str, Weight]:
         if ".lora_" in name or tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
-        make = _maker(tensor, lm.dtype, layers.get(name), adapter)
-        weights[name.replace(".base_layer.", ".")] = Weight(tensor.shape, lm.dtype, make)
+        # A mask that some old class keeps in its files stays what it is.
+        dtype = lm.dtype if tensor.is_floating_point() else tensor.dtype
+        make = _maker(tensor, dtype, layers.get(name), adapter)
+        weights[name.replace(".base_layer.", ".")] = Weight(tensor.shape, dtype, make)
     return weights
 
 
