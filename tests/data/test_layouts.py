@@ -746,3 +746,18 @@ def test_each_layout_is_tested_here_and_documented() -> None:
     pages = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     assert [name for name in BY_NAME if f"| `{name}` |" not in pages] == []
     assert all(len(layout.needs) > 0 for layout in LAYOUTS)
+
+
+def test_null_counts_as_missing_as_in_tables(tmp_path: Path) -> None:
+    """Parquet and Arrow give every row all columns."""
+    nulls = dict.fromkeys(KEYS)
+    for case in CASES.values():
+        path = write(tmp_path / "a.jsonl", [nulls | row for row in case.rows])
+        data = load_prompts(path, renderer=RENDERER)
+        assert list(data.report.layouts) == [case.layout]
+        assert sorted(data.report.unused) == sorted(case.unused)
+        if case.pairs:
+            assert as_pairs(path) == case.pairs
+        if case.learned:
+            rows = load_prompts(path, renderer=RENDERER, require_output=True)
+            assert [(row.prompt.text, *row.references) for row in rows] == case.learned

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from rlhf.data.layouts.preferences import begins_dialogue
 from rlhf.data.layouts.reader import plain_keys
+from rlhf.data.layouts.table import near_miss
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.row_checker import MOST_KEYS, RowChecker, add_names, holds_something
 from rlhf.data.schema import Candidates, PromptText
@@ -25,6 +26,7 @@ class Parts(NamedTuple):
         conversation: Whether it has `messages`.
         has_pair: Whether it has candidate fields.
         problems: By part: "pair", "prompt", "render", "output"; None if there are none.
+        near: Of which other layout a row without candidates nearly is, in words.
     """
 
     prompt: PromptText | None
@@ -34,6 +36,7 @@ class Parts(NamedTuple):
     conversation: bool
     has_pair: bool
     problems: dict[str, list[str]] | None
+    near: str = ""
 
 
 class RowShape(NamedTuple):
@@ -44,6 +47,7 @@ class RowShape(NamedTuple):
     candidate_1: str | None
     choice: str | None
     extras: tuple[str, ...]
+    near: str
 
 
 class FieldNames:
@@ -117,6 +121,7 @@ class RowReader:
             bool(fields.messages),
             has_pair,
             problems or None,
+            "" if has_pair else near_miss(row),
         )
 
     def read_plain(self, row: Mapping[str, Any]) -> Parts | None:
@@ -148,14 +153,14 @@ class RowReader:
                 return None
             if type(choice) is not int or choice not in (0, 1):
                 return None
-            if shape.choice is None and begins_dialogue(text):
+            if shape.choice is None and text[0] in "\nH" and begins_dialogue(text):
                 return None
             pair = Candidates((first, second), (choice, 1 - choice), None)
         if shape.extras:
             more = (name for name in shape.extras if holds_something(row[name]))
             add_names(self.unused, more)
         prompt = self.renderer.render_text(text)
-        return Parts(prompt, text, pair, references, False, pair is not None, None)
+        return Parts(prompt, text, pair, references, False, pair is not None, None, shape.near)
 
     def _learn(self, keys: tuple[str, ...]) -> RowShape | None:
         self._names.note(keys)
@@ -181,4 +186,5 @@ def _shape(keys: frozenset[str], order: tuple[str, ...]) -> RowShape | None:
     elif candidates or keys & {"candidates", "ranking"}:
         return None
     known = candidates | prompts | {"output_text"}
-    return RowShape(prompt, *pair, tuple(key for key in order if key not in known))
+    extras = tuple(key for key in order if key not in known)
+    return RowShape(prompt, *pair, extras, "" if candidates else near_miss(dict.fromkeys(keys, "")))

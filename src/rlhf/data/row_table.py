@@ -139,10 +139,11 @@ class TableWriter:
             size += sum(map(len, pair.texts))
             hashes = pair_hashes(text, pair.texts, pair.ranking, pair.levels)
             same = identical_pairs(pair.texts)
-            ties = tied_pairs(pair) if pair.levels else 0
-            self.ties += ties
-            orders = (pair.ranking, pair.levels, pair.margin)
-            candidates = (pair.texts, *orders, blank, hashes, same, ties)
+            levels, ties = pair.levels, 0
+            if levels:
+                ties = tied_pairs(pair)
+                self.ties += ties
+            candidates = (pair.texts, pair.ranking, levels, pair.margin, blank, hashes, same, ties)
         self._pending.append(
             (
                 text,

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from rlhf.data.faults import Faults
-from rlhf.data.layouts.parts import Row
 from rlhf.data.layouts.reader import Found, LayoutReader
 from rlhf.data.layouts.table import ROWS, has_prompt, near_miss
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.row_checker import RowChecker, add_names, in_words
 from rlhf.data.row_reader import FieldNames, Parts, RowReader
 from rlhf.data.row_table import Flag, RowTable, TableWriter
-from rlhf.data.schema import Candidates, ranked_pairs
+from rlhf.data.schema import ranked_pairs
 from rlhf.data.sources.reading import read_records
 from rlhf.data.sources.record import Record
 from rlhf.data.sources.source import Source, place
@@ -102,7 +101,8 @@ class _Scanner:
         # The names of converted rows are not those of the files.
         self.own = RowReader(renderer, None if columns else self.names)
         self.converted = RowReader(renderer)
-        self.own_rows = 0
+        self.maps = bool(columns)
+        self.slow_rows = 0  # those of the library's layout that took the short way are the others
 
     def add(self, line: Record) -> None:
         """Add what a record gives."""
@@ -112,10 +112,9 @@ class _Scanner:
             problem = line.problem or f"is {in_words(value)}, expected a JSON object"
             self._add_problem(line, problem, line.whole_file)
             return
-        if not layouts.waits and not layouts.columns.mapping:
+        if layouts.first is None and not self.maps:
             parts = self.own.read_plain(value)
             if parts is not None:
-                self.own_rows += 1
                 self._add_row(parts, line)
                 return
         self.names.note(value)
@@ -125,6 +124,7 @@ class _Scanner:
         """Return everything, once all lines are added."""
         self._add_found(self.layouts.finish())
         layouts, unused = self.layouts, self.own.unused
+        counts = layouts.counts + Counter({ROWS.name: self.writer.rows - self.slow_rows})
         add_names(unused, (*layouts.columns.replaced, *layouts.unused))
         return Scan(
             self.sources,
@@ -132,7 +132,7 @@ class _Scanner:
             self.faults,
             unused,
             self.names.listed(),
-            layouts=dict((layouts.counts + Counter({ROWS.name: self.own_rows})).most_common()),
+            layouts=dict(counts.most_common()),
             missing_columns=layouts.columns.missing(),
             has_ties=self.writer.ties > 0,
         )
@@ -142,13 +142,16 @@ class _Scanner:
             line, row = found.lines[0], found.row
             if found.problem:
                 self._add_problem(line, found.problem)
-            elif row is None:
+                continue
+            self.slow_rows += 1
+            if row is None:
                 flags = Flag.OBJECT | Flag.LEFT_OUT
                 self.writer.add(None, "", None, None, None, (line.file, line.line), flags)
             elif found.layout is not ROWS:
                 parts = self.converted.read_plain(row) or self.converted.read(row)
                 self._add_row(parts, line, found)
             elif not has_prompt(row) and (near := near_miss(row)):
+                self.slow_rows -= 1
                 self._add_problem(line, near)
             else:
                 parts = self.own.read_plain(row) or self.own.read(row)
@@ -156,6 +159,7 @@ class _Scanner:
 
     def _add_problem(self, line: Record, problem: str, whole_file: bool = False) -> None:
         """Add a line that is no row at all."""
+        self.slow_rows += 1
         flags = Flag.BAD_LINE
         if whole_file:
             flags |= Flag.WHOLE_FILE
@@ -172,42 +176,48 @@ class _Scanner:
             line: Its line.
             found: What it was converted from; None for a row as in the file.
         """
-        prompt, pair, references = parts.prompt, parts.pair, parts.references
-        row: Row = found.row if found and found.row and found.layout is ROWS else line.value
-        faults, number = self.faults, self.writer.rows
+        prompt, input_text, pair, references, conversation, has_pair, problems, near = parts
+        faults = self.faults
         flags = Flag.OBJECT
         counts = (0, 0, 0)
-        if parts.conversation:
+        if conversation:
             flags |= Flag.CONVERSATION
         if line.mended or (found and found.lines[-1].mended):
             flags |= Flag.MENDED
         if not references:
             flags |= Flag.NO_OUTPUT
-            bad_output = bool(parts.problems) and "output" in (parts.problems or {})
-            if not bad_output and faults.wanted("no output", parts.has_pair, False):
-                faults.add(number, "no output", _problems_of_no_output(row, found))
-        if parts.problems:
-            bad_pair = "pair" in parts.problems
-            for part, texts in parts.problems.items():
+            bad_output = problems and "output" in problems
+            if not bad_output and faults.wanted("no output", has_pair, False):
+                faults.add(self.writer.rows, "no output", _problems_of_no_output(line, found))
+        if problems:
+            bad_pair = "pair" in problems
+            for part, wrong in problems.items():
                 flags |= _FLAG_OF_PART[part]
-                if faults.wanted(part, parts.has_pair, bad_pair):
-                    faults.add(number, part, texts)
+                if faults.wanted(part, has_pair, bad_pair):
+                    faults.add(self.writer.rows, part, wrong)
             counts = tuple(  # type: ignore[assignment]
-                len(parts.problems.get(part, ())) for part in ("pair", "prompt", "output")
+                len(problems.get(part, ())) for part in ("pair", "prompt", "output")
             )
-        if parts.has_pair:
+        if has_pair:
             flags |= Flag.HAS_PAIR
         elif not flags & Flag.BAD_PAIR:
-            counts = (_count_of_no_pair(row, found), *counts[1:])
+            counts = (1 if near or _is_converted(found) else _NO_PAIR_PROBLEMS, *counts[1:])
             if faults.wanted("pair", False, False):
-                faults.add(number, "pair", _problems_of_no_pair(row, found))
+                faults.add(self.writer.rows, "pair", _problems_of_no_pair(line, near, found))
         if pair is not None:
-            flags |= _pair_flags(pair, parts.input_text)
+            texts, first = pair.texts, pair.texts[0]
+            if texts.count(first) == len(texts):
+                flags |= Flag.IDENTICAL
+            elif pair.levels and not ranked_pairs(texts, pair.ranking, pair.levels):
+                flags |= Flag.TIED
+            if input_text and first.startswith(input_text):
+                same = all(candidate.startswith(input_text) for candidate in texts)
+                flags |= Flag.REPEATS if same else 0
         raw = None
         if self.keep_lines:
             raw = b"\n".join(map(_raw, found.lines)) if found else _raw(line)
         where = (line.file, line.line)
-        self.writer.add(prompt, parts.input_text, pair, references, raw, where, flags, counts)
+        self.writer.add(prompt, input_text, pair, references, raw, where, flags, counts)
 
 
 _FLAG_OF_PART = {
@@ -226,41 +236,30 @@ def _is_converted(found: Found | None) -> TypeGuard[Found]:
     return found is not None and found.layout is not ROWS
 
 
-def _pair_flags(pair: Candidates, input_text: str) -> int:
-    flags = 0
-    if len(set(pair.texts)) == 1:
-        flags |= Flag.IDENTICAL
-    elif pair.levels and not ranked_pairs(pair.texts, pair.ranking, pair.levels):
-        flags |= Flag.TIED
-    if input_text and all(candidate.startswith(input_text) for candidate in pair.texts):
-        flags |= Flag.REPEATS
-    return flags
-
-
 def _raw(line: Record) -> bytes:
     raw = b"" if line.mended else line.raw
     return raw or json.dumps(line.value).encode()
 
 
-def _problems_of_no_pair(row: Mapping[str, Any], found: Found | None) -> list[str]:
+def _problems_of_no_pair(line: Record, near: str, found: Found | None) -> list[str]:
     """Say what a row lacks that has no candidate fields."""
     if _is_converted(found):
         return [f"is of {found.layout.described}, expected two answers to a prompt"]
-    if near := near_miss(row):
+    if near:
         return [near]
-    checker = RowChecker(row)
+    checker = _checker(line, found)
     checker.candidates()
     return checker.problems
 
 
-def _count_of_no_pair(row: Mapping[str, Any], found: Found | None) -> int:
-    """Return the number of these problems, without wording them."""
-    return 1 if _is_converted(found) or near_miss(row) else _NO_PAIR_PROBLEMS
-
-
-def _problems_of_no_output(row: Mapping[str, Any], found: Found | None) -> list[str]:
+def _problems_of_no_output(line: Record, found: Found | None) -> list[str]:
     if _is_converted(found):
         return [f"is of {found.layout.described}, expected an answer to learn"]
-    checker = RowChecker(row)
+    checker = _checker(line, found)
     checker.references(required=True)
     return checker.problems
+
+
+def _checker(line: Record, found: Found | None) -> RowChecker:
+    """Return the checker of a row as in the file, with its columns mapped."""
+    return RowChecker(found.row if found and found.row else line.value)

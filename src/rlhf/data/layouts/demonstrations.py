@@ -87,4 +87,4 @@ def _single_answer(row: Row, name: str) -> tuple[str, set[str]]:
     turns = checked_turns(given, name) if isinstance(given, list) else []
     if len(turns) != 1 or not ends_with_answer(turns):
         raise RowError(f"{name}: is {in_words(value)}, expected text or one turn of the assistant")
-    return turns[0]["content"], turn_paths(name)
+    return turns[0]["content"], set(turn_paths(name))

@@ -58,7 +58,10 @@ def number_of(row: Row, name: str) -> float:
 
 def has(row: Mapping[str, Any], *names: str) -> bool:
     """Return whether a row has all of some fields; null counts as missing."""
-    return all(row.get(name) is not None for name in names)
+    for name in names:  # noqa: SIM110 (`all` of a generator takes three times as long)
+        if row.get(name) is None:
+            return False
+    return True
 
 
 def has_own_prompt(row: Row) -> bool:
@@ -75,7 +78,7 @@ def own_prompt(row: Row) -> tuple[str | list[Turn] | None, set[str]]:
     if name == "messages" and names[1:] and names[1] in ("input_text", "prompt"):
         name = names[1]  # `messages` is then the prompt with its answer
     if isinstance(row[name], list) and name in ("prompt", "messages", "conversations"):
-        return checked_turns(row[name], name), turn_paths(name)
+        return checked_turns(row[name], name), set(turn_paths(name))
     text = text_of(row, name)
     if name == "instruction" and holds_something(row.get("input")):
         return f"{text}\n\n{text_of(row, 'input')}", {name, "input"}

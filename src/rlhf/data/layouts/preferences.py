@@ -34,6 +34,7 @@ from rlhf.data.layouts.turns import (
 )
 from rlhf.data.row_checker import holds_something
 
+_BEGINNING = re.compile(r"\n*Human:")
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _AUTHORS = {"Human": "user", "Assistant": "assistant"}
 _ANSWER = "\n\nAssistant:"
@@ -51,7 +52,7 @@ _MORE = frozenset(("system", "history", "messages", *(name for both in SCORES fo
 
 def begins_dialogue(text: str) -> bool:
     """Return whether a text begins as HH-RLHF's dialogues do."""
-    return text.lstrip().startswith("Human:")
+    return _BEGINNING.match(text) is not None
 
 
 def may_be_plain(keys: frozenset[str]) -> bool:
@@ -121,7 +122,7 @@ def _demonstration(row: Row, written: Row) -> Converted:
     prompt = written.get("messages") or [{"role": "user", "content": written.get("input_text")}]
     if [_said(turn) for turn in turns] != [_said(turn) for turn in prompt]:
         return {}, set()
-    return {"output_text": answer["content"]}, turn_paths("messages")
+    return {"output_text": answer["content"]}, set(turn_paths("messages"))
 
 
 def _said(turn: Turn) -> tuple[Any, str]:

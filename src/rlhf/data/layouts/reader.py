@@ -42,6 +42,7 @@ class LayoutReader:
         columns: The mapping of columns.
         counts: Rows by the name of their layout.
         unused: Names of values that no conversion used.
+        first: The record that waits for the next one, with which it makes a row; None if none does.
     """
 
     def __init__(self, columns: Mapping[str, str] | None = None, only: str | None = None) -> None:
@@ -50,13 +51,8 @@ class LayoutReader:
         self.unused: list[str] = []
         self._only = None if only is None else BY_NAME[only]
         self._possible: dict[tuple[str, ...], tuple[Layout, ...]] = {}
-        self._first: Record | None = None
+        self.first: Record | None = None
         self._first_row: Row = {}
-
-    @property
-    def waits(self) -> bool:
-        """Whether the last row waits for the next one, with which it makes a pair."""
-        return self._first is not None
 
     def layout_of(self, row: Row) -> Layout:
         """Return the layout of a row."""
@@ -86,23 +82,23 @@ class LayoutReader:
                 of_attributes(row)
             except RowError as error:
                 problem = str(error)
-        first = self._first
+        first = self.first
         if first and layout.joins and not problem and self._belongs(line, row):
-            self._first = None
+            self.first = None
             yield self._convert((first, line), layout, (self._first_row, row))
             return
         yield from self.finish()
         if problem:
             yield Found((line,), layout, problem=problem)
         elif layout.joins:
-            self._first, self._first_row = line, row
+            self.first, self._first_row = line, row
         else:
             yield self._convert((line,), layout, (row,))
 
     def finish(self) -> Iterator[Found]:
         """Yield the row that waits, if there is one: it states no preference alone."""
-        if self._first is not None:
-            line, self._first = self._first, None
+        if self.first is not None:
+            line, self.first = self.first, None
             yield Found((line,), self.layout_of(self._first_row))
 
     def single(self, row: Row) -> Row:
@@ -123,8 +119,8 @@ class LayoutReader:
 
     def _belongs(self, line: Record, row: Row) -> bool:
         """Return whether a row makes a pair with the one that waits."""
-        assert self._first is not None
-        return line.file == self._first.file and same_prompt(self._first_row, row)
+        assert self.first is not None
+        return line.file == self.first.file and same_prompt(self._first_row, row)
 
     def _convert(self, lines: tuple[Record, ...], layout: Layout, rows: Sequence[Row]) -> Found:
         try:

@@ -4,6 +4,7 @@ A turn is an object with `role` (or `author`) and `content`, or with `from` and 
 are equal if their authors and texts are, ignoring surrounding spaces.
 """
 
+from functools import lru_cache
 from typing import Any
 
 from rlhf.data.row_checker import in_words
@@ -109,11 +110,13 @@ def checked_turns(values: list[Any], name: str) -> list[Turn]:
     return turns
 
 
-def turn_paths(name: str) -> set[str]:
+@lru_cache(maxsize=64)
+def turn_paths(name: str) -> frozenset[str]:
     """Return the paths of what is read of the turns in a field."""
-    return {f"{name}{where}.{key}" for where in ("", "[]") for key in _TURN_KEYS} | {
-        f"{name}{where}.content[].{key}" for where in ("", "[]") for key in ("type", "text")
-    }
+    return frozenset(
+        {f"{name}{where}.{key}" for where in ("", "[]") for key in _TURN_KEYS}
+        | {f"{name}{where}.content[].{key}" for where in ("", "[]") for key in ("type", "text")}
+    )
 
 
 def is_odd(turns: Any) -> bool:
