@@ -87,8 +87,8 @@ def own_prompt(row: Row) -> tuple[str | list[Turn] | None, set[str]]:
 
 def complete(row: Row, prompt: str | list[Turn] | None) -> Converted:
     """Return a prompt with the row's system text and earlier turns, and the fields used."""
-    kept: Row = {name: row[name] for name in _KEPT if name in row}
-    used = {"context", "output_text", "margin"} & set(kept)
+    kept: Row = {name: row[name] for name in _KEPT if has(row, name)}
+    used = set(kept)
     if isinstance(row.get("history"), list) and row["history"]:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
         prompt = joined(history_turns(row["history"]), turns)
