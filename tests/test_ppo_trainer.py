@@ -118,7 +118,7 @@ def total_variation(p: Tensor, q: Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("critic", ["adapter", "head"])
+@pytest.mark.parametrize(("arch", "critic"), [("t5", "adapter"), ("llama", "head")])
 def test_bandit_reaches_the_exact_optimum_over_the_whole_vocabulary(
     arch: str, critic: str, tmp_path: Path
 ) -> None:
@@ -725,6 +725,7 @@ def test_stopped_and_resumed_is_never_stopped(arch: str, tmp_path: Path) -> None
     options = {
         "train_steps": 3, "kl_target": 0.5, "kl_horizon": 50, "save_every": 3,
         "num_minibatches": 2, "lr_scheduler": "cosine", "warmup_steps": 1,
+        "responses_per_prompt": 2,
     }  # fmt: skip
     (tmp_path / "whole").mkdir()
     run(arch, tmp_path / "whole", **options)

@@ -1,8 +1,5 @@
 """Several responses per prompt in PPO: each prompt is read once, and nothing else changes."""
 
-import json
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +11,7 @@ from support.ppo import count_letters, make_config, make_trainer
 from support.tiny import make_tokenizer, tiny_model
 from torch import Tensor
 
-from rlhf.config import PPOConfig
-from rlhf.errors import InputError, StoppedBySignal
+from rlhf.errors import InputError
 from rlhf.ppo.experience import Experience
 from rlhf.ppo_trainer import PPOTrainer, train_ppo
 
@@ -99,30 +95,6 @@ def test_what_does_not_divide_is_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(tmp_path, **fields)
-
-
-def test_stopped_and_resumed_equals_never_stopped(arch: str, tmp_path: Path) -> None:
-    def run(folder: Path, *callbacks: Any) -> list[dict[str, Any]]:
-        folder.mkdir(exist_ok=True)
-        config: PPOConfig = make_config(
-            folder, responses_per_prompt=4, train_steps=3, save_every=3, num_minibatches=2
-        )
-        train_ppo(
-            config, reward_fn=count_letters, model=tiny_model(arch),
-            tokenizer=make_tokenizer(arch), callbacks=callbacks,
-        )  # fmt: skip
-        lines = (folder / "ppo" / "metrics.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        timings = ("time/", "perf/")
-        return [{k: v for k, v in row.items() if not k.startswith(timings)} for row in rows]
-
-    def stop(trainer: PPOTrainer, step: int, metrics: object, samples: object) -> None:
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(StoppedBySignal):
-        run(tmp_path / "stopped", stop)
-    assert run(tmp_path / "stopped") == run(tmp_path / "whole")
 
 
 def test_the_number_of_responses_belongs_to_the_run(arch: str, tmp_path: Path) -> None:

@@ -304,10 +304,8 @@ def lines_without_times(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def test_stopped_and_resumed_with_several_rewards_is_never_stopped(
-    arch: str, tmp_path: Path
-) -> None:
-    config, functions = four_rewards(arch, tmp_path, train_steps=3, save_every=3)
+def test_stopped_and_resumed_with_several_rewards_is_never_stopped(tmp_path: Path) -> None:
+    config, functions = four_rewards("llama", tmp_path, train_steps=3, save_every=3)
     train_ppo(config, reward_fn=functions)
 
     def stop(trainer: Any, step: int, metrics: object, samples: object) -> None:
