@@ -1,19 +1,26 @@
 """What decoder families refuse, and what only some of their models have."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from support.families import DRAWS, draw_model, language_model, model_of
+from support.families import DRAWS, draw_model, language_model, model_of, plain_logprobs
 from support.tiny import make_tokenizer
-from transformers import Gemma2Config, Gemma3TextConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 from rlhf.config import InferenceConfig, StageConfig
 from rlhf.data.batching import TokenBatch
 from rlhf.errors import InputError
 from rlhf.models.checkpoint_files import check_config
 from rlhf.models.families import family_of
-from rlhf.models.generation import generate
+from rlhf.models.generation import generate, rollout_uniforms
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import check_limits, load_language_model
 from rlhf.models.memory import count_parameters, memory_per_role
@@ -113,6 +120,26 @@ def test_frequencies_of_both_kinds_of_layers_are_exact() -> None:
     for name, buffer in lm.module.named_buffers():
         if name in expected:
             assert torch.equal(buffer, expected[name])
+
+
+@torch.no_grad()
+def test_rows_that_leave_early_take_their_prompts_along() -> None:
+    """A fifth of all ids end a response; the others still see what their window shows of a prompt."""
+    model = model_of(MistralConfig(**SIZES, sliding_window=5), 0)
+    model.generation_config.eos_token_id = list(range(2, 120, 5))
+    plain = copy.deepcopy(model)
+    lm = language_model(model)
+    prompts = [[5, 6, 7, 8, 9, 10], [13], [14, 15, 16], [17, 18]]
+    groups = [3, 0, 1, 0, 2, 1, 3, 2]
+    made = generate(
+        lm, TokenBatch.from_lists(prompts), groups=torch.tensor(groups), max_new_tokens=10,
+        temperature=1.0, uniforms=rollout_uniforms(0, 0, range(8), 10),
+    )  # fmt: skip
+    assert len(set(made.responses.lengths.tolist())) > 3
+    for row, (group, response) in enumerate(zip(groups, made.responses.tolists(), strict=True)):
+        expected = plain_logprobs(plain, prompts[group], response)
+        ours = made.logprobs[row, : len(response)]
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_compiled_step_has_windows_and_caps_too() -> None:
