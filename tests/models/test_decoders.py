@@ -124,7 +124,7 @@ def test_frequencies_of_both_kinds_of_layers_are_exact() -> None:
 
 @torch.no_grad()
 def test_rows_that_leave_early_take_their_prompts_along() -> None:
-    """A fifth of all ids end a response; the others still see what their window shows of a prompt."""
+    """A fifth of all ids end a response; the others still see what is in their window."""
     model = model_of(MistralConfig(**SIZES, sliding_window=5), 0)
     model.generation_config.eos_token_id = list(range(2, 120, 5))
     plain = copy.deepcopy(model)
