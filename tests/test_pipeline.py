@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.config import InferenceConfig, PipelineConfig
+from rlhf.config import InferenceConfig, PipelineConfig, SourceEntry
+from rlhf.data.reading import read_once
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.files.lease import lease
 from rlhf.inference import run_inference
-from rlhf.pipeline import on_the_given_base, run_pipeline
+from rlhf.pipeline import hold_out_rows, on_the_given_base, run_pipeline
 from rlhf.ppo_trainer import train_ppo
 from rlhf.reward_model import train_reward_model
 from rlhf.stages import STAGES
@@ -362,3 +363,29 @@ def test_a_dry_run_does_not_mind_an_unfinished_reward_model(values, capsys):
     config = PipelineConfig.model_validate(values | {"dry_run": True})
     run_pipeline(config, reward_fn=by_id)
     assert "reward by_id: weight 1, a function" in capsys.readouterr().out
+
+
+def test_rows_held_out_of_a_mixture_keep_its_weights(values, tmp_path):
+    first, second = preferences(30), preferences(50, start=200)
+    mixture = [
+        {"path": write_rows(tmp_path / "first.jsonl", first), "weight": 2},
+        write_rows(tmp_path / "second.jsonl", second),
+    ]
+    config = PipelineConfig.model_validate(
+        values | {"preference_dataset": mixture, "eval_dataset": None, "sft_dataset": None}
+    )
+    with read_once(keep_lines=True):
+        held = hold_out_rows(config)
+    folder = tmp_path / "out" / "data"
+    assert held.preference_dataset == [
+        SourceEntry(path=str(folder / "preferences-0.jsonl"), weight=2),
+        SourceEntry(path=str(folder / "preferences-1.jsonl"), weight=1),
+    ]
+    parts = [
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("preferences-0.jsonl", "preferences-1.jsonl", "held_out.jsonl")
+    ]
+    assert len(parts[2]) == 4
+    for part, rows in zip(parts, (first, second), strict=False):
+        assert part == [row for row in rows if row not in parts[2]]
+    assert held.eval_dataset == str(folder / "held_out.jsonl")

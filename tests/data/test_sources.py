@@ -8,9 +8,12 @@ import io
 import json
 import lzma
 import os
+import sys
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -377,13 +380,39 @@ def test_stores_hold_every_format_too() -> None:
     assert data[69].source == "memory:///rlhf-sources/parquet/rows.parquet:70"
 
 
-def test_files_of_servers_without_ranges_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stream(io.BytesIO):
-        def seekable(self) -> bool:
-            return False
+def test_web_servers_need_not_send_parts_of_files() -> None:
+    large = {"large.parquet": [{"prompt": os.urandom(4000).hex()} for _ in range(800)]}
+    contents = {f"/rows.{end}": writer(PAIRS) for end, writer in WRITERS.items()}
+    contents |= {f"/{name}": parquet(rows) for name, rows in large.items()}
 
-        def seek(self, *_: Any) -> int:
-            raise OSError("cannot seek")
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = contents.get(self.path.partition("?")[0])
+            self.send_response(404 if content is None else 200)
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content or b"")
 
-    stream = io.BufferedReader(Stream(parquet(PAIRS)))  # type: ignore[arg-type]
-    assert [one.value for one in tables.read_parquet(stream, 0)] == PAIRS
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for name in ("rows.jsonl?download=true", "rows.csv.zst", "rows.parquet", "rows.arrow"):
+            found = read(f"{url}/{name}")
+            assert [one.value for one in found] == PAIRS
+        assert [one.value for one in read(f"{url}/large.parquet")] == large["large.parquet"]
+        assert find_sources(f"{url}/rows.csv", "dataset")[0].name == f"{url}/rows.csv"
+        with pytest.raises(InputError, match=r"^dataset: .*none.jsonl matches no file"):
+            read(f"{url}/none.jsonl")
+        server.shutdown()
+
+
+def test_the_package_that_a_store_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"^dataset: s3://bucket/a.jsonl cannot be read: .*s3fs"):
+        read("s3://bucket/a.jsonl")

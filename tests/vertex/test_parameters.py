@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.vertex_parameters import NOTEBOOK
 
-from rlhf.config import PipelineConfig
+from rlhf.config import PipelineConfig, SourceEntry
 from rlhf.errors import InputError
+from rlhf.vertex.addresses import not_in_the_cloud
 from rlhf.vertex.base_models import HUB_NAMES
 from rlhf.vertex.conversion import to_config, to_parameters
 from rlhf.vertex.parameters import PARAMETERS, REQUIRED, SECTIONS
@@ -390,3 +391,22 @@ def test_a_configuration_survives_the_way_through_the_parameters(config):
     assert back.vertex == config.vertex
     assert (back.output_dir, back.eval_dataset) == (config.output_dir, config.eval_dataset)
     assert to_parameters(back) == to_parameters(to_config(to_parameters(back)))
+
+
+def test_mixtures_travel_as_json():
+    mixture = [{"path": "gs://bkt/a.jsonl", "weight": 2.0}, "user/set:train"]
+    config = run_config(preference_dataset=mixture, eval_dataset={"path": "gs://b/e", "limit": 9})
+    values = to_parameters(config)
+    assert json.loads(values["preference_dataset"]) == mixture
+    again = to_config(values)
+    assert again.preference_dataset == config.preference_dataset == again.prompt_dataset
+    assert again.eval_dataset == config.eval_dataset
+    one = to_config(LEAST | {"preference_dataset": '{"path": "gs://bkt/a.jsonl", "limit": 3}'})
+    assert one.preference_dataset == [SourceEntry(path="gs://bkt/a.jsonl", limit=3)]
+    assert problems_of(preference_dataset='[{"path": "a", "wait": 2}]') == [
+        "preference_dataset.0.wait: unknown field; did you mean `weight`?"
+    ]
+    given = run_config(preference_dataset=[{"input_text": "a"}])
+    assert not_in_the_cloud(given)[0].startswith(
+        "preference_dataset: (list given from Python), and the jobs are other processes"
+    )

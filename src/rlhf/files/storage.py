@@ -103,9 +103,9 @@ def upload(filesystem: Any, local: str, remote: str) -> None:
 class _Readable(io.RawIOBase):
     """A file in a store; whatever errors the store raises become StorageErrors."""
 
-    def __init__(self, file: IO[bytes], what: str) -> None:
+    def __init__(self, file: IO[bytes], what: str, seekable: bool) -> None:
         super().__init__()
-        self._file, self._what = file, what
+        self._file, self._what, self._seekable = file, what, seekable
 
     def readable(self) -> bool:
         return True
@@ -117,7 +117,7 @@ class _Readable(io.RawIOBase):
         return len(content)
 
     def seekable(self) -> bool:
-        return self._file.seekable()
+        return self._seekable and self._file.seekable()
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         return self._file.seek(offset, whence)
@@ -135,7 +135,10 @@ def open_stored(filesystem: Any, root: str) -> IO[bytes]:
 
     The buffer adds what files from fsspec 2026.9 lack: reading a line up to a given length.
     """
-    file = _Readable(filesystem.open(root, "rb"), f"{root} could not be read to its end")
+    # Not every web server sends parts of a file, so that they are read from start to end.
+    web = "http" in filesystem.protocol
+    stream = filesystem.open(root, "rb", **({"block_size": 0} if web else {}))
+    file = _Readable(stream, f"{root} could not be read to its end", seekable=not web)
     return io.BufferedReader(file, READ_BUFFER)
 
 

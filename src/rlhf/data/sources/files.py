@@ -73,9 +73,11 @@ def _similar(path: str) -> str:
 
 
 def _remote_matches(path: str) -> list[str]:
+    web = path.startswith(("http://", "https://"))
+
     def find(filesystem: Any, root: str) -> list[str]:
         filesystem.invalidate_cache()  # listings are cached for the life of the process
-        if glob.has_magic(root):
+        if "*" in root or (glob.has_magic(root) and not web):  # ? begins a query there
             found = filesystem.glob(root, detail=True)
             return sorted(name for name, info in found.items() if info["type"] == "file")
         try:  # `isfile` returns False on every error
@@ -87,6 +89,8 @@ def _remote_matches(path: str) -> list[str]:
     found = _with_filesystem(path, find)
     if not found:
         raise InputError(f"{path} matches no file that can be read")
+    if web:
+        return list(found)
     scheme = path.split("://")[0]
     return [f"{scheme}://{name.lstrip('/') if scheme == 'gs' else name}" for name in found]
 

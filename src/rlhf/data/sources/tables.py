@@ -161,7 +161,7 @@ def _check_names(names: list[str]) -> None:
 
 @contextmanager
 def _seekable(stream: IO[bytes]) -> Iterator[IO[bytes]]:
-    """Yield the stream, or a copy on disk if one cannot move in it (web servers without ranges)."""
+    """Yield the stream, or a copy on disk if one cannot move in it (from web servers)."""
     if stream.seekable():
         yield stream
         return
