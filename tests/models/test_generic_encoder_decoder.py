@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.numerics import assert_same_gradients
+from support.ppo import make_trainer
 from support.tiny import make_tokenizer, randomize_lora, tiny_model
 from tokenizers import processors
 from transformers import (
@@ -26,7 +27,7 @@ from rlhf.data.batching import TokenBatch
 from rlhf.data.prompt_codec import PromptCodec
 from rlhf.data.schema import PromptText
 from rlhf.errors import InputError
-from rlhf.models.families import family_notes, family_of
+from rlhf.models.families import FAMILIES, family_notes, family_of
 from rlhf.models.families.generic_encoder_decoder import GenericEncoderDecoder
 from rlhf.models.families.t5 import T5
 from rlhf.models.generation import generate, generate_in_chunks, rollout_uniforms
@@ -94,6 +95,30 @@ def test_sampled_rollouts_are_those_of_the_own_family() -> None:
     assert torch.equal(generic.finished, own.finished)
     torch.testing.assert_close(generic.logprobs, own.logprobs, atol=1e-4, rtol=1e-4)
     assert len({len(row) for row in own.responses.tolists()}) > 1  # rows left the batch
+
+
+def test_a_step_of_ppo_is_that_of_the_own_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for family in (T5, GenericEncoderDecoder):
+        monkeypatch.setitem(FAMILIES, "t5", family)
+        folder = tmp_path / family.__name__
+        folder.mkdir()
+        options = {"responses_per_prompt": 2, "kl_coeff": 0.1, "gradient_checkpointing": True}
+        trainer = make_trainer("t5", folder, **options)
+        lm = trainer.policy.lm
+        assert type(lm) is family
+        named = [pair for role in lm.adapters.names for pair in lm.named_trainable(role)]
+        before = {name: parameter.detach().clone() for name, parameter in named}
+        metrics = trainer.step()
+        moved = {name: (parameter.detach() - before[name]).flatten() for name, parameter in named}
+        found.append((torch.cat([moved[name] for name in sorted(moved)]), metrics))
+    (own, metrics), (generic, others) = found
+    assert own.norm() > 0.01
+    assert (generic - own).norm() < 0.01 * own.norm()
+    for name in ("score", "kl", "policy_loss", "value_loss", "entropy", "explained_variance"):
+        assert others[f"ppo/{name}"] == pytest.approx(metrics[f"ppo/{name}"], rel=1e-3, abs=1e-5)
 
 
 def bart() -> BartForConditionalGeneration:

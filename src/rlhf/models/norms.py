@@ -73,12 +73,15 @@ KINDS: dict[str, type[nn.Module]] = {
     "Gemma2RMSNorm": _Gemma,
     "Gemma3RMSNorm": _Gemma,
     "LlamaRMSNorm": _Llama,
+    "LongT5LayerNorm": _T5,
+    "MT5LayerNorm": _T5,
     "MistralRMSNorm": _Llama,
     "Phi3RMSNorm": _Llama,
     "Qwen2RMSNorm": _Llama,
     "Qwen3RMSNorm": _Llama,
     "SmolLM3RMSNorm": _Llama,
     "T5LayerNorm": _T5,
+    "UMT5LayerNorm": _T5,
 }
 
 
