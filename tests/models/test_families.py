@@ -172,6 +172,24 @@ def through_the_merge(lm: LanguageModel, plain: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", DRAWS)
 @torch.no_grad()
+def test_decoding_with_an_adapter_in_the_weights_is_reading_with_it(family: str) -> None:
+    lm = language_model(draw_model(family, 1))
+    lm.add_adapter("policy", LORA)
+    randomize_lora(lm, "policy", std=0.2)
+    prompts, responses, groups = batch()
+    with lm.using("policy"), lm.inference():
+        read = lm.logits(lm.response_states(prompts, responses, groups))
+        with lm.folded():
+            state, first = lm.prefill(prompts, 8, groups)
+            rest = [lm.decode(state, tokens) for tokens in responses.ids.unbind(1)]
+            decoded = lm.logits(torch.stack([first, *rest], dim=1))
+    mask = torch.arange(decoded.shape[1]) <= responses.lengths[:, None]
+    error = (decoded - read)[mask].abs().max()
+    assert error <= 1e-4 * read[mask].abs().max(), lm.config
+
+
+@pytest.mark.parametrize("family", DRAWS)
+@torch.no_grad()
 def test_a_saved_adapter_is_plain_pefts(family: str, tmp_path: Path) -> None:
     model = draw_model(family, 0)
     plain, again = copy.deepcopy(model), language_model(copy.deepcopy(model))

@@ -183,11 +183,20 @@ def falcon(**fields: Any) -> FalconForCausalLM:
     return FalconForCausalLM(config)
 
 
-def load(model: Any, **fields: Any) -> LanguageModel:
+def load(model: Any, *, trainable: bool = False, **fields: Any) -> LanguageModel:
     config = SFTConfig(output_dir="x", dataset="d", device="cpu", **fields)
-    return load_language_model(
-        config, trainable=False, model=model, tokenizer=make_tokenizer("llama")
-    )
+    tokenizer = make_tokenizer("llama")
+    return load_language_model(config, trainable=trainable, model=model, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_is_loaded_as_other_families_are(dtype: str, trainable: bool) -> None:
+    lm = load(falcon(), trainable=trainable, dtype=dtype)
+    assert type(lm) is GenericCausal
+    assert lm.module.dtype == (torch.float32 if trainable else getattr(torch, dtype))
+    assert all(part.training for part in lm.module.modules())
+    assert all(weight.requires_grad is trainable for weight in lm.module.parameters())
 
 
 def test_dropout_that_cannot_be_switched_off_is_refused() -> None:

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -136,6 +137,7 @@ class GenericModel(LanguageModel):
         return logits
 
 
+@cache
 def takes(module_class: type[nn.Module], argument: str) -> bool:
     """Return whether the forward of a class of modules has an argument of that name."""
     return argument in inspect.signature(module_class.forward).parameters
