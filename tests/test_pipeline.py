@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from rlhf.config import InferenceConfig, PipelineConfig, SourceEntry
-from rlhf.data.reading import read_once
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.reading import load_preferences, read_once
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.files.lease import lease
 from rlhf.inference import run_inference
@@ -193,6 +194,33 @@ def test_a_finished_pipeline_is_left_alone_and_a_changed_one_is_refused(values, 
             for name, data in before.items()
             if name.parts[0] == folder
         }
+
+
+def test_rows_that_are_held_out_keep_their_layout_and_columns(values, tmp_path):
+    rows = [
+        {"q": f"{number} {WORDS}", "response": text, "helpfulness": score, "id": number}
+        for number in range(40)
+        for text, score in ((" the cat sat", 3), (" a dog", number % 4))
+    ]
+    values = values | {
+        "preference_dataset": write_rows(tmp_path / "helpful.jsonl", rows),
+        "columns": {"prompt": "q"},
+        "ties": "keep",
+        "eval_dataset": None,
+    }
+    with read_once(keep_lines=True):
+        config = hold_out_rows(PipelineConfig.model_validate(values))
+    options = {"renderer": PromptRenderer(), "columns": config.columns, "ties": config.ties}
+    train = load_preferences(config.preference_dataset, **options)
+    held_out = load_preferences(config.eval_dataset, **options)
+    assert (len(train), len(held_out)) == (38, 2)
+    found = {
+        row.prompt.text: (row.chosen, row.margin) for part in (train, held_out) for row in part
+    }
+    assert found == {
+        f"{number} {WORDS}": (" the cat sat", 3.0 - number % 4 if number % 4 < 3 else None)
+        for number in range(40)
+    }
 
 
 def test_a_stopped_pipeline_goes_on_with_the_stage_it_was_in(values, monkeypatch):

@@ -602,6 +602,15 @@ def test_columns_are_mapped_before_layouts_are_recognized(tmp_path: Path) -> Non
     assert as_pairs(str(tmp_path / "out.jsonl")) == as_pairs(path, columns=columns)
 
 
+def test_rows_without_a_prompt_ask_for_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}])
+    (found,) = problems(load_prompts, path)
+    assert found.endswith("expected input_text or messages, or columns for other names")
+    columns = {"prompt": "question", "output_text": "answer"}
+    (row,) = load_prompts(path, renderer=RENDERER, require_output=True, columns=columns)
+    assert (row.prompt.text, row.references) == ("a", ["b"])
+
+
 def test_columns_that_replace_or_miss_are_said(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"prompt": "old", "q": "new"}])
     data = load_prompts(path, renderer=RENDERER, columns={"prompt": "q", "context": "extra.text"})

@@ -44,7 +44,7 @@ class RowChecker:
         if "messages" in present:
             return PromptFields(None, self._messages(), context)
         name = "prompt" if present == ["prompt"] else "input_text"
-        text = self._text(name, or_else="input_text or messages")
+        text = self._text(name, or_else="input_text or messages, or columns for other names")
         if text is not None and not text.strip():
             self._wrong(name, "is blank", "text")
         return PromptFields(text or "", (), context)
