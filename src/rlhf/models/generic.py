@@ -8,7 +8,7 @@ Shape letters: as in `language_model`.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -137,10 +137,14 @@ class GenericModel(LanguageModel):
         return logits
 
 
-@cache
 def takes(module_class: type[nn.Module], argument: str) -> bool:
     """Return whether the forward of a class of modules has an argument of that name."""
-    return argument in inspect.signature(module_class.forward).parameters
+    return argument in _arguments(module_class.forward)
+
+
+@cache
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 @contextmanager
