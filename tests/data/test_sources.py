@@ -1,6 +1,7 @@
 """The same rows from files of every format, and what is said about files that are broken."""
 
 import bz2
+import contextlib
 import csv
 import datetime
 import gzip
@@ -8,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import random
 import sys
 import threading
 import tracemalloc
@@ -28,8 +30,9 @@ from hypothesis import strategies as st
 from rlhf.data.prompts import PromptRenderer
 from rlhf.data.reading import load_preferences, load_prompts
 from rlhf.data.sources import json_text, record, tables
+from rlhf.data.sources.formats import read_stream
 from rlhf.data.sources.reading import find_sources, read_records
-from rlhf.data.sources.record import Record
+from rlhf.data.sources.record import BrokenSourceError, Record
 from rlhf.errors import InputError
 
 RENDERER = PromptRenderer()
@@ -240,6 +243,23 @@ def test_broken_files_are_one_clear_problem(
     assert all(str(path) in one for one in caught.value.problems if "no valid row" not in one)
 
 
+@pytest.mark.parametrize("end", WRITERS)
+def test_damage_of_any_kind_is_a_problem_and_no_traceback(end: str) -> None:
+    content, draw = WRITERS[end](PAIRS[:8]), random.Random(end)
+    for _ in range(60):
+        damaged = bytearray(content)
+        for _ in range(draw.choice((1, 1, 2, 5))):
+            place, size = draw.randrange(len(damaged)), draw.randrange(1, 9)
+            damaged[place : place + draw.choice((0, size))] = draw.choice(
+                (b"", b"\0" * 4, b"\xff" * 4, b"\xff\xff\xff\x7f", draw.randbytes(size))
+            )
+        stream = io.BufferedReader(io.BytesIO(bytes(damaged)))  # type: ignore[arg-type]
+        with contextlib.suppress(BrokenSourceError):
+            for one in read_stream(f"rows.{end}", stream, 0):
+                assert one.problem or isinstance(one.value, dict) or "json" in end
+                json.dumps(one.value)
+
+
 def test_two_columns_of_one_name_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table([["a"], ["b"]], names=["x", "x"]), path)
@@ -249,6 +269,12 @@ def test_two_columns_of_one_name_and_bytes_that_are_no_text(tmp_path: Path) -> N
     assert [(one.line, one.problem[:32]) for one in read(str(path))] == [
         (1, ""), (2, "is not UTF-8 (byte 0xe9), expect"), (3, "")
     ]  # fmt: skip
+    times = pa.array([0, 2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"time": times}), path)
+    assert [one.problem[:34] for one in read(str(path))] == [
+        "",
+        "holds a value that cannot be read ",
+    ]
 
 
 @pytest.mark.parametrize("end", WRITERS)

@@ -43,10 +43,19 @@ def read_arrow(stream: IO[bytes], number: int) -> Iterator[Record]:
     if stream.peek(8).startswith(ARROW_FILE):  # type: ignore[attr-defined]
         with _seekable(stream) as file, _arrow_errors("Arrow"):
             source = pa.ipc.open_file(pa.PythonFile(file, mode="r"))
-            yield from read_batches(map(source.get_batch, range(source.num_record_batches)), number)
+            batches = map(source.get_batch, range(source.num_record_batches))
+            yield from read_batches(_valid(batches), number)
         return
     with _arrow_errors("Arrow"):
-        yield from read_batches(pa.ipc.open_stream(pa.PythonFile(stream, mode="r")), number)
+        source = pa.ipc.open_stream(pa.PythonFile(stream, mode="r"))
+        yield from read_batches(_valid(source), number)
+
+
+def _valid(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield record batches as they are in a file, once it is safe to look into them."""
+    for batch in batches:
+        batch.validate(full=True)  # offsets that point anywhere would crash the process
+        yield batch
 
 
 def read_batches(batches: Iterable[Any], number: int) -> Iterator[Record]:
@@ -112,12 +121,14 @@ def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
         return
     try:
         yield from batch.to_pylist()
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
+    except (ValueError, OverflowError) as error:  # no UTF-8, or a time outside of Python's
+        if batch.num_rows > 1:
+            for place in range(batch.num_rows):
+                yield from _values(batch.slice(place, 1))
+        elif isinstance(error, UnicodeDecodeError):
             yield f"is not UTF-8 (byte 0x{error.object[error.start]:02x}), expected UTF-8"
-            return
-        for place in range(batch.num_rows):
-            yield from _values(batch.slice(place, 1))
+        else:
+            yield f"holds a value that cannot be read ({error!s:.100}), expected JSON values"
 
 
 def _row_bytes(batch: Any) -> int:
@@ -177,7 +188,7 @@ def _arrow_errors(kind: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
         if isinstance(error, StorageError) or getattr(error, "errno", None):
             raise  # not about the content
         reason = str(error).splitlines() or [type(error).__name__]
