@@ -193,7 +193,7 @@ def _snapshot(name: str, revision: str | None) -> Path:
                     name,
                     repo_type="dataset",
                     revision=revision,
-                    allow_patterns="README.md",
+                    allow_patterns=["README.md", ".gitattributes"],
                     tqdm_class=silent_bar(),
                 )
             )
