@@ -12,6 +12,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.cases import make_case
 from support.families import DRAWS, draw_model
+from support.fuzzing import mutations
 from support.hub import Hub
 from support.tiny import make_tokenizer, randomize_lora, tiny_model
 from support.vertex_models import SHAPES
@@ -33,6 +34,7 @@ from rlhf.data.schema import PromptText
 from rlhf.data.special_tokens import save_tokenizer
 from rlhf.errors import InputError
 from rlhf.models.bases import Base, merge_adapters
+from rlhf.models.classifier_files import classifier_label
 from rlhf.models.content import weights_fingerprint
 from rlhf.models.loading import load_language_model, load_tokenizer, read_model_config
 from rlhf.models.merging import plain_weights
@@ -273,15 +275,18 @@ RESPONSES = ["a cat", "cat and sat", "the"]
 def test_scores_of_a_reward_adapter_are_those_of_peft(
     arch: str, labels: int, own: bool, tiny_checkpoint: Path, tmp_path: Path, hub: Hub
 ) -> None:
-    folder, base = tmp_path / "reward", shutil.copytree(tiny_checkpoint, tmp_path / "base")
+    folder = tmp_path / "reward"
+    base = Path(shutil.copytree(tiny_checkpoint, tmp_path / "base"))
     model = save_reward(arch, str(tiny_checkpoint), folder, labels)
     # As in real T5s, the tokenizer adds the EOS that the class pools.
     ends = [1] if arch == "t5" else []
     save_tokenizer(make_tokenizer(arch), (), ends, base)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    if own:
+    if own:  # and the base has no PAD, as most language models
+        described = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(described | {"pad_token_id": None}))
         save_tokenizer(make_tokenizer(arch), (), ends, folder)
-    hub.model("user/base", Path(base))
+    hub.model("user/base", base)
     change(folder, base_model_name_or_path="user/base")
     hub.model("user/reward", folder)
     label = {"label": 2} if labels > 1 else {}
@@ -410,3 +415,26 @@ def test_an_adapter_in_a_store_is_fetched_whole(
     described = (tmp_path / "adapter" / "adapter_config.json").read_bytes()
     store.pipe_file(f"/{arch}-store/adapter/adapter_config.json", described)
     assert weights_fingerprint(f"memory://{arch}-store/adapter") != before
+
+
+TOKENS = [b"null", b"[]", b"{}", b"-1", b"0", b"1e999", b"NaN", b'"x"', b"true", b"[[1]]", b"\xff"]
+
+
+def test_no_damage_to_an_adapter_ends_in_a_traceback(
+    arch: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    save_plain(arch, str(tiny_checkpoint), tmp_path / "plain")
+    save_reward(arch, str(tiny_checkpoint), tmp_path / "reward")
+    good = {path: path.read_bytes() for path in tmp_path.glob("*/adapter_*")}
+    problems: list[str] = []
+    for number in range(32):
+        path = sorted(good)[number % len(good)]
+        path.write_bytes(next(mutations([good[path]], TOKENS, 1, seed=number)))
+        try:
+            read_model_config(str(tmp_path / "plain"))
+            classifier_label(str(tmp_path / "reward"), None)
+        except InputError as error:
+            problems += error.problems
+        path.write_bytes(good[path])
+    assert len(problems) > 5
+    assert all(str(tmp_path) in problem for problem in problems)

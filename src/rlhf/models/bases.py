@@ -87,7 +87,7 @@ def _find(name: str, revision: str | None, weights: bool, where: str, deepest: i
         return Base(name, revision, folder, (), folder)
     where = f"{where}: {name}"
     try:
-        inner, inner_revision = named_base(folder, where)
+        inner, inner_revision = _named_base(folder, where)
     except InputError as error:
         raise InputError([_after(where, problem) for problem in error.problems]) from error
     if not deepest:
@@ -98,7 +98,7 @@ def _find(name: str, revision: str | None, weights: bool, where: str, deepest: i
     return Base(name, revision, base.folder, (*base.adapters, folder), tokenizer)
 
 
-def named_base(folder: Path, where: str) -> tuple[str, str | None]:
+def _named_base(folder: Path, where: str) -> tuple[str, str | None]:
     """Return the base that an adapter names, and its Hub revision.
 
     Raises:

@@ -166,10 +166,22 @@ def load_classifier(source: str, dtype: torch.dtype, revision: str | None) -> tu
     except Exception as error:  # safetensors, tokenizers and transformers raise their own types
         reason = _first_line(error)
         raise InputError(f"{where}: not a sequence classifier that loads: {reason}") from error
-    given: set[str] = set()
+    expected: set[str] = set()
+    if base.adapters:  # it brings the head, which its base lacks
+        expected = set(head_names(model, read_adapter_config(base.adapters[-1], head=True)))
+    missing = sorted(set(info["missing_keys"]) - expected)
+    _check_complete(model, tokenizer, missing + sorted(map(str, info["mismatched_keys"])), where)
     if base.adapters:
-        given = set(head_names(model, read_adapter_config(base.adapters[-1], head=True)))
-    wrong = sorted(set(info["missing_keys"]) - given) + sorted(map(str, info["mismatched_keys"]))
+        _merge(base, model, where)
+        cast_weights(model, dtype)
+        text = model.config.get_text_config()
+        if text.pad_token_id is None:  # as in most language models; TRL sets it for training
+            text.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def _check_complete(model: Any, tokenizer: Any, wrong: list[str], where: str) -> None:
+    """Refuse a classifier that lacks weights or has another's tokenizer."""
     if wrong:
         raise InputError(f"{where}: the checkpoint lacks weights: {', '.join(wrong[:5])}")
     rows = model.get_input_embeddings().weight.shape[0]
@@ -179,15 +191,6 @@ def load_classifier(source: str, dtype: torch.dtype, revision: str | None) -> tu
             f"{where}: the tokenizer has ids up to {largest}, the model only {rows} embeddings: "
             "they do not belong together"
         )
-    if base.adapters:
-        _merge(base, model, where)
-        cast_weights(model, dtype)
-        text = model.config.get_text_config()
-        if (
-            text.pad_token_id is None
-        ):  # as in the adapter's training; a language model may have none
-            text.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
 
 
 def _first_line(error: Exception) -> str:

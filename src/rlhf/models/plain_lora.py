@@ -122,6 +122,11 @@ def read_adapter_config(folder: Path, *, head: bool = False) -> LoraConfig:
             raise InputError(
                 f"{path}: {pattern!r:.80} is not a regular expression: {error}"
             ) from error
+    return _as_peft(plain, saved, path)
+
+
+def _as_peft(plain: _PlainLoRA, saved: list[str], path: Path) -> LoraConfig:
+    """Return peft's configuration of a plain adapter, with the modules that it brings whole."""
     try:
         return LoraConfig(
             r=plain.r,
