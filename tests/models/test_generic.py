@@ -128,6 +128,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek_v3": ({}, f"{MOE} .*n_routed_experts"),
     "dbrx": ({}, f"{MOE} .*moe_num_experts"),
     "gpt_oss": ({}, MOE),
+    "switch_transformers": ({}, MOE),
     "gemma3": ({}, "it reads images or sound .*vision_config"),
     "git": ({}, "it reads images or sound .*vision_config"),
     "fuyu": ({}, "it is made of several models .*text_config"),
