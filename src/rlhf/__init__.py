@@ -1,4 +1,4 @@
-"""Reinforcement learning from human feedback for T5 and LLaMA models.
+"""Reinforcement learning from human feedback for T5, LLaMA and their relatives.
 
 `import rlhf` is cheap: every name is imported on first use, so that command-line help and
 configuration work without loading torch.

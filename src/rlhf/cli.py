@@ -109,7 +109,7 @@ _OF_CONFIGURATIONS: dict[str, tuple[type[Schema], Function, str]] = {
 @click.group(cls=Commands, context_settings=PLAIN_CONTEXT)
 @click.version_option(rlhf.__version__, prog_name="rlhf")
 def cli() -> None:
-    """Reinforcement learning from human feedback for T5 and LLaMA models."""
+    """Reinforcement learning from human feedback for T5, LLaMA and their relatives."""
 
 
 @cli.command()
