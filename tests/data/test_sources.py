@@ -283,7 +283,6 @@ def test_rows_over_the_limit_are_refused(
 ) -> None:
     monkeypatch.setattr(record, "MAX_ROW_BYTES", 5000)
     monkeypatch.setattr(json_text, "_CHUNK", 512)
-    monkeypatch.setattr(tables, "_BYTES", 4000)
     rows = [{"input_text": text} for text in ("a" * 4900, "b" * 5100, "c")]
     found = read(write(tmp_path, end, rows))
     assert found[0].value == rows[0]
@@ -306,6 +305,22 @@ def test_a_decompressed_line_is_refused_in_little_memory(tmp_path: Path) -> None
     tracemalloc.stop()
     assert [one.problem[:21] for one in found] == ["is longer than 16 MiB", ""]
     assert peak < 56 * 2**20
+
+
+def test_rows_that_share_a_huge_text_are_refused_in_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "MAX_ROW_BYTES", 2**19)
+    monkeypatch.setattr(tables, "_MEMORY", 2**23)
+    path = str(tmp_path / "a.parquet")
+    places = pa.array([0] * 500 + [1], pa.int32())
+    huge = pa.DictionaryArray.from_arrays(places, ["a" * 2**20, "b"])
+    pq.write_table(pa.table({"input_text": huge}), path, store_schema=False)
+    assert os.path.getsize(path) < 2**17
+    metadata = pq.ParquetFile(path).metadata
+    assert 1 < tables._rows_at_once(metadata) <= 8
+    found = read(path)
+    assert [one.problem[:14] for one in found] == ["is longer than"] * 500 + [""]
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,9 +13,10 @@ from rlhf.data.sources.record import BrokenSourceError, Record, too_long
 from rlhf.errors import StorageError
 
 PARQUET, ARROW_FILE = b"PAR1", b"ARROW1"
-# Rows become Python objects in pieces of at most so many rows and bytes.
-_ROWS, _BYTES = 64, 16 * 2**20
+# Rows become Python objects in pieces of at most so many, and of no more bytes than a row may have.
+_ROWS = 64
 _BUFFER = 2**20
+_MEMORY = 2**29
 
 
 def read_parquet(stream: IO[bytes], number: int) -> Iterator[Record]:
@@ -33,7 +34,22 @@ def read_parquet(stream: IO[bytes], number: int) -> Iterator[Record]:
         import pyarrow.parquet as pq
 
         source = pq.ParquetFile(pa.PythonFile(file, mode="r"), buffer_size=_BUFFER)
-        yield from read_batches(source.iter_batches(batch_size=_ROWS), number)
+        rows = _rows_at_once(source.metadata)
+        yield from read_batches(source.iter_batches(batch_size=rows), number)
+
+
+def _rows_at_once(metadata: Any) -> int:
+    """Return how many rows fit in memory whatever they are.
+
+    In a few bytes many rows may refer to one huge text of a column's dictionary. It is at most as
+    large as the column's piece in a row group.
+    """
+    largest = 1
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.has_dictionary_page and column.physical_type == "BYTE_ARRAY":
+                largest = max(largest, column.total_uncompressed_size)
+    return max(1, min(_ROWS, _MEMORY // largest))
 
 
 def read_arrow(stream: IO[bytes], number: int) -> Iterator[Record]:
@@ -111,7 +127,7 @@ def json_value(value: Any) -> Any:
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | str]:
     """Yield the rows of a record batch as dicts, or what is wrong with a row."""
-    if batch.nbytes > _BYTES and batch.num_rows > 1:
+    if batch.nbytes > record.MAX_ROW_BYTES and batch.num_rows > 1:
         half = batch.num_rows // 2
         yield from _values(batch.slice(0, half))
         yield from _values(batch.slice(half))
