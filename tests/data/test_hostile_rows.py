@@ -19,6 +19,15 @@ ORIGINALS = [
     json.dumps({"instruction": "a", "input": "b", "output": "c"}).encode() + b"\n",
     json.dumps({"info": {"post": "p"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1})
     .encode() + b"\n",
+    json.dumps({"prompt": "a", "response": "b", "helpfulness": 3}).encode() + b"\n"
+    + json.dumps({"prompt": "a", "response": "c", "helpfulness": 1}).encode() + b"\n",
+    json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]})
+    .encode() + b"\n",
+    json.dumps({"instruction": "a", "completions": [
+        {"response": "b", "overall_score": 1}, {"response": "c", "overall_score": 2}]})
+    .encode() + b"\n",
+    json.dumps({"history": "a", "human_ref_A": "b", "human_ref_B": "c", "labels": 0}).encode()
+    + b"\n",
     json.dumps({"input_text": "a", "candidates": ["b", "c", "d"], "ranking": [2, 0, 1]}).encode()
     + b"\n",
 ]  # fmt: skip
