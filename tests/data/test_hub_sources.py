@@ -138,9 +138,9 @@ def test_one_commit_is_read_and_recorded(hub: Hub, monkeypatch: pytest.MonkeyPat
 
 def test_large_splits_are_read_without_a_copy(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.dataset("user/set", FILES)
-    monkeypatch.setattr(hub_module, "_LARGE", 10)
+    monkeypatch.setattr(hub_module, "_PATHS_AT_ONCE", 1)
+    monkeypatch.setattr(hub_module, "_LARGE", len(FILES["one/0.parquet"]) + 1)  # two are large
     assert read("user/set:one/train") == ROWS[:4]
-    assert read("user/set:one/held") == ROWS[4:]
     cached = [path.name for path in Path(hub_module._snapshot("user/set", None)).rglob("*")]
     assert cached == ["README.md"]
 

@@ -32,6 +32,7 @@ _ID = re.compile(
 _ADDRESS = re.compile(rf"hf://datasets/({_NAME})(?:@([^/]+))?/(.+)", re.ASCII)
 # Splits with more bytes are read piece by piece instead of being downloaded.
 _LARGE = 4 * 2**30
+_PATHS_AT_ONCE = 500
 # Branch or tag to snapshot, by cache and revision: a process must not see a branch move.
 _SNAPSHOTS: dict[tuple[str, str, str | None], Path] = {}
 
@@ -241,10 +242,11 @@ def _files(name: str, commit: str, paths: Sequence[str]) -> list[Source]:
     from huggingface_hub import HfApi
 
     size = 0
-    if not is_offline():
+    for start in range(0, 0 if is_offline() else len(paths), _PATHS_AT_ONCE):
+        part = list(paths[start : start + _PATHS_AT_ONCE])
         with hub_errors(name, commit, "dataset"):
-            found = HfApi().get_paths_info(name, list(paths), revision=commit, repo_type="dataset")
-        size = sum(getattr(one, "size", 0) for one in found)
+            found = HfApi().get_paths_info(name, part, revision=commit, repo_type="dataset")
+        size += sum(getattr(one, "size", 0) for one in found)
     return [HubFile(name, commit, path, stream=size > _LARGE) for path in paths]
 
 
