@@ -23,7 +23,7 @@ def lines(*rows: Any) -> bytes:
 BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "bad.jsonl"),
     "bad json": (lines(PAIR) + b'{"input_text": \n', "bad.jsonl:2: "),
-    "array": (json.dumps([PAIR, PAIR]).encode(), "array"),
+    "array cut short": (json.dumps([PAIR, PAIR])[:-9].encode(), "bad.jsonl"),
     "missing field": (lines({**PAIR, "candidate_1": None}), "bad.jsonl:1: candidate_1: "),
     "wrong type": (lines({**PAIR, "candidate_0": 7}), "bad.jsonl:1: candidate_0: "),
     "wrong choice": (lines({**PAIR, "choice": 2}), "bad.jsonl:1: choice: "),
