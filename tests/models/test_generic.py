@@ -131,6 +131,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "switch_transformers": ({}, MOE),
     "gemma3": ({}, "it reads images or sound .*vision_config"),
     "git": ({}, "it reads images or sound .*vision_config"),
+    "gemma3n_text": ({}, "its layers differ in size"),
+    "gemma4_text": ({}, "its layers differ in size"),
     "fuyu": ({}, "it is made of several models .*text_config"),
     "mamba": ({}, STATE),
     "falcon_mamba": ({}, STATE),
@@ -169,6 +171,12 @@ def test_custom_code_is_refused(tmp_path: Path) -> None:
 
 def test_a_bert_that_decodes_is_causal() -> None:
     assert family_of(AutoConfig.for_model("bert", is_decoder=True)) is GenericCausal
+
+
+def test_gpt_neo_says_null_for_four_times_its_hidden_size(tmp_path: Path) -> None:
+    sizes = {"num_layers": 2, "attention_types": [[["global", "local"], 1]]}
+    AutoConfig.for_model("gpt_neo", **sizes).save_pretrained(tmp_path)
+    assert read_model_config(str(tmp_path)).intermediate_size is None
 
 
 def test_experts_that_are_switched_off_do_not_count() -> None:

@@ -264,6 +264,12 @@ def test_a_model_that_does_not_say_what_its_decoder_reads_first(checkpoint: Path
         read_model_config(str(checkpoint))
 
 
+def test_a_configuration_without_that_field(tmp_path: Path) -> None:
+    AutoConfig.for_model("plbart").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"config.json: decoder_start_token_id is missing; set it"):
+        read_model_config(str(tmp_path))
+
+
 def test_a_forced_token_that_the_model_does_not_have(checkpoint: Path) -> None:
     values = json.loads((checkpoint / "generation_config.json").read_text())
     values["forced_bos_token_id"] = 120

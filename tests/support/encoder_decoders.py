@@ -65,6 +65,7 @@ def bart_like(model_type: str, draw: random.Random, **fields: Any) -> Pretrained
         eos_token_id=1,
         decoder_start_token_id=draw.choice([0, 1, 7]),
         forced_eos_token_id=1,
+        tie_word_embeddings=draw.choice([True, False]),
         **drop,
         **fields,
     )

@@ -43,7 +43,15 @@ _SIZES: dict[str, tuple[int, int]] = {
     "relative_attention_max_distance": (2, 2**31),
 }
 # May be null.
-_SELDOM = frozenset({"head_dim", "num_key_value_heads", "num_decoder_layers", "sliding_window"})
+_SELDOM = frozenset(
+    {
+        "head_dim",
+        "intermediate_size",
+        "num_decoder_layers",
+        "num_key_value_heads",
+        "sliding_window",
+    }
+)
 _EPSILONS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps")
 
 

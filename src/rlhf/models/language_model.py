@@ -86,8 +86,8 @@ class LanguageModel(Family):
         use_faster_norms(module)
         # An Embedding drops the gradient of its padding_idx, but PAD may be a real token here.
         embedding: Any = module.get_input_embeddings()
-        for part in module.modules():  # BART's encoder and decoder have modules of their own
-            if isinstance(part, nn.Embedding) and part.weight is embedding.weight:
+        for part in module.modules():  # BART's encoder and decoder have embeddings of their own
+            if isinstance(part, nn.Embedding) and part.weight.shape == embedding.weight.shape:
                 part.padding_idx = None
         module.requires_grad_(trainable)
         module.train()

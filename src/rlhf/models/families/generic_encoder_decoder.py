@@ -55,7 +55,7 @@ class GenericEncoderDecoder(GenericModel, ModelWithEncoder):
     @classmethod
     @override
     def config_problems(cls, config: PretrainedConfig) -> list[str]:
-        if config.decoder_start_token_id is not None:
+        if getattr(config, "decoder_start_token_id", None) is not None:
             return []
         return [
             "decoder_start_token_id is missing; set it to the id that the decoder reads first, "

@@ -12,6 +12,7 @@ from rlhf.models.compat import is_stateful
 from rlhf.models.generic import takes
 
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_OPTIONAL_SIZES = ("head_dim", "intermediate_size", "num_key_value_heads")
 # Parts of a config.json that group fields of one model.
 _GROUPS = frozenset({"attn_config", "ffn_config"})
 _SENSES = ("vision", "image", "audio", "speech", "vq_")
@@ -52,7 +53,8 @@ def reason_against(config: PretrainedConfig, model_class: type[PreTrainedModel])
         return f"some of its layers keep a state that is no key-value cache{named}"
     if not takes(model_class, "past_key_values"):
         return "transformers has no key-value cache for it"
-    if not all(_is_one_number(config, name) for name in _SIZES):
+    required = all(_is_one(config, name, int) for name in _SIZES)
+    if not required or not all(_is_one(config, name, int | None) for name in _OPTIONAL_SIZES):
         return "its layers differ in size"
     # Old files may have the field without a meaning; GPT-NeoX has it, but is always causal.
     may_be_encoder = getattr(type(config), "is_decoder", None) is False
@@ -72,8 +74,8 @@ def _expert_fields(values: Mapping[Any, Any]) -> Iterator[str]:
             yield str(name)
 
 
-def _is_one_number(config: PretrainedConfig, name: str) -> bool:
+def _is_one(config: PretrainedConfig, name: str, kind: Any) -> bool:
     try:
-        return isinstance(getattr(config, name), int)
-    except (AttributeError, RuntimeError):  # the latter if layers have sizes of their own
+        return isinstance(getattr(config, name, None), kind)
+    except RuntimeError:  # layers have sizes of their own
         return False
