@@ -166,8 +166,8 @@ def test_bandit_with_lora_reaches_what_its_rank_can_express(arch: str, tmp_path:
     exact, _, _ = bandit(arch, tmp_path, 150, lora={"rank": 8}, learning_rate=1e-2)
     parameters = [p for _, p in exact.policy.named_trainable("policy")]
     optimizer = torch.optim.Adam(parameters, lr=1e-2)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 600)
-    for _ in range(600):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 300)
+    for _ in range(300):
         with exact.policy.active() as lm:
             prompt = exact.codec.prompts([exact.prompts[0].prompt])
             first = lm.response_states(prompt, TokenBatch.from_lists([[]]))[:, 0]
