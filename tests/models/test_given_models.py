@@ -9,7 +9,14 @@ import torch
 from safetensors.torch import load_file
 from support.tiny import make_tokenizer, tiny_model
 from support.toy_trainer import stop_at
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from rlhf import (
     DPOConfig,
@@ -23,10 +30,15 @@ from rlhf import (
 )
 from rlhf.config import LoRAConfig, StageConfig
 from rlhf.errors import InputError, StoppedBySignal
+from rlhf.models.compat import set_attention_kind
 from rlhf.models.loading import load_language_model
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 AUTO = {"t5": AutoModelForSeq2SeqLM, "llama": AutoModelForCausalLM}
+SMALL: dict[str, Any] = {
+    "vocab_size": 120, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "intermediate_size": 16,
+}  # fmt: skip
 COMMON: dict[str, Any] = {
     "batch_size": 4, "train_steps": 2, "save_every": 1, "prompt_sequence_length": 16,
     "target_sequence_length": 6, "device": "cpu", "log_with": [],
@@ -116,3 +128,34 @@ def test_an_object_with_adapters_is_refused(arch: str) -> None:
     lm.add_adapter("policy", LoRAConfig(rank=2))
     with pytest.raises(InputError, match="has an adapter of peft already"):
         load(arch, lm.module, "float32")
+
+
+def wrong_object(name: str) -> Any:
+    lm: Any = tiny_model("llama")
+    if name == "no model":
+        return torch.nn.Linear(2, 2)
+    if name == "body":
+        return lm.model
+    if name == "classifier":
+        return AutoModelForSequenceClassification.from_config(lm.config)
+    if name == "window":
+        return Qwen2ForCausalLM(Qwen2Config(**SMALL, layer_types=["sliding_attention"]))
+    set_attention_kind(lm.config, "flash_attention_2")
+    return lm
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("no model", "model: expected a language model of transformers, got a Linear"),
+        ("body", "model: a LlamaModel has no language-model head; .* AutoModelForCausalLM loads"),
+        ("classifier", "model: a LlamaForSequenceClassification has no language-model head"),
+        ("window", "model: config: layer_types: sliding_attention needs a sliding_window"),
+        ("kernel", "model: config: attn_implementation: expected eager or sdpa, got 'flash_att"),
+    ],
+)
+def test_an_object_that_cannot_be_trained_is_refused_before_rows_are_read(
+    tmp_path: Path, name: str, problem: str
+) -> None:
+    with pytest.raises(InputError, match=problem):
+        train("sft", tmp_path, wrong_object(name), "llama")

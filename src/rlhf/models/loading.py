@@ -71,6 +71,29 @@ def _generation(folder: Path, where: str) -> GenerationConfig | None:
         raise InputError(f"{where}: generation_config.json: {_reason(error)}") from error
 
 
+def given_config(model: Any) -> PretrainedConfig:
+    """Return the configuration of a model given as an object.
+
+    Raises:
+        InputError: It is no language model, or one that no family computes.
+    """
+    config, kind = getattr(model, "config", None), type(model).__name__
+    if not isinstance(config, PretrainedConfig):
+        raise InputError(f"model: expected a language model of transformers, got a {kind}")
+    family = family_of(config, "model")
+    if not hasattr(model, "generation_config") or model.get_output_embeddings() is None:
+        raise InputError(
+            f"model: a {kind} has no language-model head; give a model that "
+            f"{family.auto_class.__name__} loads"
+        )
+    problems = family.config_problems(config)
+    if (attention := attention_kind(config)) not in (None, "eager", "sdpa", SDPA_FLOAT32):
+        problems.append(f"attn_implementation: expected eager or sdpa, got {attention!r:.80}")
+    if problems:
+        raise InputError([f"model: config: {problem}" for problem in problems])
+    return config
+
+
 def load_tokenizer(base_model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Return the checkpoint's fast tokenizer; of an adapter, its own or its base's.
 
@@ -124,7 +147,7 @@ def load_language_model(
         tokenizer = tokenizer or load_tokenizer(name, revision)
     if tokenizer is None:
         raise InputError("tokenizer: a model given as an object needs its tokenizer too")
-    family = family_of(model.config, "model")
+    family = family_of(given_config(model), "model")
     _check_tokenizer(tokenizer, name)
     _check_vocabulary(model, tokenizer, name)
     if has_adapters(model):

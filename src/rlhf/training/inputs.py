@@ -26,6 +26,7 @@ from rlhf.models.families import family_notes
 from rlhf.models.loading import (
     check_adapter,
     check_stage,
+    given_config,
     load_tokenizer,
     prompt_layout,
     read_model_config,
@@ -100,7 +101,7 @@ class StageInputs:
         self.config = config
         self._model, self._own_tokenizer = model, tokenizer
         self.model_config = (
-            read_model_config(base, config.revision) if model is None else model.config
+            read_model_config(base, config.revision) if model is None else given_config(model)
         )
         self.tokenizer = tokenizer or load_tokenizer(base, config.revision)
         self.renderer = PromptRenderer.for_tokenizer(
