@@ -280,10 +280,10 @@ def test_columns_are_mapped_before_layouts_are_recognized(tmp_path: Path) -> Non
 
 
 def test_rows_without_a_prompt_ask_for_columns(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}])
+    path = write(tmp_path / "a.jsonl", [{"article": "a", "highlights": "b"}])
     (found,) = problems(load_prompts, path)
     assert found.endswith("expected input_text or messages, or columns for other names")
-    columns = {"prompt": "question", "output_text": "answer"}
+    columns = {"prompt": "article", "output_text": "highlights"}
     (row,) = load_prompts(path, renderer=RENDERER, require_output=True, columns=columns)
     assert (row.prompt.text, row.references) == ("a", ["b"])
 

@@ -1,14 +1,24 @@
 """Layouts with one answer to learn, and prompts that are conversations."""
 
-from rlhf.data.layouts.parts import Converted, Row, complete, has, own_prompt, text_of, with_prompt
+from rlhf.data.layouts.parts import Converted, Row, complete, has, text_of, with_prompt
 from rlhf.data.layouts.turns import (
     RowError,
+    Turn,
     checked_turns,
     ends_with_answer,
     is_odd,
     turn_paths,
 )
 from rlhf.data.row_checker import CANDIDATE_FIELDS, in_words
+
+# Names of a question and of its answer.
+QUESTIONS = (
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("problem", "solution"),
+)
 
 
 def has_no_own_answer(row: Row) -> bool:
@@ -46,6 +56,25 @@ def from_alpaca(row: Row) -> Converted:
     return with_prompt(row, {"output_text": text_of(row, "output")}, {"output"})
 
 
+def asks_and_answers(row: Row) -> bool:
+    """Return whether a row is a question and its answer, as texts, by one pair of their names."""
+    names = (*CANDIDATE_FIELDS, "output_text", "messages", "conversations", "input_text", "prompt")
+    return not any(has(row, name) for name in names) and _question_names(row) is not None
+
+
+def from_question(row: Row) -> Converted:
+    """Convert a question and its answer, as in Dolly (whose `context` is kept) and GSM8K."""
+    names = _question_names(row)
+    assert names is not None
+    written, kept = complete(row, row[names[0]])
+    return written | {"output_text": row[names[1]]}, kept | set(names)
+
+
+def _question_names(row: Row) -> tuple[str, str] | None:
+    texts = (names for names in QUESTIONS if all(isinstance(row.get(name), str) for name in names))
+    return next(texts, None)
+
+
 def needs_turns_read(row: Row) -> bool:
     """Return whether a conversation has an answer at its end, or turns of another spelling."""
     name = "messages" if has(row, "messages") else "prompt"
@@ -61,21 +90,34 @@ def from_conversation(row: Row) -> Converted:
 
     Other fields of the library's are kept.
     """
-    prompt, used = own_prompt(row)
-    if not isinstance(prompt, list):
-        name = next(name for name in ("conversations", "messages", "prompt") if has(row, name))
+    name = next(name for name in ("messages", "conversations", "prompt") if has(row, name))
+    if not isinstance(row[name], list):
         raise RowError(f"{name}: is {in_words(row[name])}, expected a list of turns")
+    prompt, used = checked_turns(row[name], name), set(turn_paths(name))
+    if name != "prompt" and has(row, "prompt"):
+        used |= _repeated_prompt(row, prompt)
     answers = {name: row[name] for name in (*CANDIDATE_FIELDS, "scores") if name in row}
-    if ends_with_answer(prompt) and has_no_own_answer(row) and "prompt" not in used_fields(used):
+    if ends_with_answer(prompt) and has_no_own_answer(row) and name != "prompt":
         *prompt, answer = prompt
         answers = {"output_text": answer["content"]}
     written, kept = complete(row, prompt)
     return written | answers, used | kept | set(answers)
 
 
-def used_fields(used: set[str]) -> set[str]:
-    """Return the fields of the paths that were used."""
-    return {path.split(".")[0].split("[")[0] for path in used}
+def _repeated_prompt(row: Row, turns: list[Turn]) -> set[str]:
+    """Return what is used of a `prompt` that the conversation has, too (UltraChat, No Robots).
+
+    Raises:
+        RowError: The conversation does not have it.
+    """
+    prompt = row["prompt"]
+    given = checked_turns(prompt, "prompt") if isinstance(prompt, list) else [{"content": prompt}]
+    said = [turn["content"].strip() for turn in turns]
+    if not all(isinstance(turn["content"], str) for turn in given) or not all(
+        turn["content"].strip() in said for turn in given
+    ):
+        raise RowError("prompt: is no turn of the conversation beside it, expected one of the two")
+    return {"prompt"} | turn_paths("prompt")
 
 
 def _single_answer(row: Row, name: str) -> tuple[str, set[str]]:

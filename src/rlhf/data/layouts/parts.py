@@ -23,6 +23,7 @@ Converted = tuple[Row, set[str]]
 
 # Names of the prompt; the first one present is used.
 PROMPT_NAMES = ("input_text", "prompt", "question", "instruction", "conversations", "input")
+SYSTEM_NAMES = ("system", "system_prompt")
 # What a row may have beside prompt and answers.
 _KEPT = ("margin", "context", "output_text")
 
@@ -93,8 +94,9 @@ def complete(row: Row, prompt: str | list[Turn] | None) -> Converted:
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
         prompt = joined(history_turns(row["history"]), turns)
         used |= {"history[][]", *turn_paths("history")}
-    system = text_of(row, "system") if holds_something(row.get("system")) else ""
-    used.add("system")
+    name = next((name for name in SYSTEM_NAMES if holds_something(row.get(name))), "system")
+    system = text_of(row, name) if holds_something(row.get(name)) else ""
+    used.add(name)
     if isinstance(prompt, str):
         if system:
             context = text_of(row, "context") if holds_something(row.get("context")) else ""
@@ -103,7 +105,7 @@ def complete(row: Row, prompt: str | list[Turn] | None) -> Converted:
     turns = prompt or []
     if system and turns and author(turns[0]) == "system":
         if turns[0]["content"].strip() != system.strip():
-            raise RowError("system: is not the first turn's text, expected one system text")
+            raise RowError(f"{name}: is not the first turn's text, expected one system text")
     elif system:
         turns = [{"role": "system", "content": system}, *turns]
     return {"messages": turns} | kept, used

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from rlhf.data.layouts.parts import (
+    SYSTEM_NAMES,
     Converted,
     Row,
     choice_by_score,
@@ -47,7 +48,9 @@ SCORES = (
     ("chosen_rating", "rejected_rating"),
 )
 # What asks for conversion even if all of a row's fields are texts.
-_MORE = frozenset(("system", "history", "messages", *(name for both in SCORES for name in both)))
+_MORE = frozenset(
+    (*SYSTEM_NAMES, "history", "messages", *(name for both in SCORES for name in both))
+)
 
 
 def begins_dialogue(text: str) -> bool:
@@ -65,7 +68,7 @@ def reads_as_it_is(row: Row) -> bool:
     if not (isinstance(row["chosen"], str) and isinstance(row["rejected"], str)):
         return False
     if any(has(row, *names) for names in SCORES) or any(
-        holds_something(row.get(name)) for name in ("system", "history")
+        holds_something(row.get(name)) for name in (*SYSTEM_NAMES, "history")
     ):
         return False
     prompt = row.get("input_text") if has(row, "input_text") else row.get("prompt")
@@ -147,17 +150,14 @@ def _is_dialogue(prompt: str, chosen: str, rejected: str) -> bool:
     )
 
 
-def from_dialogues(row: Row) -> Converted:
-    """Convert a row of HH-RLHF."""
-    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
-    end = chosen.rfind(_ANSWER)
-    if end < 0 or not begins_dialogue(chosen):
-        raise RowError('chosen: is no dialogue, expected "\\n\\nHuman: …\\n\\nAssistant: …"')
-    prompt = chosen[: end + len(_ANSWER)]
-    if not rejected.startswith(prompt) or _SPEAKER.search(rejected, len(prompt)):
-        raise NoPreferenceError
+def dialogue_turns(text: str) -> list[Turn]:
+    """Return the turns of a dialogue that the user ends.
+
+    Raises:
+        NoPreferenceError: Another one ends it, or the user says nothing in it.
+    """
     turns: list[Turn] = []
-    pieces = _SPEAKER.split("\n\n" + chosen[:end].lstrip())[1:]
+    pieces = _SPEAKER.split("\n\n" + text.lstrip())[1:]
     for speaker, content in zip(pieces[::2], pieces[1::2], strict=True):
         said_by = _AUTHORS[speaker]
         if turns and turns[-1]["author"] == said_by:  # the same speaker continues
@@ -168,6 +168,19 @@ def from_dialogues(row: Row) -> Converted:
         turn["author"] == "user" and not turn["content"].strip() for turn in turns
     ):
         raise NoPreferenceError
+    return turns
+
+
+def from_dialogues(row: Row) -> Converted:
+    """Convert a row of HH-RLHF."""
+    chosen, rejected = text_of(row, "chosen"), text_of(row, "rejected")
+    end = chosen.rfind(_ANSWER)
+    if end < 0 or not begins_dialogue(chosen):
+        raise RowError('chosen: is no dialogue, expected "\\n\\nHuman: …\\n\\nAssistant: …"')
+    prompt = chosen[: end + len(_ANSWER)]
+    if not rejected.startswith(prompt) or _SPEAKER.search(rejected, len(prompt)):
+        raise NoPreferenceError
+    turns = dialogue_turns(chosen[:end])
     answers = (text[len(prompt) :].strip() for text in (chosen, rejected))
     written, kept = complete(row, turns)
     return written | pair(answers, 0), kept | {"chosen", "rejected"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from rlhf.data.layouts import comparisons, demonstrations, preferences, scores
+from rlhf.data.layouts import comparisons, demonstrations, preferences, scores, verdicts
 from rlhf.data.layouts.parts import PROMPT_NAMES, Converted, Row, has
 from rlhf.data.row_checker import MOST_KEYS, RowChecker
 
@@ -132,6 +132,46 @@ LAYOUTS = (
         joins=True,
     ),
     Layout(
+        "safe_rlhf",
+        "prompt, response_0, response_1, better_response_id",
+        _either(("prompt", "response_0", "response_1", "better_response_id")),
+        verdicts.from_safe_rlhf,
+    ),
+    Layout(
+        "webgpt",
+        "question, answer_0, answer_1, score_0, score_1",
+        _either(("question", "answer_0", "answer_1", "score_0", "score_1")),
+        verdicts.from_webgpt,
+    ),
+    Layout(
+        "arena",
+        "conversation_a, conversation_b, winner",
+        _either(("conversation_a", "conversation_b", "winner")),
+        verdicts.from_arena,
+    ),
+    Layout(
+        "arena",
+        "prompt, response_a, response_b, winner_model_a, winner_model_b, winner_tie",
+        _either(
+            (
+                "prompt",
+                "response_a",
+                "response_b",
+                "winner_model_a",
+                "winner_model_b",
+                "winner_tie",
+            )
+        ),
+        verdicts.from_arena_table,
+    ),
+    Layout(
+        "nectar",
+        "prompt, answers of objects with answer and rank",
+        _either(("prompt", "answers")),
+        verdicts.from_nectar,
+        fits=verdicts.has_ranked_answers,
+    ),
+    Layout(
         "hh_rlhf",
         "chosen, rejected: dialogues of Human and Assistant",
         _either(("chosen", "rejected")),
@@ -209,6 +249,13 @@ LAYOUTS = (
         _either(("conversations",)),
         demonstrations.from_conversation,
         fits=lambda row: not any(has(row, name) for name in ("input_text", "messages", "prompt")),
+    ),
+    Layout(
+        "question_answer",
+        "instruction (or question, query, problem), response (or answer, solution): texts",
+        _either(*demonstrations.QUESTIONS),
+        demonstrations.from_question,
+        fits=demonstrations.asks_and_answers,
     ),
     Layout(
         "prompt_label",
