@@ -208,6 +208,14 @@ def test_broken_rows_of_the_hub_have_a_place(hub: Hub) -> None:
     assert problems("user/set").startswith("hf://datasets/user/set/train.jsonl:2: is not JSON")
 
 
+def test_splits_that_the_names_of_files_give_are_listed(hub: Hub) -> None:
+    hub.dataset("user/set", {"train.jsonl": lines(ROWS), "test.jsonl": lines(ROWS[:1])})
+    assert "has no split valid; give one of train, test: user/set:train" in problems(
+        "user/set:valid"
+    )
+    assert read("user/set:test") == ROWS[:1]
+
+
 def test_a_run_goes_on_with_the_commit_that_it_began_with(tmp_path: Path) -> None:
     config = DPOConfig(
         base_model="m", preference_dataset="user/set", output_dir=str(tmp_path / "out")
@@ -224,6 +232,7 @@ def test_a_run_goes_on_with_the_commit_that_it_began_with(tmp_path: Path) -> Non
     assert prepare("rows", "user/set@b").status is Status.CONTINUE  # only its card changed, say
     with pytest.raises(InputError) as caught:
         prepare("other rows", "user/set@b")
-    assert "preference_dataset (commit): changed from 'user/set@a' to 'user/set@b'" in (
-        caught.value.problems
+    assert (
+        "preference_dataset (commit): changed from 'user/set@a' to 'user/set@b'; give user/set@a "
+        "to continue with the old rows" in caught.value.problems
     )

@@ -250,6 +250,9 @@ def _refuse_changes(
             changes["dtype"] += (
                 f", which is what auto means on this machine; give {old.get('dtype')} to continue"
             )
+        for name in changes:
+            if name.endswith(" (commit)") and old.get(name):
+                changes[name] += f"; give {old[name]} to continue with the old rows"
         raise InputError(
             [
                 *changes.values(),

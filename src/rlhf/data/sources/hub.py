@@ -154,7 +154,7 @@ def _of_id(said: HubId) -> tuple[list[Source], str]:
     place, revision = (str(folder), None) if is_offline() else (said.name, folder.name)
     builder, config = _builder(said, place, revision)
     files: Mapping[str, Any] = builder.config.data_files or {}
-    split = _split(said, config, list(files))
+    split = _split(said, config, [str(name) for name in files])  # of `datasets`' own type
     root = f"{folder}/" if is_offline() else f"hf://datasets/{said.name}@{folder.name}/"
     urls = [str(file) for file in files[split]]
     if _is_plain(builder) and all(format_of(url) and url.startswith(root) for url in urls):
