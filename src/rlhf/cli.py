@@ -88,7 +88,7 @@ def _reward_command(
         metavar="MODULE:FUNCTION, repeatable",
         multiple=True,
         help="Python function (prompts, responses, columns...) -> numbers: a further reward of "
-        "PPO, of weight 1 or as an entry of rewards that names it says.",
+        "PPO, of weight 1 unless an entry of rewards names it.",
     )
     @click.pass_context
     def command(ctx: click.Context, /, reward_fn: tuple[str, ...], **_: Any) -> None:
@@ -101,7 +101,7 @@ def _reward_command(
 
 # Commands of a configuration that are no stages.
 _OF_CONFIGURATIONS: dict[str, tuple[type[Schema], Function, str]] = {
-    "run": (PipelineConfig, "rlhf:run_pipeline", "Run all stages on your own files."),
+    "run": (PipelineConfig, "rlhf:run_pipeline", "Run all stages on your own data, or the Hub's."),
     "score": (ScoreConfig, "rlhf:run_score", "Add reward scores to the rows of a file."),
 }
 
@@ -207,7 +207,7 @@ def _installed(name: str) -> bool:
 
 @cli.group()
 def data() -> None:
-    """Check and convert preference and prompt files."""
+    """Check and convert data sets."""
 
 
 @data.command()
@@ -269,7 +269,7 @@ def data() -> None:
 def check(files: tuple[str, ...], **options: Any) -> None:
     """Validate data sets, describe their contents, and look for prompts that they share.
 
-    Data sets are files given as paths, globs or gs:// addresses. The FILEs together are one.
+    A data set may be a path, a glob, a folder, an address or a Hub id. The FILEs together are one.
     """
     from rlhf.reports.data_check import check_sets
 

@@ -13,9 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from support.chats import THINKING, chat_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import rlhf
+from rlhf.errors import InputError
 from rlhf.quickstart.corpus import make_post
 from rlhf.quickstart.run import ASSETS
 from rlhf.vertex.serve import LARGEST_REQUEST, Predictor, make_server
@@ -131,6 +140,64 @@ def test_a_request_that_is_too_large_is_not_read(server):
     connection.endheaders()
     assert connection.getresponse().status == 413
     connection.close()
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a LLaMA whose template, as Qwen3's, can write empty thoughts before an answer."""
+    folder = tmp_path_factory.mktemp("chat")
+    tokenizer = chat_tokenizer(THINKING)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 8, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_thinking": False}])
+def test_a_conversation_goes_through_the_chat_template(
+    chat: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = Predictor(str(chat), 200, 4, dtype="float32")
+    turns = [
+        {"role": "system", "content": "the cat"},
+        {"role": "user", "content": "is it a dog?"},
+    ]
+    plain = AutoTokenizer.from_pretrained(chat)
+    expected = plain.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False, **options,
+    )  # fmt: skip
+    seen = []
+    generator = predictor.generator
+
+    def watch(lm: Any, prompts: Any, **rest: Any) -> Any:
+        seen.append(prompts.ids[0].tolist())
+        return generator(lm, prompts, **rest)
+
+    monkeypatch.setattr(predictor, "generator", watch)
+    request = {"instances": [{"messages": turns}], "parameters": {"chat_template_options": options}}
+    assert len(predictor.predict(request)) == 1
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize(
+    ("instance", "options", "said"),
+    [
+        ({"messages": "hi"}, {}, "instances[0]: messages: is the text"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, {}, "instances[0]: messages[0]"),
+        ({"messages": [{"role": "user", "content": "a"}], "inputs": "a"}, {}, "got both"),
+        ("a", {"thinking": False}, "did you mean `enable_thinking`"),
+        ("a", [], "chat_template_options: expected an object"),
+    ],
+)
+def test_a_wrong_conversation_is_named(chat: Path, instance: Any, options: Any, said: str) -> None:
+    request = {"instances": [instance], "parameters": {"chat_template_options": options}}
+    with pytest.raises(InputError) as caught:
+        Predictor(str(chat), 200, 4).predict(request)
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)

@@ -133,7 +133,7 @@ class LoRAConfig(Schema):
         min_length=1,
     )
     where: Literal["all", "encoder", "decoder"] = option(
-        "all", "Which stack gets adapters; encoder and decoder apply to T5 only."
+        "all", "Which stack gets adapters; encoder and decoder need an encoder-decoder."
     )
     use_rslora: bool = option(
         False, "Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)."
@@ -197,7 +197,7 @@ class StageConfig(Schema):
     truncation_side: Literal["left", "right"] = option(
         "left", "Which end of an overlong input is cut; instruction and chat template stay whole."
     )
-    instruction: str = option("", "Text put before every input; see docs for how.")
+    instruction: str = option("", "Text put before every input; docs/data.md says how.")
     chat_template_options: ChatTemplateOptions = chat_template_options()
     on_bad_rows: Literal["error", "skip"] = option(
         "error", "What to do with rows that cannot be read."

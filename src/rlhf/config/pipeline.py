@@ -27,7 +27,7 @@ class PipelineConfig(TrainingConfig):
     reward_model_path: NonEmpty | None = option(
         None,
         "Reward model to use instead of training one: a folder that `rlhf reward-model` wrote, or "
-        "a Hugging Face sequence classifier (folder or Hub id).",
+        "a Hugging Face sequence classifier or a LoRA adapter of one (folder or Hub id).",
     )
     prompt_dataset: Sources | None = option(
         None, "Rows with prompts for PPO. Default: the preference rows' prompts."

@@ -3,8 +3,10 @@
     python -m rlhf.vertex.serve [--model FOLDER] [--prompt_sequence_length N] ...
 
 Answers `{"instances": [{"inputs": PROMPT}, …], "parameters": {…}}` with `{"predictions": [TEXT,
-…]}` at the address given by the AIP_* variables. Decodes like `rlhf infer`, one request at a time.
-Meant for T5, which vLLM does not serve. For many users of a LLaMA, vLLM is faster.
+…]}` at the address given by the AIP_* variables. An instance may also be a conversation,
+`{"messages": [{"role": "user", "content": TEXT}, …]}`, which goes through the chat template.
+Decodes like `rlhf infer`, one request at a time. Meant for T5, which vLLM does not serve. For many
+users of a LLaMA, vLLM is faster.
 """
 
 import json
@@ -24,6 +26,8 @@ import torch
 from rlhf.config.common import StageConfig
 from rlhf.console import say
 from rlhf.data.prompt_codec import PromptCodec
+from rlhf.data.prompts import PromptRenderer
+from rlhf.data.row_checker import RowChecker
 from rlhf.data.schema import PromptText
 from rlhf.errors import InputError, StoppedBySignal
 from rlhf.models.generation import Generator, generate_in_chunks, rollout_uniforms
@@ -78,28 +82,27 @@ class Predictor:
         """
         if not isinstance(request, dict) or not isinstance(request.get("instances"), list):
             raise InputError('expected {"instances": [{"inputs": "…"}]}')
-        texts = [_text(number, instance) for number, instance in enumerate(request["instances"])]
         given = request.get("parameters")
-        limit, temperature, seed = self._parameters({} if given is None else given)
-        if not texts:
+        limit, temperature, seed, renderer = self._parameters({} if given is None else given)
+        prompts = [_prompt(n, one, renderer) for n, one in enumerate(request["instances"])]
+        if not prompts:
             return []
-        prompts = [PromptText(text, ((0, len(text)),)) for text in texts]
         with self._one_at_a_time:
             made = self.generator(
                 self.lm,
                 self.codec.prompts(prompts).to(self.lm.device),
                 max_new_tokens=limit,
                 temperature=temperature,
-                uniforms=rollout_uniforms(seed, 0, range(len(texts)), limit, "serving"),
+                uniforms=rollout_uniforms(seed, 0, range(len(prompts)), limit, "serving"),
             )
         rows = zip(made.responses.ids.tolist(), made.responses.lengths.tolist(), strict=True)
         return self.codec.decode_rows([ids[:length] for ids, length in rows])
 
-    def _parameters(self, given: Any) -> tuple[int, float, int]:
-        """Return maximum tokens, temperature (0 is greedy) and seed."""
+    def _parameters(self, given: Any) -> tuple[int, float, int, PromptRenderer]:
+        """Return maximum tokens, temperature (0 is greedy), seed, and what renders prompts."""
         if not isinstance(given, Mapping):
             raise InputError("parameters: expected an object")
-        known = {"max_new_tokens", "temperature", "seed"}
+        known = {"max_new_tokens", "temperature", "seed", "chat_template_options"}
         if unknown := set(given) - known:
             raise InputError(f"parameters: unknown {', '.join(sorted(map(str, unknown)))}")
         limit = given.get("max_new_tokens", self.limit)
@@ -111,12 +114,31 @@ class Predictor:
             raise InputError(f"temperature: expected 0 to 100, got {temperature!r:.50}")
         if not _number(seed) or seed != int(seed) or not 0 <= seed < 2**31:
             raise InputError(f"seed: expected a whole number from 0 on, got {seed!r:.50}")
-        return int(limit), float(temperature), int(seed)
+        options = given.get("chat_template_options", {})
+        if not isinstance(options, Mapping):
+            raise InputError("chat_template_options: expected an object")
+        renderer = PromptRenderer.for_tokenizer(self.lm.tokenizer, options=options)
+        return int(limit), float(temperature), int(seed), renderer
 
 
 def _number(value: Any) -> bool:
     # NaN does not count as a number: every comparison with it is false, int() of it fails.
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def _prompt(number: int, instance: Any, renderer: PromptRenderer) -> PromptText:
+    if isinstance(instance, Mapping) and "messages" in instance:
+        if "inputs" in instance:
+            raise InputError(f"instances[{number}]: expected inputs or messages, got both")
+        row = RowChecker({"messages": instance["messages"]})
+        fields = row.prompt()
+        if row.problems:
+            raise InputError([f"instances[{number}]: {problem}" for problem in row.problems])
+        try:
+            return renderer.render(fields)
+        except ValueError as error:
+            raise InputError(f"instances[{number}]: messages: {error}") from error
+    return renderer.render_text(_text(number, instance))
 
 
 def _text(number: int, instance: Any) -> str:
