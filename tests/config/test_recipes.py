@@ -41,7 +41,7 @@ ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor"
 
 def tokens(tokenizer: Any) -> dict[str, Any]:
     return {
-        "vocab_size": max(120, len(tokenizer)), "eos_token_id": tokenizer.eos_token_id,
+        "vocab_size": max(120, len(tokenizer) + 8), "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
 

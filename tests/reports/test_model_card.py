@@ -49,6 +49,21 @@ def test_card_says_what_was_done_and_how_to_load_it(tmp_path: Path) -> None:
     assert "nan" not in body
 
 
+def test_card_of_a_chat_model_shows_its_template(tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "config.json").write_text("{}")
+    config = SFTConfig(
+        base_model="m", output_dir="out", dataset="d", chat_template_options={"thinking": False}
+    )
+    write_card(tmp_path, "sft", config, {})
+    assert "apply_chat_template" not in read(tmp_path)[1]
+    (tmp_path / "merged" / "chat_template.jinja").write_text("{{ messages }}")
+    write_card(tmp_path, "sft", config, {})
+    body = read(tmp_path)[1]
+    assert "tokenizer.apply_chat_template(" in body
+    assert "with `chat_template_options` of `config.yaml`" in body
+
+
 def test_card_of_full_weights_and_a_local_base(tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "config.json").write_text("{}")

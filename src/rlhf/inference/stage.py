@@ -116,7 +116,7 @@ def run_inference(
         saved=(PARTIAL, FINAL),
     )
     if run.status is Status.FINISHED and not config.dry_run:
-        say(f"{STAGE}: {config.output_dir} is finished already")
+        say(f"{STAGE}: already finished in {config.output_dir}")
         return _result(run, run.conclude())
     lines = _description(config, inputs)
     if config.dry_run:
@@ -249,7 +249,7 @@ def _description(config: InferenceConfig, inputs: _Inputs) -> list[str]:
         )
     return [
         *inputs.notes,
-        *(line for report in reports for line in report.lines()),
+        *dict.fromkeys(line for report in reports for line in report.lines()),
         f"{STAGE}: {len(inputs.prompts)} rows, {config.batch_size} at once, {sampling}, prompts up "
         f"to {config.prompt_sequence_length} and responses up to "
         f"{config.target_sequence_length} tokens; output in {config.output_dir}",

@@ -108,7 +108,8 @@ def _labels(state: Mapping[str, Tensor], where: str) -> int:
     if len(names) != 1:
         raise InputError(
             f"{where}: the adapter has no head of a sequence classifier; a reward model with LoRA "
-            f"has task_type SEQ_CLS and its head ({', '.join(HEADS)}) in modules_to_save"
+            f"has task_type SEQ_CLS and its head ({', '.join(HEADS)}) in modules_to_save; of one "
+            "that `rlhf reward-model` trained, give the folder that adapter/ is in"
         )
     return int(found[names[0]].shape[0])
 

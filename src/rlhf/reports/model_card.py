@@ -89,6 +89,8 @@ model = {model_class}.from_pretrained("merged")
 inputs = tokenizer("your prompt", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
 ```"""
+    if (folder / "merged" / "chat_template.jinja").is_file():
+        code += f"\n\n{_chat_usage(config)}"
     if not (folder / "adapter").is_dir():
         return code
     code += "\n\n`adapter/` is the same as a LoRA adapter for plain peft on the base model"
@@ -98,6 +100,20 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_spec
         ", which is an adapter itself: rlhf merges that one when it loads this one; for plain "
         "peft, merge it first (`merge_and_unload`), or take `merged/`."
     )
+
+
+def _chat_usage(config: TrainingConfig) -> str:
+    options = ""
+    if config.chat_template_options:
+        options = ", with `chat_template_options` of `config.yaml` as further arguments"
+    return f"""For a conversation, get `inputs` from the chat template{options}:
+
+```python
+turns = [{{"role": "user", "content": "your prompt"}}]
+inputs = tokenizer.apply_chat_template(
+    turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+```"""
 
 
 def _is_adapter(config: TrainingConfig) -> bool:
