@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.numerics import assert_same_gradients
 from support.ppo import make_trainer
 from support.tiny import make_tokenizer, randomize_lora, tiny_model
+from support.two_families import assert_read_alike, assert_sampled_alike
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 
 from rlhf.config import LoRAConfig, PPOConfig, SFTConfig
@@ -25,7 +25,6 @@ from rlhf.models.agreement import check_agreement
 from rlhf.models.families import FAMILIES, family_notes, family_of
 from rlhf.models.families.generic_causal import GenericCausal
 from rlhf.models.families.llama import Llama
-from rlhf.models.generation import generate_in_chunks, rollout_uniforms
 from rlhf.models.language_model import LanguageModel
 from rlhf.models.loading import check_stage, load_language_model, read_model_config
 from rlhf.models.memory import memory_per_role
@@ -55,37 +54,12 @@ def both(**options: Any) -> tuple[LanguageModel, LanguageModel]:
 @pytest.mark.parametrize("trainable", [False, True])
 def test_states_and_gradients_are_those_of_the_own_family(trainable: bool) -> None:
     prompts, responses = map(TokenBatch.from_lists, (PROMPTS, RESPONSES))
-    adapter = None if trainable else "policy"
-    found = []
-    for lm in both(trainable=True) if trainable else both():
-        with lm.using(adapter):
-            states = lm.response_states(prompts, responses, GROUPS)
-            stats = lm.token_logprobs(states, responses, 0.7, 1, entropy=True)
-            last = lm.final_states(prompts, responses, GROUPS)
-            weights = torch.linspace(0.5, 2.0, stats.logprobs.numel()).view_as(stats.logprobs)
-            ((stats.logprobs + 0.3 * stats.entropy) * weights).sum().backward()
-        found.append((lm, stats, last))
-    (own, stats, last), (generic, other, final) = found
-    torch.testing.assert_close(other.logprobs, stats.logprobs, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(other.entropy, stats.entropy, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(final, last, atol=1e-5, rtol=1e-5)
-    gradients = [{n: p.grad for n, p in lm.named_trainable(adapter)} for lm in (generic, own)]
-    assert_same_gradients(*gradients)
+    pair = both(trainable=True) if trainable else both()
+    assert_read_alike(pair, None if trainable else "policy", prompts, responses, GROUPS)
 
 
 def test_sampled_rollouts_are_those_of_the_own_family() -> None:
-    prompts = TokenBatch.from_lists(PROMPTS)
-    uniforms = rollout_uniforms(0, 0, range(len(GROUPS)), 12)
-    options = {"max_new_tokens": 12, "uniforms": uniforms, "groups": GROUPS, "chunk_size": 3}
-    made = []
-    for lm in both():
-        with lm.using("policy"):
-            made.append(generate_in_chunks(lm, prompts, **options))
-    own, generic = made
-    assert generic.responses.tolists() == own.responses.tolists()
-    assert torch.equal(generic.finished, own.finished)
-    torch.testing.assert_close(generic.logprobs, own.logprobs, atol=1e-4, rtol=1e-4)
-    assert len({len(row) for row in own.responses.tolists()}) > 1  # rows left the batch
+    assert_sampled_alike(both(), TokenBatch.from_lists(PROMPTS), GROUPS)
 
 
 def test_a_step_of_ppo_is_that_of_the_own_family(

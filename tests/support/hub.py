@@ -16,7 +16,6 @@ no token. Names have two parts, user/name.
 """
 
 import re
-import socket
 import threading
 import time
 import urllib.parse
@@ -30,6 +29,7 @@ from typing import Any
 
 import pytest
 from support.hub_answers import Answer, Files, HubAnswers, error
+from support.servers import LoopbackHandler
 
 
 @dataclass
@@ -151,19 +151,14 @@ class Hub:
 
 
 def _handler(hub: Hub, answer: Any) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        # Head and body in separate packets would wait 40 ms for each other.
-        disable_nagle_algorithm = True
-        wbufsize = 2**16
-
+    class Handler(LoopbackHandler):
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             asked = f" {given}" if (given := self.headers.get("Range")) else ""
             fault = hub.take_fault(f"{self.command} {urllib.parse.unquote(self.path)}{asked}")
             token = self.headers.get("Authorization", "").removeprefix("Bearer ") or None
             if fault and fault.kind == "refuse":
-                self._hang_up()
+                self.hang_up()
                 return
             if fault and fault.kind == "fail":
                 found = error(fault.status, "", "told to fail", fault.headers)
@@ -172,7 +167,7 @@ def _handler(hub: Hub, answer: Any) -> type[BaseHTTPRequestHandler]:
             size = len(found.content)
             self._send(found, size // 2 if fault and fault.kind == "cut" else size)
             if fault and fault.kind == "cut":
-                self._hang_up()
+                self.hang_up()
 
         do_GET = do_HEAD = do_POST = handle_any  # noqa: N815
 
@@ -199,17 +194,6 @@ def _handler(hub: Hub, answer: Any) -> type[BaseHTTPRequestHandler]:
             if self.command != "HEAD":
                 self.wfile.write(found.content[:sent])
             self.wfile.flush()
-
-        def _hang_up(self) -> None:
-            self.close_connection = True
-            # shutdown, or buffers and other references keep the connection open.
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-        def handle(self) -> None:
-            try:
-                super().handle()
-            except OSError:
-                self.close_connection = True  # the client is gone
 
     return Handler
 

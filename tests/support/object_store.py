@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.servers import LoopbackHandler
 
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "te", "upgrade"}
 
@@ -246,12 +247,7 @@ def running_store(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[ObjectSto
 
 
 def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        # Head and body in separate packets would wait 40 ms for each other.
-        disable_nagle_algorithm = True
-        wbufsize = 2**16
-
+    class Handler(LoopbackHandler):
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             text = f"{self.command} {urllib.parse.unquote(self.path)} {_name_in(body)}".rstrip()
@@ -262,7 +258,7 @@ def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
                 self._answer(fault.status, {}, json.dumps(error).encode())
                 return
             if kind == "refuse":
-                self._hang_up()
+                self.hang_up()
                 return
             if kind == "corrupt":
                 closing = b"\n--==0==--"  # ends gcsfs's single-request uploads
@@ -272,10 +268,10 @@ def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
             if fault and fault.action:
                 fault.action()
             if kind == "lose":
-                self._hang_up()
+                self.hang_up()
             elif kind == "cut":
                 self._answer(status, headers, content, pieces=[content[: len(content) // 2]])
-                self._hang_up()
+                self.hang_up()
             elif fault and kind == "slow":
                 size = -(-len(content) // 8) or 1
                 pieces = [content[start : start + size] for start in range(0, len(content), size)]
@@ -338,20 +334,6 @@ def _handler(store: ObjectStore) -> type[BaseHTTPRequestHandler]:
                 time.sleep(pause)
                 self.wfile.write(piece)
                 self.wfile.flush()
-
-        def _hang_up(self) -> None:
-            self.close_connection = True
-            # shutdown, or buffers and other references keep the connection open.
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-        def handle(self) -> None:
-            try:
-                super().handle()
-            except OSError:
-                self.close_connection = True  # the client is gone
-
-        def log_message(self, *args: Any) -> None:
-            pass
 
     return Handler
 

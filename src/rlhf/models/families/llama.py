@@ -1,7 +1,7 @@
 """LLaMA (Touvron et al. 2023): rotary positions, RMSNorm before each part, gated feed-forward."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -14,7 +14,9 @@ class Llama(DecoderOnlyModel):
     """LLaMA 1 to 3, and other models with its `model_type`, such as SmolLM 1 and 2."""
 
     name = "LLaMA"
-    adapter_modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    adapter_modules: ClassVar[tuple[str, ...]] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    )  # fmt: skip
 
     @property
     @override
